@@ -1,0 +1,355 @@
+"""Data sets as random-access sources of uint8 images, and batches as a function of (seed, step).
+
+Levels of an image are 0 … num_levels - 1: 256 for most sets, 17 for scikit-learn's digits. Flips,
+dequantisation and scaling are on the device, in `preprocess`.
+"""
+
+import dataclasses
+import functools
+import gzip
+import pathlib
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+from PIL import Image, ImageOps
+
+from configs.default import UserError
+
+FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+Examples = dict[str, np.ndarray]  # `image` (n, H, W, C) uint8 and `label` (n,)
+
+
+class Source(Protocol):
+    """Random access to examples."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: np.ndarray) -> Examples: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One split of a data set.
+
+    Attributes:
+      name: the data set's name.
+      source: its examples.
+      num_levels: how many values a pixel can have.
+      num_classes: labels are 0 … num_classes - 1; 0: there are no labels.
+    """
+
+    name: str
+    source: Source
+    num_levels: int
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Images (N, H, W, C) uint8 and labels (N,) in memory."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, indices: np.ndarray) -> Examples:
+        return {"image": self.images[indices], "label": self.labels[indices]}
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+    """Image files, each read when it is asked for: centre-cropped to a square and resized."""
+
+    files: Sequence[pathlib.Path]
+    labels: np.ndarray
+    size: int
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _read(self, file: pathlib.Path) -> np.ndarray:
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert("L" if self.channels == 1 else "RGB")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is not a readable image: {error}") from error
+        if image.size != (self.size, self.size):
+            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
+        return np.asarray(image, np.uint8).reshape(self.size, self.size, self.channels)
+
+    def fetch(self, indices: np.ndarray) -> Examples:
+        images = np.stack([self._read(self.files[i]) for i in indices])
+        return {"image": images, "label": self.labels[indices]}
+
+
+@dataclasses.dataclass(frozen=True)
+class TFDSSource:
+    """A TFDS data source (array_record files), read without TensorFlow's runtime."""
+
+    source: Any
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fetch(self, indices: np.ndarray) -> Examples:
+        examples = self.source.__getitems__([int(i) for i in indices])
+        return {key: np.stack([e[key] for e in examples]) for key in ("image", "label")}
+
+
+def _split(images: np.ndarray, labels: np.ndarray, num_test: int, split: str) -> ArraySource:
+    order = np.random.default_rng(0).permutation(len(images))
+    chosen = order[:num_test] if split == "test" else order[num_test:]
+    return ArraySource(images[chosen], labels[chosen])
+
+
+def _load_digits(split: str) -> Dataset:
+    import sklearn.datasets
+
+    digits = sklearn.datasets.load_digits()
+    images = digits.images.astype(np.uint8)[..., None]
+    return Dataset("digits", _split(images, digits.target, 297, split), 17, 10)
+
+
+def read_idx(path: pathlib.Path) -> np.ndarray:
+    """The array of an IDX file of unsigned bytes (the format of MNIST), gzipped or not."""
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        dims = raw[3]
+        shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
+        if raw[:3] != b"\0\0\x08":
+            raise ValueError("it does not start as an IDX file of bytes does")
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError, struct.error) as error:
+        raise UserError(f"{path} can't be read as an IDX file: {error}") from error
+
+
+def _load_idx_folder(folder: pathlib.Path, split: str) -> ArraySource:
+    def find(kind: str) -> np.ndarray:
+        prefix = "train" if split == "train" else "t10k"
+        for suffix in ("", ".gz"):
+            path = folder / f"{prefix}-{kind}-ubyte{suffix}"
+            if path.exists():
+                return read_idx(path)
+        raise UserError(f"data.path: {folder} has no file {prefix}-{kind}-ubyte[.gz]")
+
+    images, labels = find("images-idx3"), find("labels-idx1")
+    if images.ndim != 3 or len(images) != len(labels):
+        raise UserError(f"data.path: the images and labels in {folder} do not belong together")
+    return ArraySource(images[..., None], labels)
+
+
+def _fit_images(images: np.ndarray, size: int, name: str) -> np.ndarray:
+    """Pad (N, H, W, C) with black to size × size, as MNIST-like sets are used at 32."""
+    height, width = images.shape[1:3]
+    if size < height or size < width:
+        raise UserError(f"data.image_size is {size}; {name}'s images are {height}×{width}")
+    rows, columns = size - height, size - width
+    padding = ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2))
+    return np.pad(images, (*padding, (0, 0)))
+
+
+def _load_tfds(name: str, split: str, data_dir: str) -> TFDSSource:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(
+            f"{name} comes through TFDS, which can't be imported here ({error}); "
+            "pip install -r requirements.txt"
+        ) from error
+    try:
+        source = tfds.data_source(name, split=split, data_dir=data_dir or None)
+    except Exception as error:  # TFDS and the network raise anything at all
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"TFDS could not prepare {name} ({reason[:300]}); run this once on a machine with "
+            "internet, or set data.tfds_dir to a folder that has it"
+        ) from error
+    return TFDSSource(source)
+
+
+def _load_fashion_mnist(config: ConfigDict, split: str) -> Dataset:
+    folder = pathlib.Path(config.data.path or FASHION_MNIST_PATH)
+    if config.data.path and not folder.is_dir():
+        raise UserError(f"data.path: there is no folder {folder}")
+    if folder.is_dir():
+        source = _load_idx_folder(folder, split)
+    else:
+        stream = _load_tfds("fashion_mnist", split, config.data.tfds_dir)
+        examples = stream.fetch(np.arange(len(stream)))
+        source = ArraySource(examples["image"], examples["label"])
+    images = _fit_images(source.images, config.data.image_size, "fashion_mnist")
+    return Dataset("fashion_mnist", ArraySource(images, source.labels), 256, 10)
+
+
+def _load_folder(config: ConfigDict, split: str) -> Dataset:
+    folder = pathlib.Path(config.data.path)
+    if not folder.is_dir():
+        raise UserError(f"data.path: there is no folder {folder}")
+    own_splits = (folder / "train").is_dir() and (folder / "test").is_dir()
+    root = folder / split if own_splits else folder
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    names = sorted({p.parent for p in files})
+    if not own_splits:
+        # Every tenth file is a test image, counted class by class in the order of names.
+        files = [p for i, p in enumerate(files) if (i % 10 == 9) == (split == "test")]
+    if not files:
+        raise UserError(
+            f"data.path: {root} has no images for the {split} split "
+            f"({', '.join(IMAGE_SUFFIXES)}; without folders train/ and test/, every tenth is test)"
+        )
+    labels = np.array([names.index(p.parent) for p in files])
+    source = FolderSource(files, labels, config.data.image_size, config.data.num_channels)
+    return Dataset(folder.name, source, 256, len(names) if len(names) > 1 else 0)
+
+
+def get_dataset(config: ConfigDict, split: str) -> Dataset:
+    """The `train` or `test` split of `config.data.dataset`.
+
+    Raises:
+      UserError: the data are not there, or not of the config's size.
+    """
+    data = config.data
+    if data.dataset == "digits":
+        dataset = _load_digits(split)
+    elif data.dataset == "fashion_mnist":
+        dataset = _load_fashion_mnist(config, split)
+    elif data.dataset == "CIFAR10":
+        dataset = Dataset("CIFAR10", _load_tfds("cifar10", split, data.tfds_dir), 256, 10)
+    else:
+        dataset = _load_folder(config, split)
+    expected = (data.image_size, data.image_size, data.num_channels)
+    shape = dataset.source.fetch(np.arange(1))["image"].shape[1:]
+    if shape != expected:
+        raise UserError(
+            f"data.image_size and data.num_channels ask for images of {expected}; "
+            f"{dataset.name} has {shape}"
+        )
+    return dataset
+
+
+def train_batches(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """An endless stream of shuffled batches; the batch of a step is a function of (seed, step).
+
+    Args:
+      dataset: where the images come from.
+      batch_size: of the global batch, over all processes.
+      seed: of the order; every epoch has its own.
+      start_step: the first step to give a batch for.
+      process_index, process_count: this process takes every process_count-th image.
+
+    Yields:
+      `image` (n, H, W, C) uint8 and `index` (n,) int32, each image's place in the global batch,
+      with n = batch_size / process_count.
+    """
+    index = np.arange(process_index, batch_size, process_count, dtype=np.int32)
+    stream = (
+        grain.MapDataset.range(len(dataset))
+        .shuffle(seed=seed)
+        .repeat()
+        .slice(slice(start_step * batch_size + process_index, None, process_count))
+        .batch(len(index), drop_remainder=True)
+        .map(dataset.source.fetch)
+    )
+    threads = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+    for examples in stream.to_iter_dataset(threads):
+        yield {"image": examples["image"], "index": index}
+
+
+def in_order(dataset: Dataset, limit: int | None = None) -> Examples:
+    """The first `limit` examples, or all."""
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    return dataset.source.fetch(np.arange(count))
+
+
+@functools.partial(jax.vmap, in_axes=(0, 0))
+def _flip(image: Array, key: Array) -> Array:
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def dequantize(images: Array, keys: Array, num_levels: int) -> Array:
+    """(image + u) / num_levels in [0, 1), u uniform: (N, H, W, C) float32; one key an image."""
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
+    return (images.astype(jnp.float32) + uniform) / num_levels
+
+
+def scale(x: Array, centered: bool) -> Array:
+    """From [0, 1] to the range that the model sees: [-1, 1] if centered."""
+    return 2 * x - 1 if centered else x
+
+
+def inverse_scale(x: Array, centered: bool) -> Array:
+    """From the range that the model sees to [0, 1]."""
+    return (x + 1) / 2 if centered else x
+
+
+def preprocess(
+    images: Array, keys: Array, num_levels: int, config: ConfigDict, flip: bool
+) -> Array:
+    """Levels as the model sees them: flipped at random if asked, dequantised, scaled.
+
+    Args:
+      images: levels, (N, H, W, C).
+      keys: (N,), one key an image.
+      num_levels: of the data.
+      config: `data.random_flip`, `data.dequantization` and `data.centered` are read.
+      flip: whether `data.random_flip` applies.
+
+    Returns:
+      (N, H, W, C) float32.
+    """
+    flip_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    if flip and config.data.random_flip:
+        images = _flip(images, flip_keys)
+    if config.data.dequantization == "uniform":
+        x = dequantize(images, noise_keys, num_levels)
+    else:
+        x = images.astype(jnp.float32) / (num_levels - 1)
+    return scale(x, config.data.centered)
+
+
+def to_levels(x: Array, num_levels: int, config: ConfigDict) -> Array:
+    """What `preprocess` came from: the nearest levels, uint8, of samples (N, H, W, C)."""
+    x = inverse_scale(x, config.data.centered)
+    if config.data.dequantization == "uniform":
+        levels = jnp.floor(x * num_levels)
+    else:
+        levels = jnp.round(x * (num_levels - 1))
+    return jnp.clip(levels, 0, num_levels - 1).astype(jnp.uint8)
+
+
+def levels_to_uint8(levels: np.ndarray, num_levels: int) -> np.ndarray:
+    """Levels as grey values 0 … 255, for pictures."""
+    return np.round(levels.astype(np.float32) * (255 / (num_levels - 1))).astype(np.uint8)
+
+
+def bits_offset(num_levels: int, centered: bool) -> float:
+    """What turns -log2 p(x)/D of scaled, dequantised data into bits/dim of the levels.
+
+    log2 of the levels' number, for the width of a level in [0, 1]; less 1 where the scaling
+    doubles it. 7 for 256 levels in [-1, 1].
+    """
+    return float(np.log2(num_levels) - (1 if centered else 0))

@@ -1,0 +1,160 @@
+"""Official PyTorch checkpoints as parameters of ours, read without PyTorch.
+
+The file is unpickled by a reader that admits tensors and plain containers and nothing else, so a
+checkpoint can't run code.
+"""
+
+import pathlib
+import pickle
+import zipfile
+from collections import OrderedDict
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs.default import UserError
+from models import utils as mutils
+
+_DTYPES = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+def _rebuild_tensor(
+    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> np.ndarray:
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if offset < 0 or min((*size, *stride), default=0) < 0 or last >= max(len(storage), 1):
+        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+    strides = [s * storage.itemsize for s in stride]
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows tensors and OrderedDict; refuses every other name."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self._archive, self._root = archive, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        kind, dtype, key, _, _ = pid
+        if kind != "storage" or not isinstance(key, str):
+            raise pickle.UnpicklingError("it has a reference that is not a tensor's storage")
+        return np.frombuffer(self._archive.read(f"{self._root}/data/{key}"), dtype)
+
+
+def read_pth(path: str | pathlib.Path) -> Any:
+    """What `torch.save` wrote, with arrays for tensors.
+
+    Raises:
+      UserError: the file is missing, damaged, or has anything but tensors and plain containers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise pickle.UnpicklingError("it is not an archive that torch.save wrote")
+            return _Unpickler(archive, pickles[0].removesuffix("/data.pkl")).load()
+    except Exception as error:  # a damaged pickle raises anything at all
+        raise UserError(f"{path} can't be read as a checkpoint: {error}") from error
+
+
+def _group(state: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """The tensors of each of the official network's modules, in its order."""
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    for key, value in state.items():
+        index, name = key.split("all_modules.")[1].split(".", 1)
+        modules.setdefault(index, {})[name] = value
+    return list(modules.values())
+
+
+def _convert(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
+    """A tensor's name and layout, theirs to ours."""
+    if value.ndim == 4:
+        return "kernel", value.transpose(2, 3, 1, 0)
+    if name == "W":
+        return "kernel", value
+    if value.ndim == 2:
+        return "kernel", value.T
+    return ("scale" if name == "weight" else "bias"), value
+
+
+def _module_params(tensors: dict[str, np.ndarray]) -> tuple[str, dict[str, Any]]:
+    """The kind of a module (our class), and its parameters under our names."""
+    names = [name.split(".") for name in tensors]
+    if len(names[0]) == 1:  # one layer
+        params = dict(_convert(name, value) for name, value in tensors.items())
+        kinds = {4: "Conv", 2: "Dense", 1: "GroupNorm"}
+        return kinds[tensors["weight"].ndim], params
+    nested: dict[str, dict[str, np.ndarray]] = {}
+    for (layer, name), value in zip(names, tensors.values(), strict=True):
+        ours, array = _convert(name, value)
+        nested.setdefault(layer.replace("NIN", "Dense"), {})[ours] = array
+    return ("AttnBlock" if "Dense_3" in nested else "ResBlock"), nested
+
+
+def convert_state(state: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The parameters of our network from the official network's state dict.
+
+    Both number the modules of a kind in the order of the forward pass.
+    """
+    params: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    for tensors in _group(state):
+        kind, values = _module_params(tensors)
+        number = counts.get(kind, 0)
+        counts[kind] = number + 1
+        params[f"{kind}_{number}"] = values
+    return params
+
+
+def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:
+    """An official checkpoint as (params, ema_params, step) of the config's network.
+
+    Raises:
+      UserError: the file can't be read, or its weights are not those of the config's network; the
+        line names the first tensor that differs.
+    """
+    checkpoint = read_pth(path)
+    try:
+        state = {k: v for k, v in checkpoint["model"].items() if ".all_modules." in f".{k}"}
+        shadow = checkpoint["ema"]["shadow_params"]
+        step = int(checkpoint["step"])
+        if len(shadow) != len(state):
+            raise ValueError(f"{len(shadow)} EMA tensors for {len(state)} parameters")
+        ema_state = dict(zip(state, shadow, strict=True))
+        params, ema_params = convert_state(state), convert_state(ema_state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not laid out as an official checkpoint: {error}") from error
+
+    model = mutils.create_model(config)
+    expected = jax.eval_shape(lambda: mutils.init_params(config, model, jax.random.key(0)))
+    for tree in (params, ema_params):
+        theirs = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+        ours = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(expected)}
+        for name in sorted(theirs.keys() | ours.keys()):
+            shapes = [str(d[name].shape) if name in d else "nothing" for d in (theirs, ours)]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"{path} does not fit the config: {name} is {shapes[0]} there and "
+                    f"{shapes[1]} in the config's network"
+                )
+    return params, ema_params, step

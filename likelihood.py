@@ -1,0 +1,184 @@
+"""Bits/dim: NLL by the probability-flow ODE, and the variational bound NELBO.
+
+Each comes with and without the residual, the reconstruction term of the truncation at ε:
+
+    -log p(x_0) ≤ E[-log p_ε(x_ε)] + E[log p_0ε(x_ε | x_0) - log p(x_0 | x_ε)],
+
+with x_ε ~ p_0ε(· | x_0) and p(x_0 | x_ε) = N((x_ε + σ² s)/α, (σ/α)²). With the residual the value
+bounds the likelihood of x_0; without, x_0 itself is taken for x_ε (the common habit).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+import datasets
+import losses
+from sampling import MakeScoreFn, ScoreFn, denoise, probability_flow, solve_ode
+from sde_lib import VPSDE
+
+
+def _sum(x: Array) -> Array:
+    return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+
+
+def _fill(t: float, x: Array) -> Array:
+    return jnp.full(x.shape[:1], t, jnp.float32)
+
+
+def perturb(sde: VPSDE, x0: Array, t: Array, z: Array) -> Array:
+    """x_t = α x_0 + σ z for times t (N,)."""
+    expand = (...,) + (None,) * (x0.ndim - 1)
+    return sde.mean_coeff(t)[expand] * x0 + sde.std(t)[expand] * z
+
+
+def ode_log_likelihood(
+    sde: VPSDE,
+    score_fn: ScoreFn,
+    x: Array,
+    probe: Array,
+    *,
+    eps: float,
+    rtol: float,
+    atol: float,
+) -> tuple[Array, Array, Array]:
+    """log p_ε(x) by the instantaneous change of variables (arXiv 2011.13456, eq. 39).
+
+    Args:
+      sde, score_fn: the probability-flow ODE.
+      x: data at ε, (N, ...).
+      probe: Hutchinson's probe for the divergence, of x's shape, with unit covariance.
+      eps: where the ODE starts.
+      rtol, atol: tolerances of the solver.
+
+    Returns:
+      (log-likelihood in nats (N,), latents at T (N, ...), number of score evaluations).
+    """
+    drift = probability_flow(sde, score_fn)
+
+    def vector_field(t: Array, state: tuple[Array, Array], args: Any) -> tuple[Array, Array]:
+        dx, tangent = jax.jvp(lambda x: drift(t, x, args), (state[0],), (probe,))
+        return dx, _sum(tangent * probe)
+
+    (latent, divergence), nfe = solve_ode(
+        vector_field, (x, jnp.zeros(len(x))), eps, sde.T, rtol, atol
+    )
+    return sde.prior_logp(latent) + divergence, latent, nfe
+
+
+def residual(sde: VPSDE, score_fn: ScoreFn, x0: Array, z: Array, eps: float) -> Array:
+    """log p_0ε(x_ε | x_0) - log p(x_0 | x_ε) for x_ε = α x_0 + σ z, in nats, (N,)."""
+    dims = np.prod(x0.shape[1:])
+    x_eps = perturb(sde, x0, _fill(eps, x0), z)
+    std, alpha = sde.std(eps), sde.mean_coeff(eps)
+    error = (x0 - denoise(sde, score_fn, x_eps, eps)) * alpha / std
+    # Both are normal; the standard deviations σ and σ/α leave D log α of their normalisers.
+    return 0.5 * (_sum(error**2) - _sum(z**2)) - dims * jnp.log(alpha)
+
+
+def diffusion_term(
+    sde: VPSDE, score_fn: ScoreFn, x0: Array, t: Array, z: Array, inverse_density: Array
+) -> Array:
+    """An unbiased estimate of -E log p_ε(x_ε)'s bound less the prior's term, in nats, (N,).
+
+    ½ ∫_ε^T E[g² (‖s - ∇ log p_0t‖² - ‖∇ log p_0t‖²) - 2 div f] dt (arXiv 2101.09258, thm. 3) at one
+    time for each image, drawn with a density whose reciprocal is `inverse_density`. The last two
+    terms have expectations that are known; they are put in by `get_nelbo_fn`.
+    """
+    weight = losses.weighting(sde, t, likelihood=True) * inverse_density
+    return losses.score_matching_loss(score_fn, sde, x0, t, z, weight)
+
+
+def known_terms(sde: VPSDE, eps: float, dims: int) -> Array:
+    """-½ ∫ E[g² ‖∇ log p_0t‖² + 2 div f] dt = -D (½ Z_ε + log α(T) - log α(ε)), in nats."""
+    drift = sde.log_mean_coeff(sde.T) - sde.log_mean_coeff(eps)
+    return -dims * (0.5 * sde.importance_normalizer(eps) + drift)
+
+
+def to_bits_per_dim(nats: Array, dims: int, offset: float) -> Array:
+    """From -log p of scaled, dequantised data to bits/dim of their levels."""
+    return nats / (dims * np.log(2)) + offset
+
+
+def get_nll_fn(
+    config: ConfigDict, sde: VPSDE, make_score_fn: MakeScoreFn, num_levels: int = 256
+) -> Callable[..., dict[str, Array]]:
+    """NLL of a batch, compiled.
+
+    Returns:
+      nll_fn(params, key, x), x (N, H, W, C) dequantised and scaled →
+        `nll`: bits/dim with the residual, (N,); `nll_without_residual`: without, (N,);
+        `nfe`: score evaluations of one solve, `latent`: of the solve with the residual.
+      The noise can be given instead of drawn: `probe`, `z_eps` and `z_residual`, of x's shape.
+    """
+    eps = config.training.truncation_time
+    tolerances = dict(rtol=config.eval.rtol, atol=config.eval.atol)
+    offset = datasets.bits_offset(num_levels, config.data.centered)
+
+    def nll_fn(
+        params: Any,
+        key: Array,
+        x: Array,
+        probe: Array | None = None,
+        z_eps: Array | None = None,
+        z_residual: Array | None = None,
+    ) -> dict[str, Array]:
+        score_fn, dims = make_score_fn(params), int(np.prod(x.shape[1:]))
+        probe_key, eps_key, residual_key = jax.random.split(key, 3)
+        probe = jax.random.rademacher(probe_key, x.shape, x.dtype) if probe is None else probe
+        z_eps = jax.random.normal(eps_key, x.shape) if z_eps is None else z_eps
+        z_residual = jax.random.normal(residual_key, x.shape) if z_residual is None else z_residual
+        x_eps = perturb(sde, x, _fill(eps, x), z_eps)
+        plain, _, nfe = ode_log_likelihood(sde, score_fn, x, probe, eps=eps, **tolerances)
+        proper, latent, _ = ode_log_likelihood(sde, score_fn, x_eps, probe, eps=eps, **tolerances)
+        remainder = residual(sde, score_fn, x, z_residual, eps)
+        return {
+            "nll": to_bits_per_dim(remainder - proper, dims, offset),
+            "nll_without_residual": to_bits_per_dim(-plain, dims, offset),
+            "nfe": nfe,
+            "latent": latent,
+        }
+
+    return jax.jit(nll_fn)
+
+
+def get_nelbo_fn(
+    config: ConfigDict, sde: VPSDE, make_score_fn: MakeScoreFn, num_levels: int = 256
+) -> Callable[..., dict[str, Array]]:
+    """NELBO of a batch, compiled.
+
+    Returns:
+      nelbo_fn(params, key, x), x (N, H, W, C) dequantised and scaled →
+        `nelbo`: bits/dim with the residual, (N,); `nelbo_without_residual`: without, (N,).
+      Both average `eval.nelbo_draws` times, importance-sampled and stratified.
+    """
+    eps, draws = config.training.truncation_time, config.eval.nelbo_draws
+    offset = datasets.bits_offset(num_levels, config.data.centered)
+
+    def nelbo_fn(params: Any, key: Array, x: Array) -> dict[str, Array]:
+        score_fn, dims = make_score_fn(params), int(np.prod(x.shape[1:]))
+        u_key, z_key, prior_key, residual_key = jax.random.split(key, 4)
+        offsets = jax.random.uniform(u_key, (len(x),))
+
+        def draw(i: Array, total: Array) -> Array:
+            t, inverse_density = losses.draw_times(sde, (i + offsets) / draws, eps, True)
+            z = jax.random.normal(jax.random.fold_in(z_key, i), x.shape)
+            return total + diffusion_term(sde, score_fn, x, t, z, inverse_density)
+
+        diffusion = jax.lax.fori_loop(0, draws, draw, jnp.zeros(len(x))) / draws
+        z_prior = jax.random.normal(prior_key, x.shape)
+        prior = -sde.prior_logp(perturb(sde, x, _fill(sde.T, x), z_prior))
+        bound = prior + diffusion + known_terms(sde, eps, dims)
+        z_residual = jax.random.normal(residual_key, x.shape)
+        remainder = residual(sde, score_fn, x, z_residual, eps)
+        return {
+            "nelbo": to_bits_per_dim(bound + remainder, dims, offset),
+            "nelbo_without_residual": to_bits_per_dim(bound, dims, offset),
+        }
+
+    return jax.jit(nelbo_fn)

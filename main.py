@@ -1,0 +1,64 @@
+"""Train, evaluate or sample: python main.py --config configs/vp/digits_st.py --mode train."""
+
+import logging
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from configs.default import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe; --config.section.field=value overrides a field.", lock_config=True
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "What to do.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/<config's folder>/<its name>.")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Flags, with every mistake as one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is None:
+            raise UserError("--config is missing; for example --config configs/vp/digits_st.py")
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r} is not a flag; overrides look like --config.seed=1")
+    except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        _fail(error)
+    except (ImportError, OSError, SyntaxError) as error:
+        _fail(UserError(f"--config can't be loaded: {error}"))
+    return rest
+
+
+def _fail(error: Exception) -> None:
+    text = " ".join(str(error).split()).strip("'\"")
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _default_workdir() -> str:
+    path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    return str(pathlib.Path("runs") / path.parent.name / path.stem)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("soft_truncation").setLevel(logging.INFO)
+    import run_lib
+
+    run = {"train": run_lib.train, "eval": run_lib.evaluate, "sample": run_lib.sample}
+    try:
+        run[_MODE.value](_CONFIG.value, _WORKDIR.value or _default_workdir())
+    except UserError as error:
+        _fail(error)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

@@ -1,0 +1,584 @@
+"""The loops: training, evaluation and sampling in a workdir."""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+import datasets
+import evaluation
+import likelihood
+import losses
+import reporting
+import sampling
+import sde_lib
+from configs.default import UserError, validate
+from models import utils as mutils
+
+log = logging.getLogger("soft_truncation")
+
+# May differ between the runs of one workdir: nothing that decides what is learnt.
+_FREE_FIELDS = {
+    "training": ("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_sampling")
+    + ("snapshot_freq_for_preemption",),
+    "data": ("path", "tfds_dir"),
+    "model": ("num_scales",),
+}
+_FREE_SECTIONS = ("sampling", "eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a config names, checked and loaded; nothing is compiled yet."""
+
+    sde: sde_lib.VPSDE
+    model: mutils.Model
+    optimizer: optax.GradientTransformation
+    train: datasets.Dataset
+    test: datasets.Dataset
+    state_shape: losses.TrainState  # of jax.ShapeDtypeStruct
+
+
+def _init_state(
+    config: ConfigDict, model: mutils.Model, optimizer: optax.GradientTransformation
+) -> losses.TrainState:
+    params = mutils.init_params(config, model, jax.random.key(config.seed))
+    return losses.TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def set_up(config: ConfigDict) -> Setup:
+    """Check a config and load its data.
+
+    Raises:
+      UserError: one line that says what is wrong with the config or the data.
+    """
+    validate(config, jax.device_count())
+    sde, model = sde_lib.get_sde(config), mutils.create_model(config)
+    optimizer = losses.get_optimizer(config)
+    try:
+        shape = jax.eval_shape(lambda: _init_state(config, model, optimizer))
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"config.model: no network can be built: {error}") from error
+    train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
+    return Setup(sde, model, optimizer, train, test, shape)
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first field of a config that decides what is learnt and differs."""
+    if old.get("seed") != new["seed"]:
+        return f"seed is {old.get('seed')} there and {new['seed']} here"
+    for section, fields in new.items():
+        if section in _FREE_SECTIONS or not isinstance(fields, dict):
+            continue
+        for field, value in fields.items():
+            before = old.get(section, {}).get(field)
+            if field not in _FREE_FIELDS.get(section, ()) and before != value:
+                return f"{section}.{field} is {before} there and {value} here"
+    return None
+
+
+def _claim_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Write config.json, or make sure that the workdir's own one describes the same run."""
+    path = workdir / "config.json"
+    fields = json.loads(config.to_json_best_effort())
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
+        difference = _first_difference(old, fields)
+        if difference:
+            raise UserError(
+                f"{workdir} belongs to another config: {difference}; "
+                "choose another --workdir, or delete this one"
+            )
+    elif jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(fields, indent=1) + "\n")
+        partial.replace(path)
+
+
+def _checkpoints(config: ConfigDict, workdir: pathlib.Path) -> ocp.CheckpointManager:
+    """Keeps every `snapshot_freq`-th step for good, and the last two besides."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, keep_period=config.training.snapshot_freq, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+
+
+def _restore(
+    manager: ocp.CheckpointManager, shape: losses.TrainState, step: int
+) -> losses.TrainState:
+    target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), shape)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shape
+    )
+    try:
+        return manager.restore(step, args=ocp.args.StandardRestore(target))
+    except Exception as error:  # whatever the files' damage makes Orbax raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the checkpoint {manager.directory / str(step)} can't be read ({reason[:200]}); "
+            "move it away to go on from the one before"
+        ) from error
+
+
+def _restore_latest(
+    config: ConfigDict, workdir: pathlib.Path, shape: losses.TrainState
+) -> losses.TrainState:
+    """The state of the newest checkpoint, for evaluation and sampling."""
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} has no checkpoint; run --mode train first")
+    _claim_workdir(config, workdir)
+    with _checkpoints(config, workdir) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"{workdir}/checkpoints has no checkpoint; run --mode train first")
+        return _restore(manager, shape, step)
+
+
+class _Metrics:
+    """One JSON object a line in metrics.jsonl, and TensorBoard where TensorFlow is installed."""
+
+    def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
+        path = workdir / "metrics.jsonl"
+        if path.exists():  # what came after the checkpoint is done anew
+            kept = [r for r in reporting.read_metrics(path) if r["step"] <= first_step]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.replace(path)
+        self._file = path.open("a")
+        try:
+            from clu import metric_writers
+
+            self._writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+        except ImportError:
+            log.info("TensorFlow is not installed: metrics go to %s alone", path)
+            self._writer = None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            self._writer.write_scalars(step, values)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _report_start(config: ConfigDict, setup: Setup, workdir: pathlib.Path) -> None:
+    batch, devices = config.training.batch_size, jax.devices()
+    log.info("workdir %s", workdir)
+    log.info(
+        "data %s: %d training and %d test images, %d×%d×%d, %d levels",
+        *(setup.train.name, len(setup.train), len(setup.test)),
+        *(config.data.image_size, config.data.image_size, config.data.num_channels),
+        setup.train.num_levels,
+    )
+    log.info(
+        "model %s: %s parameters, compute in %s",
+        *(config.model.name, f"{mutils.count_params(setup.state_shape.params):,}"),
+        config.model.dtype,
+    )
+    log.info(
+        "devices %d × %s, batch %d (%d a device), %.1f steps an epoch",
+        *(len(devices), devices[0].device_kind, batch, batch // len(devices)),
+        len(setup.train) / batch,
+    )
+    weight = "likelihood (g²)" if config.training.likelihood_weighting else "variance (σ²)"
+    drawn = "importance-sampled" if config.training.importance_sampling else "uniform"
+    exponent = "" if config.training.truncation == "fixed" else f", k = {config.training.k:g}"
+    log.info(
+        "objective: %s weighting, %s time, %s truncation%s, ε = %g",
+        *(weight, drawn, config.training.truncation.replace("_", " "), exponent),
+        config.training.truncation_time,
+    )
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainState:
+    """Train `config` in `workdir`, or go on where an interrupted run of it left off.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: the config, the data or the workdir can't be used, or the loss is not finite.
+    """
+    workdir = pathlib.Path(workdir)
+    setup = set_up(config)
+    _claim_workdir(config, workdir)
+    _report_start(config, setup, workdir)
+    devices = jax.local_devices()
+    num_local, num_steps = len(devices), config.training.n_iters
+
+    with _checkpoints(config, workdir) as manager:
+        latest = manager.latest_step()
+        if latest is None:
+            state = _init_state(config, setup.model, setup.optimizer)
+            first_step = 0
+        else:
+            state, first_step = _restore(manager, setup.state_shape, latest), latest
+            log.info("resumed at step %d of %d", first_step, num_steps)
+        state = _replicate(state, num_local)
+
+        step_fn = losses.get_step_fn(
+            config, setup.sde, setup.model, setup.optimizer, setup.train.num_levels
+        )
+        parallel_step = jax.pmap(step_fn, axis_name="batch", donate_argnums=0)
+        test_loss = _get_test_loss(config, setup)
+        draw_grid = _get_grid_fn(config, setup, workdir)
+        batches = datasets.train_batches(
+            setup.train,
+            config.training.batch_size,
+            config.seed,
+            first_step,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        metrics = _Metrics(workdir, first_step) if jax.process_index() == 0 else None
+        try:
+            for state, step in _steps(config, state, parallel_step, batches, first_step, metrics):
+                done = step == num_steps
+                if metrics and (step % config.training.eval_freq == 0 or done):
+                    loss = test_loss(_first(state.ema_params))
+                    metrics.write(step, {"test_loss": loss})
+                    log.info("step %d | loss on test images, with EMA %.4g", step, loss)
+                snapshot = step % config.training.snapshot_freq == 0 or done
+                if snapshot or step % config.training.snapshot_freq_for_preemption == 0:
+                    saved = jax.tree.map(np.asarray, _first(state))
+                    manager.save(step, args=ocp.args.StandardSave(saved), force=True)
+                if snapshot and config.training.snapshot_sampling and metrics:
+                    path = draw_grid(_first(state.ema_params), f"step_{step:08d}.png")
+                    log.info("step %d | samples in %s", step, path)
+        finally:
+            if metrics:
+                metrics.close()
+            manager.wait_until_finished()
+    if jax.process_index() == 0:
+        reporting.plot_training(workdir / "metrics.jsonl", workdir / "training.png")
+    log.info("done: %d steps; checkpoints and curves are in %s", num_steps, workdir)
+    return _first(state)
+
+
+def _replicate(tree: Any, num_local: int) -> Any:
+    # Through pmap itself, so that its first call sees the layout of all later ones.
+    return jax.pmap(lambda _, tree: tree, in_axes=(0, None))(np.arange(num_local), tree)
+
+
+def _first(tree: Any) -> Any:
+    """The first device's copy of a replicated tree."""
+    return jax.tree.map(lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree)
+
+
+def _steps(
+    config: ConfigDict,
+    state: losses.TrainState,
+    parallel_step: Any,
+    batches: Iterator[dict[str, np.ndarray]],
+    first_step: int,
+    metrics: _Metrics | None,
+) -> Iterator[tuple[losses.TrainState, int]]:
+    """Train, log, and give (state, steps done) after every step.
+
+    Raises:
+      UserError: loss or gradient is not finite at a step that is logged or saved.
+    """
+    training, num_local = config.training, jax.local_device_count()
+    batch_size, num_steps = training.batch_size, training.n_iters
+    shard = lambda x: x.reshape(num_local, -1, *x.shape[1:])  # noqa: E731
+    window_start, window_steps, total = time.time(), 0, jnp.zeros(())
+    compiled = False
+    for step in range(first_step + 1, num_steps + 1):
+        batch = next(batches)
+        state, values = parallel_step(state, shard(batch["image"]), shard(batch["index"]))
+        total, window_steps = total + _first(values["loss"]), window_steps + 1
+        saves = step % training.snapshot_freq_for_preemption == 0 or step == num_steps
+        saves = saves or step % training.snapshot_freq == 0
+        logs = step % training.log_freq == 0 or step == num_steps or not compiled
+        if saves or logs:
+            loss, norm = float(_first(values["loss"])), float(_first(values["grad_norm"]))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                tau = float(_first(values["tau"]))
+                raise UserError(
+                    f"the loss is {loss} and its gradient's norm {norm} at step {step} "
+                    f"(τ = {tau:.3g}); training stops, and the last checkpoint is kept"
+                )
+        if logs:
+            seconds = time.time() - window_start
+            rate = batch_size * window_steps / seconds
+            mean = float(total) / window_steps
+            if metrics:
+                row = {"loss": mean, "grad_norm": norm, "tau": float(_first(values["tau"]))}
+                metrics.write(step, {**row, "images_per_second": rate} if compiled else row)
+            if compiled:
+                left = _clock((num_steps - step) * seconds / window_steps)
+                log.info(
+                    "step %d/%d | %.0f images/s | loss %.4g | %s left",
+                    *(step, num_steps, rate, mean, left),
+                )
+            else:
+                log.info("step %d/%d | compiled in %.0f s | loss %.4g", step, num_steps, seconds, mean)
+            compiled = True
+            window_start, window_steps, total = time.time(), 0, jnp.zeros(())
+        before = time.time()
+        yield state, step
+        window_start += time.time() - before  # what is done between steps is not training
+
+
+def _get_test_loss(config: ConfigDict, setup: Setup) -> Any:
+    """params → the objective on (up to 1,000) test images, with the same draws every time."""
+    loss_fn = losses.get_batch_loss_fn(
+        config, setup.sde, setup.model, setup.test.num_levels, train=False
+    )
+    images = datasets.in_order(setup.test, min(1000, config.training.batch_size * 4))["image"]
+    # Each image has a truncation of its own here, so that one draw does not decide the loss.
+    compiled = jax.jit(
+        lambda params, key, images, index: jnp.mean(loss_fn(params, key, images, index)[0])
+    )
+
+    def test_loss(params: Any) -> float:
+        size, values = min(len(images), config.training.batch_size), []
+        for start in range(0, len(images) - size + 1, size):
+            key = losses.step_key(config.seed + 1, start)
+            batch = images[start : start + size]
+            values.append(float(compiled(params, key, batch, np.arange(size))))
+        return float(np.mean(values))
+
+    return test_loss
+
+
+def _mesh_shardings() -> tuple[NamedSharding, NamedSharding]:
+    """(rows over all devices, the same on all devices)."""
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",))
+    return NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+
+
+def _get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
+    """(params, key) → (levels (batch_size, H, W, C) uint8, nfe), over all devices."""
+    rows, everywhere = _mesh_shardings()
+    make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
+    sample_fn = sampling.get_sampling_fn(config, setup.sde, make_score_fn, batch_size)
+
+    def sample_levels(params: Any, key: Array) -> tuple[Array, Array]:
+        x, nfe = sample_fn(params, key)
+        return datasets.to_levels(x, setup.train.num_levels, config), nfe
+
+    compiled = jax.jit(sample_levels, out_shardings=(rows, everywhere))
+
+    def sample(params: Any, key: Array) -> tuple[np.ndarray, int]:
+        levels, nfe = compiled(jax.device_put(params, everywhere), key)
+        return np.asarray(levels), int(nfe)
+
+    return sample
+
+
+def _sample_many(
+    config: ConfigDict, setup: Setup, params: Any, count: int, batch_size: int
+) -> tuple[np.ndarray, int]:
+    """`count` samples as levels, and the mean number of score evaluations for each."""
+    sample, parts, nfe = _get_sampler(config, setup, batch_size), [], []
+    start, key = time.time(), jax.random.key(config.seed + 2)
+    for i in range(math.ceil(count / batch_size)):
+        levels, evaluations = sample(params, jax.random.fold_in(key, i))
+        parts.append(levels)
+        nfe.append(evaluations)
+        done = min((i + 1) * batch_size, count)
+        left = (time.time() - start) / (i + 1) * (math.ceil(count / batch_size) - i - 1)
+        log.info(
+            "sampling | %d/%d images | %d evaluations | %s left",
+            *(done, count, evaluations, _clock(left)),
+        )
+    return np.concatenate(parts)[:count], round(float(np.mean(nfe)))
+
+
+def _get_grid_fn(config: ConfigDict, setup: Setup, workdir: pathlib.Path) -> Any:
+    """(params, file name) → path of a grid of samples, the same noise every time."""
+    sample = _get_sampler(config, setup, config.sampling.batch_size)
+
+    def draw(params: Any, name: str) -> pathlib.Path:
+        levels, _ = sample(params, jax.random.key(config.seed + 3))
+        path = workdir / "samples" / name
+        reporting.save_grid(datasets.levels_to_uint8(levels, setup.train.num_levels), path)
+        return path
+
+    return draw
+
+
+def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """Sample `sampling.n_images` images from the newest checkpoint.
+
+    Returns:
+      The path of a grid, samples/samples.png; all images are beside it in samples.npz (`samples`,
+      (N, H, W, C) uint8, grey values 0 … 255).
+    """
+    workdir = pathlib.Path(workdir)
+    setup = set_up(config)
+    state = _restore_latest(config, workdir, setup.state_shape)
+    log.info("sampling from step %d of %s", int(state.step), workdir)
+    levels, _ = _sample_many(
+        config, setup, state.ema_params, config.sampling.n_images, config.sampling.batch_size
+    )
+    images = datasets.levels_to_uint8(levels, setup.train.num_levels)
+    path = workdir / "samples" / "samples.png"
+    reporting.save_grid(images, path)
+    np.savez_compressed(path.with_suffix(".npz"), samples=images)
+    log.info("%d samples in %s and %s", len(images), path, path.with_suffix(".npz"))
+    return path
+
+
+def _bits_per_dim(
+    config: ConfigDict, setup: Setup, params: Any, images: np.ndarray, name: str
+) -> dict[str, np.ndarray]:
+    """NLL and NELBO of each image, and the evaluations of each solve."""
+    rows, everywhere = _mesh_shardings()
+    make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
+    levels = setup.test.num_levels
+    nll_fn = likelihood.get_nll_fn(config, setup.sde, make_score_fn, levels)
+    nelbo_fn = likelihood.get_nelbo_fn(config, setup.sde, make_score_fn, levels)
+    params = jax.device_put(params, everywhere)
+    size, key, parts, start = config.eval.batch_size, jax.random.key(config.seed + 4), [], time.time()
+    for i in range(0, len(images), size):
+        batch = images[i : i + size]
+        count = len(batch)
+        batch = np.pad(batch, ((0, size - count), (0, 0), (0, 0), (0, 0)), mode="wrap")
+        data_key, nll_key, nelbo_key = jax.random.split(jax.random.fold_in(key, i), 3)
+        x = datasets.dequantize(batch, jax.random.split(data_key, size), levels)
+        x = jax.device_put(datasets.scale(x, config.data.centered), rows)
+        nll = {k: v for k, v in nll_fn(params, nll_key, x).items() if k != "latent"}
+        nll["nfe"] = jnp.broadcast_to(nll["nfe"], (size,))
+        values = nll | nelbo_fn(params, nelbo_key, x)
+        parts.append({k: np.asarray(v, np.float64)[:count] for k, v in values.items()})
+        done = i + count
+        left = (time.time() - start) / done * (len(images) - done)
+        log.info(
+            "bits/dim, %s | %d/%d images | NLL %.3f | %s left",
+            *(name, done, len(images), np.mean([p["nll"].mean() for p in parts]), _clock(left)),
+        )
+    values = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    for key_name in ("nll", "nelbo"):
+        if not np.isfinite(values[key_name]).all():
+            raise UserError(
+                f"{key_name} of {name} is not finite for some images: the weights are broken, or "
+                "the solver failed; try a smaller eval.rtol and eval.atol"
+            )
+    return values
+
+
+def _gaussian_baseline(config: ConfigDict, setup: Setup, images: np.ndarray) -> float | None:
+    """Bits/dim of the test images under a normal distribution fitted to the training images."""
+    dims = math.prod(images.shape[1:])
+    count = min(len(setup.train), 50_000)
+    if dims > 4096 or count < 2 * dims:
+        log.info("no Gaussian baseline: it needs 2 × %d training images, at most 4096 dims", dims)
+        return None
+
+    def prepare(images: np.ndarray, seed: int) -> np.ndarray:
+        noise = np.random.default_rng(seed).random(images.shape)
+        x = datasets.scale((images + noise) / setup.train.num_levels, config.data.centered)
+        return x.reshape(len(x), -1)
+
+    train_images = datasets.in_order(setup.train, count)["image"]
+    return evaluation.gaussian_bits_per_dim(
+        prepare(train_images, config.seed),
+        prepare(images, config.seed + 1),
+        datasets.bits_offset(setup.train.num_levels, config.data.centered),
+    )
+
+
+def _evaluate_bpd(config: ConfigDict, setup: Setup, state: losses.TrainState) -> dict[str, Any]:
+    images = datasets.in_order(setup.test, config.eval.num_test_data)["image"]
+    values = _bits_per_dim(config, setup, state.ema_params, images, "trained network")
+    untrained = _init_state(config, setup.model, setup.optimizer).params
+    baseline = _bits_per_dim(config, setup, untrained, images, "untrained network")
+    report: dict[str, Any] = {"num_test_images": len(images)}
+    for name in ("nll", "nll_without_residual", "nelbo", "nelbo_without_residual"):
+        report[name] = float(values[name].mean())
+        report[f"{name}_stderr"] = float(values[name].std(ddof=1) / np.sqrt(len(images)))
+    report["nll_nfe"] = float(values["nfe"].mean())
+    report["nll_untrained_network"] = float(baseline["nll"].mean())
+    report["nll_gaussian"] = _gaussian_baseline(config, setup, images)
+    return report
+
+
+def _evaluate_samples(
+    config: ConfigDict, setup: Setup, state: losses.TrainState, workdir: pathlib.Path
+) -> dict[str, Any]:
+    if not setup.train.num_classes:
+        log.warning("%s has no labels to train a classifier on: no fd_classifier", setup.train.name)
+        return {}
+    features, facts = evaluation.get_classifier(setup.train, setup.test, config.eval.cache_dir)
+    levels, nfe = _sample_many(
+        config, setup, state.ema_params, config.eval.num_samples, config.eval.batch_size
+    )
+    grid = datasets.levels_to_uint8(levels[:64], setup.train.num_levels)
+    reporting.save_grid(grid, workdir / "eval" / "samples.png")
+    real = features(datasets.in_order(setup.train, 50_000)["image"])
+    held_out = features(datasets.in_order(setup.test, 50_000)["image"])
+    return {
+        **evaluation.compare_features(real, features(levels), "classifier"),
+        "fd_classifier_of_test_images": evaluation.frechet_distance(real, held_out),
+        "num_samples": len(levels),
+        "sampling_nfe": nfe,
+        "classifier_accuracy": facts["accuracy"],
+        "classifier_weights": facts["weights"],
+    }
+
+
+def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Score the newest checkpoint's EMA weights; writes eval/report.json and eval/report.md.
+
+    Returns:
+      The report.
+    """
+    workdir = pathlib.Path(workdir)
+    setup = set_up(config)
+    state = _restore_latest(config, workdir, setup.state_shape)
+    log.info("evaluating step %d of %s", int(state.step), workdir)
+    (workdir / "eval").mkdir(exist_ok=True)
+    report: dict[str, Any] = {
+        "data": setup.train.name,
+        "num_levels": setup.train.num_levels,
+        "step": int(state.step),
+        "truncation": config.training.truncation,
+    }
+    if config.eval.enable_bpd:
+        report |= _evaluate_bpd(config, setup, state)
+    if config.eval.enable_sampling:
+        report |= _evaluate_samples(config, setup, state, workdir)
+    reporting.plot_training(workdir / "metrics.jsonl", workdir / "eval" / "training.png")
+    reporting.write_report(report, workdir / "eval")
+    for line in reporting.table(report).splitlines():
+        log.info("%s", line)
+    log.info("report in %s", workdir / "eval" / "report.md")
+    return report
