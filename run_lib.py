@@ -1,5 +1,6 @@
 """The loops: training, evaluation and sampling in a workdir."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -7,6 +8,7 @@ import logging
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -131,7 +133,6 @@ def _checkpoints(config: ConfigDict, workdir: pathlib.Path) -> ocp.CheckpointMan
 def _restore(
     manager: ocp.CheckpointManager, shape: losses.TrainState, step: int
 ) -> losses.TrainState:
-    target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), shape)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shape
@@ -160,6 +161,20 @@ def _restore_latest(
         return _restore(manager, shape, step)
 
 
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Silence what C++ writes to the process's stderr; exceptions pass."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 class _Metrics:
     """One JSON object a line in metrics.jsonl, and TensorBoard where TensorFlow is installed."""
 
@@ -172,7 +187,8 @@ class _Metrics:
             partial.replace(path)
         self._file = path.open("a")
         try:
-            from clu import metric_writers
+            with _quiet_stderr():  # TensorFlow's C++ greets whatever its log level
+                from clu import metric_writers
 
             self._writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
         except ImportError:
@@ -292,8 +308,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainSt
 
 
 def _replicate(tree: Any, num_local: int) -> Any:
-    # Through pmap itself, so that its first call sees the layout of all later ones.
-    return jax.pmap(lambda _, tree: tree, in_axes=(0, None))(np.arange(num_local), tree)
+    # Through a pmap with the step's axis name: another sharding would compile the step twice.
+    copy = jax.pmap(lambda _, tree: tree, axis_name="batch", in_axes=(0, None))
+    return copy(np.arange(num_local), tree)
 
 
 def _first(tree: Any) -> Any:
