@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
@@ -108,7 +109,7 @@ class TFDSSource:
         return len(self.source)
 
     def fetch(self, indices: np.ndarray) -> Examples:
-        examples = self.source.__getitems__([int(i) for i in indices])
+        examples = [self.source[int(i)] for i in indices]
         return {key: np.stack([e[key] for e in examples]) for key in ("image", "label")}
 
 
@@ -290,18 +291,19 @@ def _flip(image: Array, key: Array) -> Array:
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
-def dequantize(images: Array, keys: Array, num_levels: int) -> Array:
+def dequantize(images: ArrayLike, keys: Array, num_levels: int) -> Array:
     """(image + u) / num_levels in [0, 1), u uniform: (N, H, W, C) float32; one key an image."""
+    images = jnp.asarray(images, jnp.float32)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
-    return (images.astype(jnp.float32) + uniform) / num_levels
+    return (images + uniform) / num_levels
 
 
-def scale(x: Array, centered: bool) -> Array:
+def scale(x: Any, centered: bool) -> Any:
     """From [0, 1] to the range that the model sees: [-1, 1] if centered."""
     return 2 * x - 1 if centered else x
 
 
-def inverse_scale(x: Array, centered: bool) -> Array:
+def inverse_scale(x: Any, centered: bool) -> Any:
     """From the range that the model sees to [0, 1]."""
     return (x + 1) / 2 if centered else x
 

@@ -149,7 +149,9 @@ def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:
     expected = jax.eval_shape(lambda: mutils.init_params(config, model, jax.random.key(0)))
     for tree in (params, ema_params):
         theirs = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
-        ours = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(expected)}
+        ours = {
+            jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(expected)
+        }
         for name in sorted(theirs.keys() | ours.keys()):
             shapes = [str(d[name].shape) if name in d else "nothing" for d in (theirs, ours)]
             if shapes[0] != shapes[1]:

@@ -117,7 +117,7 @@ def get_nll_fn(
       The noise can be given instead of drawn: `probe`, `z_eps` and `z_residual`, of x's shape.
     """
     eps = config.training.truncation_time
-    tolerances = dict(rtol=config.eval.rtol, atol=config.eval.atol)
+    tolerances = {"rtol": config.eval.rtol, "atol": config.eval.atol}
     offset = datasets.bits_offset(num_levels, config.data.centered)
 
     def nll_fn(

@@ -85,7 +85,7 @@ class TruncationPrior:
         return jnp.expm1(-m * log_ratio) / math.expm1(-m * self._log_range)
 
     def pdf(self, t: ArrayLike) -> Array:
-        """Density at t, elementwise; 0 outside [eps, T]; for k = inf, inf at eps and 0 elsewhere."""
+        """Density at t, elementwise; 0 outside [eps, T]. For k = inf: inf at eps, 0 elsewhere."""
         t = jnp.asarray(t)
         if math.isinf(self.k):
             return jnp.where(t == self.eps, jnp.inf, 0.0)
@@ -167,7 +167,9 @@ def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """Clip by global norm, (L2,) Adam, linear warm-up from 0: one chain, in the official order."""
     optim = config.optim
     schedule = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup else optim.lr
-    decay = optax.add_decayed_weights(optim.weight_decay) if optim.weight_decay else optax.identity()
+    decay = (
+        optax.add_decayed_weights(optim.weight_decay) if optim.weight_decay else optax.identity()
+    )
     adam = optax.scale_by_adam(b1=optim.beta1, b2=0.999, eps=optim.eps)
     return optax.chain(
         optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip >= 0 else optax.identity(),

@@ -69,7 +69,9 @@ def plot_training(metrics: pathlib.Path, path: pathlib.Path) -> None:
     for name, label in (("loss", "training batches"), ("test_loss", "test images, EMA weights")):
         points = [(r["step"], r[name]) for r in rows if name in r]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else "")
+            axes.plot(
+                *zip(*points, strict=True), label=label, marker="." if len(points) < 20 else ""
+            )
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="Training")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
@@ -102,9 +104,9 @@ def write_report(report: dict[str, Any], folder: pathlib.Path) -> None:
             )
     if "nll" in report:
         text.append(
-            f"- Bits/dim: {report['num_test_images']} test images of {report['num_levels']} levels, "
-            f"uniformly dequantised; {report['nll_nfe']:.0f} score evaluations a solve. The standard "
-            "error is over images."
+            f"- Bits/dim: {report['num_test_images']} test images of {report['num_levels']} "
+            f"levels, uniformly dequantised; {report['nll_nfe']:.0f} score evaluations a solve. "
+            "The standard error is over images."
         )
     if "fd_classifier" in report:
         text.append(

@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import datasets
@@ -36,8 +36,10 @@ log = logging.getLogger("soft_truncation")
 
 # May differ between the runs of one workdir: nothing that decides what is learnt.
 _FREE_FIELDS = {
-    "training": ("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_sampling")
-    + ("snapshot_freq_for_preemption",),
+    "training": (
+        *("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_sampling"),
+        "snapshot_freq_for_preemption",
+    ),
     "data": ("path", "tfds_dir"),
     "model": ("num_scales",),
 }
@@ -284,7 +286,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainSt
         )
         metrics = _Metrics(workdir, first_step) if jax.process_index() == 0 else None
         try:
-            for state, step in _steps(config, state, parallel_step, batches, first_step, metrics):
+            steps = _steps(config, state, parallel_step, batches, first_step, metrics)
+            for state, step in steps:
                 done = step == num_steps
                 if metrics and (step % config.training.eval_freq == 0 or done):
                     loss = test_loss(_first(state.ema_params))
@@ -365,7 +368,9 @@ def _steps(
                     *(step, num_steps, rate, mean, left),
                 )
             else:
-                log.info("step %d/%d | compiled in %.0f s | loss %.4g", step, num_steps, seconds, mean)
+                log.info(
+                    "step %d/%d | compiled in %.0f s | loss %.4g", step, num_steps, seconds, mean
+                )
             compiled = True
             window_start, window_steps, total = time.time(), 0, jnp.zeros(())
         before = time.time()
@@ -397,7 +402,7 @@ def _get_test_loss(config: ConfigDict, setup: Setup) -> Any:
 
 def _mesh_shardings() -> tuple[NamedSharding, NamedSharding]:
     """(rows over all devices, the same on all devices)."""
-    mesh = jax.make_mesh((jax.device_count(),), ("batch",))
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
     return NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
 
 
@@ -474,17 +479,34 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     return path
 
 
-def _bits_per_dim(
-    config: ConfigDict, setup: Setup, params: Any, images: np.ndarray, name: str
-) -> dict[str, np.ndarray]:
-    """NLL and NELBO of each image, and the evaluations of each solve."""
-    rows, everywhere = _mesh_shardings()
+def _get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Array]]:
+    """(params, nll_key, nelbo_key, x) → NLL, NELBO and the evaluations of a solve, (N,) each."""
     make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
     levels = setup.test.num_levels
     nll_fn = likelihood.get_nll_fn(config, setup.sde, make_score_fn, levels)
     nelbo_fn = likelihood.get_nelbo_fn(config, setup.sde, make_score_fn, levels)
+
+    def bpd_fn(params: Any, nll_key: Array, nelbo_key: Array, x: Array) -> dict[str, Array]:
+        nll = {k: v for k, v in nll_fn(params, nll_key, x).items() if k != "latent"}
+        nll["nfe"] = jnp.broadcast_to(nll["nfe"], len(x))
+        return nll | nelbo_fn(params, nelbo_key, x)
+
+    return bpd_fn
+
+
+def _bits_per_dim(
+    config: ConfigDict, setup: Setup, bpd_fn: Any, params: Any, images: np.ndarray, name: str
+) -> dict[str, np.ndarray]:
+    """What `bpd_fn` gives for each of many images, (N,) each."""
+    levels = setup.test.num_levels
+    rows, everywhere = _mesh_shardings()
     params = jax.device_put(params, everywhere)
-    size, key, parts, start = config.eval.batch_size, jax.random.key(config.seed + 4), [], time.time()
+    size, key, parts, start = (
+        config.eval.batch_size,
+        jax.random.key(config.seed + 4),
+        [],
+        time.time(),
+    )
     for i in range(0, len(images), size):
         batch = images[i : i + size]
         count = len(batch)
@@ -492,9 +514,7 @@ def _bits_per_dim(
         data_key, nll_key, nelbo_key = jax.random.split(jax.random.fold_in(key, i), 3)
         x = datasets.dequantize(batch, jax.random.split(data_key, size), levels)
         x = jax.device_put(datasets.scale(x, config.data.centered), rows)
-        nll = {k: v for k, v in nll_fn(params, nll_key, x).items() if k != "latent"}
-        nll["nfe"] = jnp.broadcast_to(nll["nfe"], (size,))
-        values = nll | nelbo_fn(params, nelbo_key, x)
+        values = bpd_fn(params, nll_key, nelbo_key, x)
         parts.append({k: np.asarray(v, np.float64)[:count] for k, v in values.items()})
         done = i + count
         left = (time.time() - start) / done * (len(images) - done)
@@ -535,9 +555,10 @@ def _gaussian_baseline(config: ConfigDict, setup: Setup, images: np.ndarray) -> 
 
 def _evaluate_bpd(config: ConfigDict, setup: Setup, state: losses.TrainState) -> dict[str, Any]:
     images = datasets.in_order(setup.test, config.eval.num_test_data)["image"]
-    values = _bits_per_dim(config, setup, state.ema_params, images, "trained network")
+    bpd_fn = _get_bpd_fn(config, setup)
+    values = _bits_per_dim(config, setup, bpd_fn, state.ema_params, images, "trained network")
     untrained = _init_state(config, setup.model, setup.optimizer).params
-    baseline = _bits_per_dim(config, setup, untrained, images, "untrained network")
+    baseline = _bits_per_dim(config, setup, bpd_fn, untrained, images, "untrained network")
     report: dict[str, Any] = {"num_test_images": len(images)}
     for name in ("nll", "nll_without_residual", "nelbo", "nelbo_without_residual"):
         report[name] = float(values[name].mean())

@@ -25,7 +25,7 @@ def _fill(t: ArrayLike, x: Array) -> Array:
 
 
 def euler_maruyama(
-    sde: VPSDE, score_fn: ScoreFn, x: Array, t: ArrayLike, t_next: ArrayLike, z: Array
+    sde: VPSDE, score_fn: ScoreFn, x: Array, t: Array, t_next: Array, z: Array
 ) -> tuple[Array, Array]:
     """Euler-Maruyama on the reverse SDE, from t to t_next < t with noise z: (x, its mean)."""
     dt = t - t_next
@@ -35,7 +35,7 @@ def euler_maruyama(
 
 
 def reverse_diffusion(
-    sde: VPSDE, score_fn: ScoreFn, x: Array, t: ArrayLike, t_next: ArrayLike, z: Array
+    sde: VPSDE, score_fn: ScoreFn, x: Array, t: Array, t_next: Array, z: Array
 ) -> tuple[Array, Array]:
     """The reverse of the forward chain x ← a x + G z (arXiv 2011.13456, eq. 46): (x, its mean)."""
     a, g = sde.discretize(t, t - t_next)
@@ -44,7 +44,7 @@ def reverse_diffusion(
 
 
 def langevin(
-    sde: VPSDE, score_fn: ScoreFn, x: Array, t: ArrayLike, dt: ArrayLike, snr: float, z: Array
+    sde: VPSDE, score_fn: ScoreFn, x: Array, t: Array, dt: Array, snr: float, z: Array
 ) -> tuple[Array, Array]:
     """One step of Langevin dynamics at t (arXiv 2011.13456, alg. 5): (x, its mean).
 
@@ -119,7 +119,7 @@ def pc_sample(
 
 
 def solve_ode(
-    vector_field: Callable[[Array, Any, Any], Any],
+    vector_field: Callable[[Any, Any, Any], Any],
     y0: Any,
     t0: float,
     t1: float,
@@ -146,8 +146,11 @@ def solve_ode(
         t1,
         None,
         y0,
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
-        max_steps=None,
+        # A field that is not finite would shrink the step forever: dtmin ends such a solve.
+        stepsize_controller=diffrax.PIDController(
+            rtol=rtol, atol=atol, dtmin=1e-10, force_dtmin=False
+        ),
+        max_steps=100_000,
         throw=False,
     )
     failed = solution.result != diffrax.RESULTS.successful
@@ -156,7 +159,7 @@ def solve_ode(
     return y1, 6 * solution.stats["num_steps"] + 2
 
 
-def probability_flow(sde: VPSDE, score_fn: ScoreFn) -> Callable[[Array, Array, Any], Array]:
+def probability_flow(sde: VPSDE, score_fn: ScoreFn) -> Callable[[Any, Array, Any], Array]:
     """dx/dt = f x - ½ g² s(x, t), the ODE with the SDE's marginals, as a vector field (t, x, _)."""
 
     def drift(t: Array, x: Array, args: Any = None) -> Array:

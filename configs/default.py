@@ -110,14 +110,38 @@ _CHOICES = {
     "sampling.corrector": ("none", "langevin"),
 }
 
-_POSITIVE = """
-data.image_size data.num_channels model.nf model.num_res_blocks model.ema_rate model.beta_max
-model.num_scales optim.lr optim.eps optim.num_micro_batch training.batch_size training.n_iters
-training.truncation_time training.log_freq training.eval_freq training.snapshot_freq
-training.snapshot_freq_for_preemption sampling.n_steps_each sampling.snr sampling.truncation_time
-sampling.rtol sampling.atol sampling.batch_size sampling.n_images eval.batch_size eval.num_samples
-eval.num_test_data eval.nelbo_draws eval.rtol eval.atol
-""".split()
+_POSITIVE = [
+    "data.image_size",
+    "data.num_channels",
+    "model.nf",
+    "model.num_res_blocks",
+    "model.ema_rate",
+    "model.beta_max",
+    "model.num_scales",
+    "optim.lr",
+    "optim.eps",
+    "optim.num_micro_batch",
+    "training.batch_size",
+    "training.n_iters",
+    "training.truncation_time",
+    "training.log_freq",
+    "training.eval_freq",
+    "training.snapshot_freq",
+    "training.snapshot_freq_for_preemption",
+    "sampling.n_steps_each",
+    "sampling.snr",
+    "sampling.truncation_time",
+    "sampling.rtol",
+    "sampling.atol",
+    "sampling.batch_size",
+    "sampling.n_images",
+    "eval.batch_size",
+    "eval.num_samples",
+    "eval.num_test_data",
+    "eval.nelbo_draws",
+    "eval.rtol",
+    "eval.atol",
+]
 
 _NOT_NEGATIVE = "model.dropout model.init_scale model.beta_min optim.weight_decay optim.warmup"
 

@@ -13,12 +13,12 @@ Dtype = Any
 
 
 def variance_scaling(scale: float = 1.0) -> nn.initializers.Initializer:
-    """Uniform fan-average initialisation; a scale of 0 becomes 1e-10, so that it can still learn."""
+    """Uniform fan-average initialisation; 0 becomes 1e-10, so that it can still learn."""
     return nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
 
 
 def timestep_embedding(labels: Array, dim: int, max_positions: float = 10_000.0) -> Array:
-    """Sinusoidal embedding (arXiv 1706.03762) of `labels` (N,), as (N, dim) float32; dim is even."""
+    """Sinusoidal embedding (arXiv 1706.03762) of `labels` (N,): (N, dim) float32, dim even."""
     half = dim // 2
     frequencies = jnp.exp(-math.log(max_positions) / (half - 1) * jnp.arange(half))
     angles = labels.astype(jnp.float32)[:, None] * frequencies
@@ -77,6 +77,7 @@ class AttnBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """(N, H, W, C) → the same."""
         n, h, w, c = x.shape
         y = group_norm(x, self.dtype).reshape(n, h * w, c)
         dense = lambda scale: nn.Dense(  # noqa: E731
@@ -105,6 +106,7 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, temb: Array, dropout_keys: Array | None) -> Array:
+        """(N, H, W, C), with time embedding (N, E) and a key an image (None: no dropout)."""
         y = nn.silu(group_norm(x, self.dtype))
         if self.resample is not None:
             x, y = self.resample(x), self.resample(y)

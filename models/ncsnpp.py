@@ -1,6 +1,7 @@
 """DDPM++ (arXiv 2011.13456, §4.3 and appendix H): a U-Net of BigGAN blocks with attention."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -51,9 +52,13 @@ class NCSNpp(nn.Module):
         keys = dropout_keys if train else None
         if train and keys is None and self.dropout:
             raise ValueError("train=True takes dropout_keys, one key an image")
-        common = dict(skip_rescale=self.skip_rescale, init_scale=self.init_scale, dtype=self.dtype)
-        res_block = functools.partial(layers.ResBlock, dropout=self.dropout, **common)
-        attn_block = functools.partial(layers.AttnBlock, **common)
+        common: dict[str, Any] = {
+            "skip_rescale": self.skip_rescale,
+            "init_scale": self.init_scale,
+            "dtype": self.dtype,
+        }
+        res_block: Any = functools.partial(layers.ResBlock, dropout=self.dropout, **common)
+        attn_block: Any = functools.partial(layers.AttnBlock, **common)
         dense = functools.partial(
             nn.Dense, 4 * self.nf, kernel_init=layers.variance_scaling(), dtype=self.dtype
         )

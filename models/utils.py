@@ -57,6 +57,6 @@ def get_score_fn(
         if dropout_key is not None and dropout_key.ndim == 0:
             dropout_key = jax.random.split(dropout_key, x.shape[0])
         out = model.apply({"params": params}, x, 999 * t, train=train, dropout_keys=dropout_key)
-        return -out.astype(jnp.float32) / sde.std(t)[:, None, None, None]
+        return -jnp.asarray(out, jnp.float32) / sde.std(t)[:, None, None, None]
 
     return score_fn

@@ -10,19 +10,24 @@ def get_config() -> ConfigDict:
     config = get_default_config()
     config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False)
     config.model.update(
-        nf=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), ema_rate=0.999
+        nf=32,
+        ch_mult=(1, 2),
+        num_res_blocks=1,
+        attn_resolutions=(4,),
+        dropout=0.0,
+        ema_rate=0.999,
     )
-    config.optim.update(lr=1e-3, warmup=100)
+    config.optim.update(lr=2e-3, warmup=100)
     config.training.update(
         batch_size=64,
-        n_iters=1600,
+        n_iters=1400,
         log_freq=50,
-        eval_freq=400,
-        snapshot_freq=800,
+        eval_freq=200,
+        snapshot_freq=700,
         snapshot_freq_for_preemption=200,
     )
     config.sampling.update(method="ode", truncation_time=1e-3, rtol=1e-3, atol=1e-3)
     config.eval.update(
-        batch_size=300, num_samples=1500, num_test_data=297, nelbo_draws=8, rtol=1e-4, atol=1e-4
+        batch_size=100, num_samples=1500, num_test_data=297, nelbo_draws=64, rtol=1e-4, atol=1e-4
     )
     return config

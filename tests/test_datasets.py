@@ -1,0 +1,177 @@
+import gzip
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import datasets
+from configs.default import UserError
+from configs.vp import cifar10_st, fashion_mnist_st
+from tests.helpers import tiny_config
+
+
+def test_digits_split_every_image_once():
+    train, test = (datasets.get_dataset(tiny_config(), split) for split in ("train", "test"))
+    assert (len(train), len(test), train.num_levels) == (1500, 297, 17)
+    images = np.concatenate([datasets.in_order(d)["image"] for d in (train, test)])
+    assert images.dtype == np.uint8 and images.max() == 16
+    import sklearn.datasets
+
+    original = sklearn.datasets.load_digits().images.astype(np.uint8)
+    key = lambda x: sorted(row.tobytes() for row in x.reshape(1797, 64))  # noqa: E731
+    assert key(images) == key(original)
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    digits = datasets.get_dataset(tiny_config(), "train")
+    stream = datasets.train_batches(digits, 64, seed=3)
+    batches = [next(stream)["image"] for _ in range(60)]
+    again = next(datasets.train_batches(digits, 64, seed=3, start_step=50))
+    np.testing.assert_array_equal(again["image"], batches[50])
+    other = next(datasets.train_batches(digits, 64, seed=4))
+    assert (other["image"] != batches[0]).any()
+    # 1,500 images are 23.4 batches: an epoch has every image once, the next another order.
+    flat = np.concatenate(batches)
+    key = lambda x: sorted(row.tobytes() for row in x)  # noqa: E731
+    assert key(flat[:1500]) == key(flat[1500:3000]) == key(datasets.in_order(digits)["image"])
+    assert (flat[:1500] != flat[1500:3000]).any()
+
+
+def test_processes_share_a_global_batch():
+    digits = datasets.get_dataset(tiny_config(), "train")
+    whole = next(datasets.train_batches(digits, 64, 0, start_step=7))
+    parts = [next(datasets.train_batches(digits, 64, 0, 7, p, 4)) for p in range(4)]
+    for part in parts:
+        np.testing.assert_array_equal(part["image"], whole["image"][part["index"]])
+    np.testing.assert_array_equal(np.sort(np.concatenate([p["index"] for p in parts])), range(64))
+
+
+def write_idx(path, array, opened=open):
+    with opened(path, "wb") as file:
+        dims = struct.pack(f">{array.ndim}I", *array.shape)
+        file.write(bytes([0, 0, 8, array.ndim]) + dims + array.tobytes())
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_idx_files(tmp_path, compressed):
+    rng, suffix = np.random.default_rng(0), ".gz" if compressed else ""
+    opened = gzip.open if compressed else open
+    for prefix, count in (("train", 20), ("t10k", 5)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte{suffix}", images, opened)
+        labels = rng.integers(0, 10, count).astype(np.uint8)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte{suffix}", labels, opened)
+    config = fashion_mnist_st.get_config()
+    config.data.path = str(tmp_path)
+    test = datasets.get_dataset(config, "test")
+    examples = datasets.in_order(test)
+    np.testing.assert_array_equal(examples["image"][:, 2:-2, 2:-2, 0], images)
+    np.testing.assert_array_equal(examples["label"], labels)
+    assert examples["image"][:, :2].max() == 0 and len(test) == 5
+
+    broken = tmp_path / f"train-images-idx3-ubyte{suffix}"
+    broken.write_bytes(broken.read_bytes()[:500])
+    with pytest.raises(UserError, match="can't be read as an IDX file"):
+        datasets.get_dataset(config, "train")
+    broken.unlink()
+    with pytest.raises(UserError, match="has no file train-images"):
+        datasets.get_dataset(config, "train")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "fashion_mnist"])
+def test_tfds(name, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    config = cifar10_st.get_config() if name == "cifar10" else fashion_mnist_st.get_config()
+    monkeypatch.setattr(datasets, "FASHION_MNIST_PATH", str(tmp_path / "none"))
+    with tfds.testing.mock_data(num_examples=12):
+        for split in ("train", "test"):
+            dataset = datasets.get_dataset(config, split)
+            batch = next(datasets.train_batches(dataset, 4, 0))
+            channels = 3 if name == "cifar10" else 1
+            assert batch["image"].shape == (4, 32, 32, channels)
+            assert batch["image"].dtype == np.uint8 and len(dataset) == 12
+            assert dataset.num_levels == 256 and dataset.num_classes == 10
+
+
+def test_tfds_without_the_data_says_what_to_do(tmp_path):
+    config = cifar10_st.get_config()
+    config.data.tfds_dir = str(tmp_path)
+    with pytest.raises(UserError, match="TFDS could not prepare cifar10"):
+        datasets.get_dataset(config, "train")
+
+
+def folder_config(path):
+    config = tiny_config()
+    config.data.update(dataset="folder", path=str(path), num_channels=3)
+    return config
+
+
+def test_a_folder_of_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for kind in ("cats", "dogs"):
+        (tmp_path / kind).mkdir()
+        for i in range(10):
+            size = (11 + i, 24, 3) if i % 2 else (30, 9 + i)
+            image = Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8))
+            image.save(tmp_path / kind / f"{i:02}.{'jpg' if i % 3 else 'png'}")
+    config = folder_config(tmp_path)
+    train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
+    assert (len(train), len(test), train.num_classes) == (18, 2, 2)
+    assert not set(train.source.files) & set(test.source.files)
+    examples = datasets.in_order(train)
+    assert examples["image"].shape == (18, 8, 8, 3)
+    np.testing.assert_array_equal(examples["label"], [0] * 9 + [1] * 9)
+
+    (tmp_path / "cats" / "00.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"00\.png is not a readable image"):
+        datasets.in_order(datasets.get_dataset(config, "train"))
+
+
+def test_missing_data_say_so(tmp_path):
+    with pytest.raises(UserError, match="no folder"):
+        datasets.get_dataset(folder_config(tmp_path / "none"), "train")
+    with pytest.raises(UserError, match="has no images"):
+        datasets.get_dataset(folder_config(tmp_path), "train")
+    config = tiny_config()
+    config.data.image_size = 16
+    with pytest.raises(UserError, match=r"\(16, 16, 1\); digits has \(8, 8, 1\)"):
+        datasets.get_dataset(config, "train")
+
+
+@pytest.mark.parametrize("dequantization", ["none", "uniform"])
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("num_levels", [17, 256])
+def test_levels_survive_the_way_to_the_model_and_back(dequantization, centered, num_levels):
+    config = tiny_config()
+    config.data.update(dequantization=dequantization, centered=centered)
+    levels = np.arange(num_levels, dtype=np.uint8).reshape(1, -1, 1, 1).repeat(3, 0)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = datasets.preprocess(levels, keys, num_levels, config, flip=False)
+    assert x.min() >= (-1 if centered else 0) and x.max() <= 1
+    assert x.min() < (-0.8 if centered else 0.1) and x.max() > 0.8
+    np.testing.assert_array_equal(datasets.to_levels(x, num_levels, config), levels)
+    if dequantization == "uniform":
+        assert (x[0] != x[1]).any()
+
+
+def test_flip_mirrors_half_of_the_images():
+    config = tiny_config()
+    config.data.update(random_flip=True, dequantization="none", centered=False)
+    image = jnp.tile(jnp.arange(4, dtype=jnp.uint8)[None, None, :, None], (1000, 2, 1, 1))
+    keys = jax.random.split(jax.random.key(0), 1000)
+    x = np.asarray(datasets.preprocess(image, keys, 4, config, flip=True)) * 3
+    mirrored = (x[:, 0, 0, 0] == 3).mean()
+    assert 0.4 < mirrored < 0.6
+    np.testing.assert_array_equal(np.sort(x[:, 0, :, 0], axis=1), [[0, 1, 2, 3]] * 1000)
+
+
+def test_bits_offset_counts_the_levels():
+    assert datasets.bits_offset(256, centered=True) == 7
+    assert datasets.bits_offset(256, centered=False) == 8
+    # Uniform noise over the whole range costs log2(levels) bits per dimension.
+    density_bits = np.log2(2.0)  # -log2 of the uniform density 1/2 on [-1, 1]
+    np.testing.assert_allclose(density_bits + datasets.bits_offset(17, True), np.log2(17))

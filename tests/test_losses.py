@@ -1,0 +1,249 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.integrate
+import scipy.stats
+
+import datasets
+import import_checkpoint
+import losses
+import run_lib
+import sde_lib
+from models import utils as mutils
+from tests.helpers import GOLDEN, golden_config, nhwc, tiny_config
+
+KS = [0, 0.5, 0.8, 0.9, 0.999, 1 - 1e-7, 1, 1 + 1e-7, 1.001, 1.1, 1.2, 2, 3, 8]
+SDE = sde_lib.VPSDE()
+
+
+def exact_icdf(u, k, eps):
+    """In extended precision, by the formula as it stands; k = 1 by its limit."""
+    u, eps, m = np.longdouble(u), np.longdouble(eps), np.longdouble(k) - 1
+    if abs(m) < 1e-6:  # second order in m: better than cancelling
+        log_range = -np.log(eps)
+        return np.exp(np.log(eps) + u * log_range - m * log_range**2 * u * (1 - u) / 2)
+    return eps * ((1 - u) + u * eps**m) ** (-1 / m)
+
+
+@pytest.mark.parametrize("k", ["0", "0.5", "0.8", "0.9", "1", "1.1", "1.2", "2", "3"])
+@pytest.mark.parametrize("eps", ["1e-05", "0.001"])
+def test_golden_prior(k, eps):
+    golden = np.load(GOLDEN / "sde.npz")
+    prior = losses.TruncationPrior(float(k), float(eps))
+    with jax.enable_x64(True):  # the golden q are float64, and u → 1 is sensitive to their digits
+        tau = prior.icdf(jnp.asarray(golden["q"]))
+    np.testing.assert_allclose(tau, golden[f"tau_k{k}_eps{eps}"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("k", KS)
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_prior_icdf_keeps_its_digits_in_float32(k, eps):
+    u = np.linspace(0, 1, 4001).astype(np.float32)
+    tau = losses.TruncationPrior(k, eps).icdf(u)
+    assert tau.dtype == np.float32
+    np.testing.assert_allclose(tau, exact_icdf(u, k, eps).astype(np.float64), rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", KS)
+def test_prior_icdf_cdf_pdf_and_samples_agree(k):
+    prior = losses.TruncationPrior(k, 1e-3)
+    u = np.linspace(0.01, 0.99, 99)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(prior.cdf(prior.icdf(u)), u, rtol=1e-6)
+        t = np.geomspace(1e-3, 1, 20_001)
+        mass = scipy.integrate.cumulative_simpson(np.asarray(prior.pdf(t)) * t, x=np.log(t))
+        np.testing.assert_allclose(mass, prior.cdf(t)[1:], atol=1e-6)
+    samples = np.asarray(prior.icdf(jax.random.uniform(jax.random.key(1), (20_000,))))
+    assert scipy.stats.kstest(samples, lambda t: np.asarray(prior.cdf(t))).pvalue > 1e-3
+
+
+def test_prior_with_infinite_k_is_the_fixed_truncation():
+    prior = losses.TruncationPrior(np.inf, 1e-3)
+    np.testing.assert_array_equal(prior.icdf(jnp.array([0.0, 0.5, 1.0])), jnp.full(3, 1e-3))
+    np.testing.assert_array_equal(prior.cdf(jnp.array([1e-4, 1e-3, 0.5])), [0.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="at least 0"):
+        losses.TruncationPrior(-1, 1e-3)
+
+
+@pytest.mark.parametrize("mode", ["variance", "likelihood", "importance"])
+def test_golden_losses(mode):
+    config = golden_config("vp_ddpmpp")
+    params, _, _ = import_checkpoint.load(GOLDEN / "vp_ddpmpp.pth", config)
+    golden = {k: v for k, v in np.load(GOLDEN / "losses.npz").items() if k.startswith("vp_ddpmpp")}
+    get = lambda name: golden[f"vp_ddpmpp.{name}"]  # noqa: E731
+    t, model = jnp.asarray(get(f"{mode}.t")), mutils.create_model(config)
+    # The official importance mode weights by σ² times the normaliser of g²/σ².
+    weight = losses.weighting(SDE, t, likelihood=mode == "likelihood") * get(f"{mode}.Z")
+    if mode == "importance":
+        z_tau = SDE.importance_normalizer(get("tau"))
+        np.testing.assert_allclose(z_tau, get(f"{mode}.Z"), rtol=1e-5)
+    score_fn = mutils.get_score_fn(config, SDE, model, params)
+    loss = losses.score_matching_loss(score_fn, SDE, nhwc(get("x")), t, nhwc(get("z")), weight)
+    np.testing.assert_allclose(loss, get(f"{mode}.half_weighted_sq"), rtol=1e-5)
+    np.testing.assert_allclose(loss / 768, get(f"{mode}.official_mean"), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tau", "importance"), [(1e-5, True), (1e-2, True), (1e-2, False)])
+def test_drawn_times_integrate_without_bias(tau, importance):
+    u = jax.random.uniform(jax.random.key(2), (100_000,))
+    t, inverse_density = losses.draw_times(SDE, u, tau, importance)
+    t, inverse_density = np.asarray(t, np.float64), np.asarray(inverse_density, np.float64)
+    values = np.cos(3 * t) / t * inverse_density
+    exact = scipy.integrate.quad(lambda s: np.cos(3 * np.exp(s)), np.log(tau), 0)[0]
+    stderr = values.std() / np.sqrt(len(values))
+    assert abs(values.mean() - exact) < 4 * stderr
+    assert stderr < 0.05 * abs(exact)  # sharp enough to see a wrong density
+
+
+class LinearModel:
+    """The smallest network: a x + b."""
+
+    def apply(self, variables, x, labels, train=False, dropout_keys=None):
+        del labels, train, dropout_keys
+        return variables["params"]["a"] * x + variables["params"]["b"]
+
+
+def toy_config(truncation, k, likelihood, importance):
+    config = tiny_config(
+        truncation=truncation,
+        k=float(k),
+        truncation_time=1e-2,
+        likelihood_weighting=likelihood,
+        importance_sampling=importance,
+    )
+    config.data.image_size = 2
+    return config
+
+
+def step_losses_and_grads(config, steps):
+    """The (loss, gradient by a, gradient by b) of each of many steps with 4 images, (steps, 3)."""
+    loss_fn = losses.get_batch_loss_fn(config, SDE, LinearModel(), 17, train=True)
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (4, 2, 2, 1)), jnp.uint8)
+
+    def one(step):
+        def mean_loss(params):
+            return loss_fn(params, losses.step_key(0, step), images, jnp.arange(4))[0].mean()
+
+        value, grads = jax.value_and_grad(mean_loss)({"a": jnp.array(0.3), "b": jnp.array(0.1)})
+        return jnp.stack([value, grads["a"], grads["b"]])
+
+    return np.asarray(jax.jit(jax.vmap(one))(jnp.arange(steps)), np.float64)
+
+
+@pytest.mark.parametrize("likelihood", [True, False])
+@pytest.mark.parametrize("importance", [True, False])
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_soft_truncation_equals_the_equivalent_weight_in_expectation(k, importance, likelihood):
+    steps = 30_000
+    values = {
+        name: step_losses_and_grads(toy_config(name, k, likelihood, importance), steps)
+        for name in ("soft", "equivalent_weight", "fixed")
+    }
+    mean = {name: v.mean(0) for name, v in values.items()}
+    stderr = {name: v.std(0) / np.sqrt(steps) for name, v in values.items()}
+
+    def deviation(name):
+        error = np.hypot(stderr[name], stderr["equivalent_weight"])
+        return np.abs(mean[name] - mean["equivalent_weight"]) / error
+
+    assert (deviation("soft") < 4).all(), deviation("soft")
+    # The test can tell: the fixed truncation, another objective, is many standard errors away.
+    assert deviation("fixed")[0] > 8
+
+
+def pmapped_step(config, num_devices):
+    setup = run_lib.set_up(config)
+    step_fn = losses.get_step_fn(config, setup.sde, setup.model, setup.optimizer, 17)
+    devices = jax.devices()[:num_devices]
+    state = run_lib._init_state(config, setup.model, setup.optimizer)
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), state)
+    batches = datasets.train_batches(setup.train, config.training.batch_size, config.seed)
+    return state, jax.pmap(step_fn, axis_name="batch", devices=devices), batches
+
+
+def run_steps(config, num_devices, steps):
+    state, step_fn, batches = pmapped_step(config, num_devices)
+    history = []
+    for _ in range(steps):
+        batch = next(batches)
+        shard = lambda x: x.reshape(num_devices, -1, *x.shape[1:])  # noqa: E731
+        state, metrics = step_fn(state, shard(batch["image"]), shard(batch["index"]))
+        history.append(jax.tree.map(np.asarray, metrics))
+    return jax.tree.map(lambda x: np.asarray(x[0]), state), history
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return run_steps(tiny_config(), 1, 4)
+
+
+@pytest.fixture(scope="module")
+def on_four_devices():
+    return run_steps(tiny_config(), 4, 4)
+
+
+def test_tau_is_one_number_a_step_across_devices(on_four_devices):
+    _, history = on_four_devices
+    taus = np.stack([metrics["tau"] for metrics in history])
+    assert taus.shape == (4, 4)
+    assert (taus == taus[:, :1]).all()
+    assert len(np.unique(taus[:, 0])) == 4  # and a new one in every step
+
+
+def test_every_time_of_a_step_is_above_its_tau():
+    config = toy_config("soft", 1, True, True)
+    seen = []
+
+    class Recorder(LinearModel):
+        def apply(self, variables, x, labels, train=False, dropout_keys=None):
+            seen.append(np.asarray(labels) / 999)
+            return x
+
+    loss_fn = losses.get_batch_loss_fn(config, SDE, Recorder(), 17, train=True)
+    images, index = jnp.zeros((64, 2, 2, 1), jnp.uint8), jnp.arange(64)
+    for step in range(20):
+        _, tau = loss_fn({"a": 0.0, "b": 0.0}, losses.step_key(0, step), images, index)
+        assert seen[-1].min() >= tau * (1 - 1e-6)
+        assert len(np.unique(seen[-1])) > 1
+
+
+def test_devices_do_not_change_the_run(on_one_device, on_four_devices):
+    (one, one_history), (four, four_history) = on_one_device, on_four_devices
+    for a, b in zip(one_history, four_history, strict=True):
+        np.testing.assert_allclose(b["loss"], np.full(4, a["loss"][0]), rtol=1e-5)
+    # Adam divides by the gradient's own size, so rounding of tiny gradients shows at 1e-4 of lr.
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(four.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_micro_batches_do_not_change_the_run(on_one_device):
+    config = tiny_config()
+    config.optim.num_micro_batch = 2
+    _, history = run_steps(config, 1, 4)
+    for a, b in zip(on_one_device[1], history, strict=True):
+        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-5)
+        np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-4)
+        assert b["tau"] == a["tau"]
+
+
+def test_ema_follows_the_official_rule():
+    np.testing.assert_allclose(losses.ema_decay(0.9999, jnp.arange(1, 4)), [2 / 11, 3 / 12, 4 / 13])
+    np.testing.assert_allclose(losses.ema_decay(0.9, 1000), 0.9)
+
+
+def test_optimizer_warms_up_from_zero_and_clips():
+    config = tiny_config()
+    config.optim.update(lr=0.1, warmup=4, grad_clip=1.0, eps=1e-8)
+    optimizer = losses.get_optimizer(config)
+    params = {"w": jnp.zeros(2)}
+    opt_state = optimizer.init(params)
+    sizes = []
+    for _ in range(6):
+        updates, opt_state = optimizer.update({"w": jnp.array([30.0, 40.0])}, opt_state, params)
+        sizes.append(float(-updates["w"][0]))
+    # A constant gradient gives Adam's step its full size, lr · min(step/warmup, 1).
+    np.testing.assert_allclose(sizes, [0.0, 0.025, 0.05, 0.075, 0.1, 0.1], rtol=1e-4)
+    adam = optax.tree_utils.tree_get(opt_state, "mu")
+    np.testing.assert_allclose(adam["w"] / (1 - 0.9**6), [0.6, 0.8], rtol=1e-5)
