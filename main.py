@@ -26,9 +26,16 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is None:
             raise UserError("--config is missing; for example --config configs/vp/digits_st.py")
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        if not pathlib.Path(path).is_file():
+            raise UserError(f"--config: there is no file {path}")
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not a flag; overrides look like --config.seed=1")
-    except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError) as error:  # an override of what is not there
+        field = str(error.args[0]).strip("'\"")
+        given = [arg for arg in argv if arg.startswith("--config.") and field.split()[-1] in arg]
+        _fail(UserError(f"the config has no such field: {' '.join(given) or field}"))
+    except (UserError, flags.Error, TypeError, ValueError) as error:
         _fail(error)
     except (ImportError, OSError, SyntaxError) as error:
         _fail(UserError(f"--config can't be loaded: {error}"))
@@ -36,8 +43,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _fail(error: Exception) -> None:
-    text = " ".join(str(error).split()).strip("'\"")
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
 
 

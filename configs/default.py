@@ -148,6 +148,9 @@ _NOT_NEGATIVE = "model.dropout model.init_scale model.beta_min optim.weight_deca
 
 def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
     get = lambda name: config[name.split(".")[0]][name.split(".")[1]]  # noqa: E731
+    for name in ("model.ch_mult", "model.attn_resolutions"):
+        if not all(isinstance(n, int) and n > 0 for n in get(name)):
+            yield f"{name} is {tuple(get(name))}; it must be a list of positive whole numbers"
     for name, choices in _CHOICES.items():
         if get(name) not in choices:
             yield f"{name} is {get(name)!r}; it must be one of {', '.join(choices)}"
@@ -171,8 +174,10 @@ def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
         yield f"data.num_channels is {config.data.num_channels}; it must be 1 (grey) or 3 (RGB)"
     if config.data.dataset == "folder" and not config.data.path:
         yield "data.dataset=folder needs data.path, the folder of images"
-    if config.model.nf % 4 or not config.model.ch_mult or min(config.model.ch_mult) < 1:
-        yield "model.nf must be a multiple of 4, model.ch_mult a list of positive numbers"
+    if config.model.nf % 4:
+        yield f"model.nf is {config.model.nf}; it must be a multiple of 4"
+    if not config.model.ch_mult:
+        yield "model.ch_mult is empty; it must name a factor for each resolution"
     factor = 2 ** (len(config.model.ch_mult) - 1)
     if config.data.image_size % factor:
         yield (

@@ -1,7 +1,11 @@
 """Four CPU devices for every test: set before JAX starts."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests, and the processes that they start, compile each program once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_cache_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "2"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -71,7 +71,9 @@ def test_classifier_is_trained_once_and_tells_classes_apart(tmp_path, monkeypatc
 
 def test_gaussian_baseline_is_the_fitted_density():
     data = Gaussian((2, 2, 1), [0.02, 0.1, 0.3, 0.6], 0.2)
-    train, test = (np.asarray(data.sample(n, seed)).reshape(n, 4) for n, seed in ((50_000, 1), (500, 2)))
+    train, test = (
+        np.asarray(data.sample(n, seed)).reshape(n, 4) for n, seed in ((50_000, 1), (500, 2))
+    )
     bits = evaluation.gaussian_bits_per_dim(train, test, 7)
     np.testing.assert_allclose(bits, data.nats(test).mean() / (4 * np.log(2)) + 7, atol=2e-3)
 
