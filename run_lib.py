@@ -101,8 +101,8 @@ def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return None
 
 
-def _claim_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Write config.json, or make sure that the workdir's own one describes the same run."""
+def _claim_workdir(config: ConfigDict, workdir: pathlib.Path, record: bool) -> None:
+    """Make sure that the workdir is this config's; `record` the config in its config.json."""
     path = workdir / "config.json"
     fields = json.loads(config.to_json_best_effort())
     if path.exists():
@@ -116,9 +116,8 @@ def _claim_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
                 f"{workdir} belongs to another config: {difference}; "
                 "choose another --workdir, or delete this one"
             )
-    elif jax.process_index() == 0:
+    if record and jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(fields, indent=1) + "\n")
         partial.replace(path)
@@ -155,7 +154,7 @@ def _restore_latest(
     """The state of the newest checkpoint, for evaluation and sampling."""
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} has no checkpoint; run --mode train first")
-    _claim_workdir(config, workdir)
+    _claim_workdir(config, workdir, record=False)
     with _checkpoints(config, workdir) as manager:
         step = manager.latest_step()
         if step is None:
@@ -255,7 +254,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainSt
     """
     workdir = pathlib.Path(workdir)
     setup = set_up(config)
-    _claim_workdir(config, workdir)
+    _claim_workdir(config, workdir, record=True)
     _report_start(config, setup, workdir)
     devices = jax.local_devices()
     num_local, num_steps = len(devices), config.training.n_iters
@@ -379,12 +378,15 @@ def _steps(
 
 
 def _get_test_loss(config: ConfigDict, setup: Setup) -> Any:
-    """params → the objective on (up to 1,000) test images, with the same draws every time."""
+    """params → the objective on up to four batches of test images, with the same draws always."""
+    if config.training.truncation == "soft":
+        # The same expectation, without the luck of a single truncation for the whole batch.
+        config = config.copy_and_resolve_references()
+        config.training.truncation = "equivalent_weight"
     loss_fn = losses.get_batch_loss_fn(
         config, setup.sde, setup.model, setup.test.num_levels, train=False
     )
     images = datasets.in_order(setup.test, min(1000, config.training.batch_size * 4))["image"]
-    # Each image has a truncation of its own here, so that one draw does not decide the loss.
     compiled = jax.jit(
         lambda params, key, images, index: jnp.mean(loss_fn(params, key, images, index)[0])
     )
@@ -412,14 +414,17 @@ def _get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
     make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
     sample_fn = sampling.get_sampling_fn(config, setup.sde, make_score_fn, batch_size)
 
-    def sample_levels(params: Any, key: Array) -> tuple[Array, Array]:
+    def sample_levels(params: Any, key: Array) -> tuple[Array, Array, Array]:
         x, nfe = sample_fn(params, key)
-        return datasets.to_levels(x, setup.train.num_levels, config), nfe
+        broken = jnp.sum(~jnp.isfinite(x).all(axis=(1, 2, 3)))
+        return datasets.to_levels(x, setup.train.num_levels, config), nfe, broken
 
-    compiled = jax.jit(sample_levels, out_shardings=(rows, everywhere))
+    compiled = jax.jit(sample_levels, out_shardings=(rows, everywhere, everywhere))
 
     def sample(params: Any, key: Array) -> tuple[np.ndarray, int]:
-        levels, nfe = compiled(jax.device_put(params, everywhere), key)
+        levels, nfe, broken = compiled(jax.device_put(params, everywhere), key)
+        if broken:
+            log.warning("%d of %d samples are not finite and come out black", broken, len(levels))
         return np.asarray(levels), int(nfe)
 
     return sample
@@ -558,7 +563,9 @@ def _evaluate_bpd(config: ConfigDict, setup: Setup, state: losses.TrainState) ->
     bpd_fn = _get_bpd_fn(config, setup)
     values = _bits_per_dim(config, setup, bpd_fn, state.ema_params, images, "trained network")
     untrained = _init_state(config, setup.model, setup.optimizer).params
-    baseline = _bits_per_dim(config, setup, bpd_fn, untrained, images, "untrained network")
+    # One batch says it: such a network costs the same on every image, to a hundredth of a bit.
+    few = images[: config.eval.batch_size]
+    baseline = _bits_per_dim(config, setup, bpd_fn, untrained, few, "untrained network")
     report: dict[str, Any] = {"num_test_images": len(images)}
     for name in ("nll", "nll_without_residual", "nelbo", "nelbo_without_residual"):
         report[name] = float(values[name].mean())

@@ -172,6 +172,8 @@ def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
         yield "model.beta_max must be larger than model.beta_min"
     if config.data.num_channels not in (1, 3):
         yield f"data.num_channels is {config.data.num_channels}; it must be 1 (grey) or 3 (RGB)"
+    if 0 < config.eval.num_samples < 4:
+        yield f"eval.num_samples is {config.eval.num_samples}; precision and recall need 4 or more"
     if config.data.dataset == "folder" and not config.data.path:
         yield "data.dataset=folder needs data.path, the folder of images"
     if config.model.nf % 4:
