@@ -9,6 +9,7 @@ import functools
 import gzip
 import pathlib
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -137,7 +138,7 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
         if raw[:3] != b"\0\0\x08":
             raise ValueError("it does not start as an IDX file of bytes does")
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError, struct.error) as error:
+    except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
         raise UserError(f"{path} can't be read as an IDX file: {error}") from error
 
 
@@ -199,23 +200,33 @@ def _load_fashion_mnist(config: ConfigDict, split: str) -> Dataset:
     return Dataset("fashion_mnist", ArraySource(images, source.labels), 256, 10)
 
 
+def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def _load_folder(config: ConfigDict, split: str) -> Dataset:
     folder = pathlib.Path(config.data.path)
     if not folder.is_dir():
         raise UserError(f"data.path: there is no folder {folder}")
     own_splits = (folder / "train").is_dir() and (folder / "test").is_dir()
     root = folder / split if own_splits else folder
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    names = sorted({p.parent for p in files})
+    # Classes are the training split's folders, so that both splits number them alike.
+    training = folder / "train" if own_splits else folder
+    names = sorted({p.parent.relative_to(training) for p in _image_files(training)})
+    files = _image_files(root)
     if not own_splits:
-        # Every tenth file is a test image, counted class by class in the order of names.
+        # Every tenth file in the order of names is a test image.
         files = [p for i, p in enumerate(files) if (i % 10 == 9) == (split == "test")]
     if not files:
         raise UserError(
             f"data.path: {root} has no images for the {split} split "
             f"({', '.join(IMAGE_SUFFIXES)}; without folders train/ and test/, every tenth is test)"
         )
-    labels = np.array([names.index(p.parent) for p in files])
+    kinds = [p.parent.relative_to(root) for p in files]
+    unknown = sorted({str(kind) for kind in kinds if kind not in names})
+    if unknown:
+        raise UserError(f"data.path: {folder / 'train'} has no folder {unknown[0]}, test/ has")
+    labels = np.array([names.index(kind) for kind in kinds])
     source = FolderSource(files, labels, config.data.image_size, config.data.num_channels)
     return Dataset(folder.name, source, 256, len(names) if len(names) > 1 else 0)
 

@@ -170,7 +170,7 @@ def default_cache_dir() -> pathlib.Path:
 def get_classifier(
     train: datasets.Dataset,
     test: datasets.Dataset,
-    cache_dir: str | os.PathLike[str] = "",
+    cache_dir: str | os.PathLike[str],
     steps: int = 1000,
     batch_size: int = 128,
 ) -> tuple[FeatureFn, dict[str, Any]]:
@@ -178,7 +178,7 @@ def get_classifier(
 
     Args:
       train, test: splits with labels; the second only measures the accuracy.
-      cache_dir: where the weights are kept; empty: `default_cache_dir()`.
+      cache_dir: where the weights are kept.
       steps, batch_size: of its training.
 
     Returns:
@@ -188,11 +188,13 @@ def get_classifier(
     shape = train.source.fetch(np.arange(1))["image"].shape
     model = Classifier(train.num_classes)
     params = model.init(jax.random.key(0), jnp.zeros(shape))["params"]
-    # The name holds all that the weights depend on, the images themselves included.
+    # The name tells recipes and data sets apart, the latter by a few of their images.
     probe = train.source.fetch(np.linspace(0, len(train) - 1, 64).astype(int))
-    recipe = f"{train.name} {len(train)} {shape} {train.num_levels} {steps} {batch_size}".encode()
-    digest = hashlib.sha256(recipe + probe["image"].tobytes() + probe["label"].tobytes())
-    folder = pathlib.Path(cache_dir or default_cache_dir())
+    sizes = (len(train), train.num_classes, train.num_levels, shape, steps, batch_size)
+    digest = hashlib.sha256(
+        repr((train.name, sizes)).encode() + probe["image"].tobytes() + probe["label"].tobytes()
+    )
+    folder = pathlib.Path(cache_dir)
     path = folder / f"classifier_{train.name}_{digest.hexdigest()[:16]}.msgpack"
     try:
         params = serialization.from_bytes(params, path.read_bytes())

@@ -5,7 +5,8 @@ Each comes with and without the residual, the reconstruction term of the truncat
     -log p(x_0) ≤ E[-log p_ε(x_ε)] + E[log p_0ε(x_ε | x_0) - log p(x_0 | x_ε)],
 
 with x_ε ~ p_0ε(· | x_0) and p(x_0 | x_ε) = N((x_ε + σ² s)/α, (σ/α)²). With the residual the value
-bounds the likelihood of x_0; without, x_0 itself is taken for x_ε (the common habit).
+bounds the likelihood of x_0. Without, the NLL takes x_0 itself for x_ε (the common habit), and the
+NELBO stops at x_ε.
 """
 
 from collections.abc import Callable

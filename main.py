@@ -31,14 +31,14 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(f"--config: there is no file {path}")
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not a flag; overrides look like --config.seed=1")
-    except (AttributeError, KeyError) as error:  # an override of what is not there
-        field = str(error.args[0]).strip("'\"")
-        given = [arg for arg in argv if arg.startswith("--config.") and field.split()[-1] in arg]
-        _fail(UserError(f"the config has no such field: {' '.join(given) or field}"))
-    except (UserError, flags.Error, TypeError, ValueError) as error:
+    except (UserError, flags.Error) as error:
         _fail(error)
-    except (ImportError, OSError, SyntaxError) as error:
-        _fail(UserError(f"--config can't be loaded: {error}"))
+    except Exception as error:  # a recipe is Python: it can raise anything at all
+        field = str(error.args[0]).split()[-1].strip("'\"") if error.args else ""
+        given = [arg for arg in argv if arg.startswith("--config.") and field and field in arg]
+        if given and isinstance(error, (AttributeError, KeyError)):
+            _fail(UserError(f"the config has no such field: {' '.join(given)}"))
+        _fail(UserError(f"--config can't be loaded: {type(error).__name__}: {error}"))
     return rest
 
 

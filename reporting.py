@@ -108,10 +108,13 @@ def write_report(report: dict[str, Any], folder: pathlib.Path) -> None:
             f"levels, uniformly dequantised; {report['nll_nfe']:.0f} score evaluations a solve. "
             "The standard error is over images."
         )
+    if "num_samples" in report:
+        text.append(
+            f"- Samples: {report['num_samples']}, {report['sampling_nfe']} score evaluations each."
+        )
     if "fd_classifier" in report:
         text.append(
-            f"- Samples: {report['num_samples']}, {report['sampling_nfe']} score evaluations each. "
-            "Features: 64 units of a classifier trained on the labels "
+            "- Features: 64 units of a classifier trained on the labels "
             f"(test accuracy {report['classifier_accuracy']:.3f}, weights "
             f"{report['classifier_weights']})."
         )

@@ -77,6 +77,10 @@ def set_up(config: ConfigDict) -> Setup:
       UserError: one line that says what is wrong with the config or the data.
     """
     validate(config, jax.device_count())
+    if jax.process_count() > 1:
+        raise UserError(
+            f"this is one of {jax.process_count()} processes; a run uses all devices of one"
+        )
     sde, model = sde_lib.get_sde(config), mutils.create_model(config)
     optimizer = losses.get_optimizer(config)
     try:
@@ -101,6 +105,15 @@ def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return None
 
 
+def _make_folder(folder: pathlib.Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{option}: {folder} can't be written to: {error.strerror}") from error
+
+
 def _claim_workdir(config: ConfigDict, workdir: pathlib.Path, record: bool) -> None:
     """Make sure that the workdir is this config's; `record` the config in its config.json."""
     path = workdir / "config.json"
@@ -116,18 +129,26 @@ def _claim_workdir(config: ConfigDict, workdir: pathlib.Path, record: bool) -> N
                 f"{workdir} belongs to another config: {difference}; "
                 "choose another --workdir, or delete this one"
             )
-    if record and jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+    if record:
+        _make_folder(workdir, "--workdir")
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(fields, indent=1) + "\n")
         partial.replace(path)
 
 
-def _checkpoints(config: ConfigDict, workdir: pathlib.Path) -> ocp.CheckpointManager:
-    """Keeps every `snapshot_freq`-th step for good, and the last two besides."""
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, keep_period=config.training.snapshot_freq, cleanup_tmp_directories=True
-    )
+def _checkpoints(
+    config: ConfigDict, workdir: pathlib.Path, read_only: bool = False
+) -> ocp.CheckpointManager:
+    """Keeps every `snapshot_freq`-th step for good, and the last two besides.
+
+    `read_only` leaves alone what a training run may be writing there at the same time.
+    """
+    if read_only:
+        options = ocp.CheckpointManagerOptions(read_only=True)
+    else:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, keep_period=config.training.snapshot_freq, cleanup_tmp_directories=True
+        )
     return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
 
 
@@ -155,7 +176,7 @@ def _restore_latest(
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} has no checkpoint; run --mode train first")
     _claim_workdir(config, workdir, record=False)
-    with _checkpoints(config, workdir) as manager:
+    with _checkpoints(config, workdir, read_only=True) as manager:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{workdir}/checkpoints has no checkpoint; run --mode train first")
@@ -280,15 +301,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainSt
             config.training.batch_size,
             config.seed,
             first_step,
-            jax.process_index(),
-            jax.process_count(),
         )
-        metrics = _Metrics(workdir, first_step) if jax.process_index() == 0 else None
+        metrics = _Metrics(workdir, first_step)
         try:
             steps = _steps(config, state, parallel_step, batches, first_step, metrics)
             for state, step in steps:
                 done = step == num_steps
-                if metrics and (step % config.training.eval_freq == 0 or done):
+                if step % config.training.eval_freq == 0 or done:
                     loss = test_loss(_first(state.ema_params))
                     metrics.write(step, {"test_loss": loss})
                     log.info("step %d | loss on test images, with EMA %.4g", step, loss)
@@ -296,15 +315,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainSt
                 if snapshot or step % config.training.snapshot_freq_for_preemption == 0:
                     saved = jax.tree.map(np.asarray, _first(state))
                     manager.save(step, args=ocp.args.StandardSave(saved), force=True)
-                if snapshot and config.training.snapshot_sampling and metrics:
+                if snapshot and config.training.snapshot_sampling:
                     path = draw_grid(_first(state.ema_params), f"step_{step:08d}.png")
                     log.info("step %d | samples in %s", step, path)
         finally:
-            if metrics:
-                metrics.close()
+            metrics.close()
             manager.wait_until_finished()
-    if jax.process_index() == 0:
-        reporting.plot_training(workdir / "metrics.jsonl", workdir / "training.png")
+    reporting.plot_training(workdir / "metrics.jsonl", workdir / "training.png")
     log.info("done: %d steps; checkpoints and curves are in %s", num_steps, workdir)
     return _first(state)
 
@@ -326,7 +343,7 @@ def _steps(
     parallel_step: Any,
     batches: Iterator[dict[str, np.ndarray]],
     first_step: int,
-    metrics: _Metrics | None,
+    metrics: _Metrics,
 ) -> Iterator[tuple[losses.TrainState, int]]:
     """Train, log, and give (state, steps done) after every step.
 
@@ -357,7 +374,7 @@ def _steps(
             seconds = time.time() - window_start
             rate = batch_size * window_steps / seconds
             mean = float(total) / window_steps
-            if metrics:
+            if compiled or step % training.log_freq == 0 or step == num_steps:
                 row = {"loss": mean, "grad_norm": norm, "tau": float(_first(values["tau"]))}
                 metrics.write(step, {**row, "images_per_second": rate} if compiled else row)
             if compiled:
@@ -410,9 +427,10 @@ def _mesh_shardings() -> tuple[NamedSharding, NamedSharding]:
 
 def _get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
     """(params, key) → (levels (batch_size, H, W, C) uint8, nfe), over all devices."""
+    full = -(-batch_size // jax.device_count()) * jax.device_count()
     rows, everywhere = _mesh_shardings()
     make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
-    sample_fn = sampling.get_sampling_fn(config, setup.sde, make_score_fn, batch_size)
+    sample_fn = sampling.get_sampling_fn(config, setup.sde, make_score_fn, full)
 
     def sample_levels(params: Any, key: Array) -> tuple[Array, Array, Array]:
         x, nfe = sample_fn(params, key)
@@ -424,8 +442,12 @@ def _get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
     def sample(params: Any, key: Array) -> tuple[np.ndarray, int]:
         levels, nfe, broken = compiled(jax.device_put(params, everywhere), key)
         if broken:
-            log.warning("%d of %d samples are not finite and come out black", broken, len(levels))
-        return np.asarray(levels), int(nfe)
+            log.warning(
+                "%d of %d samples are not finite and come out black: the weights are broken, or "
+                "the sampler failed",
+                *(broken, full),
+            )
+        return np.asarray(levels)[:batch_size], int(nfe)
 
     return sample
 
@@ -506,18 +528,17 @@ def _bits_per_dim(
     levels = setup.test.num_levels
     rows, everywhere = _mesh_shardings()
     params = jax.device_put(params, everywhere)
-    size, key, parts, start = (
-        config.eval.batch_size,
-        jax.random.key(config.seed + 4),
-        [],
-        time.time(),
-    )
+    size = -(-config.eval.batch_size // jax.device_count()) * jax.device_count()
+    data_key, solve_key = jax.random.split(jax.random.key(config.seed + 4))
+    parts: list[dict[str, np.ndarray]] = []
+    start = time.time()
     for i in range(0, len(images), size):
         batch = images[i : i + size]
         count = len(batch)
         batch = np.pad(batch, ((0, size - count), (0, 0), (0, 0), (0, 0)), mode="wrap")
-        data_key, nll_key, nelbo_key = jax.random.split(jax.random.fold_in(key, i), 3)
-        x = datasets.dequantize(batch, jax.random.split(data_key, size), levels)
+        nll_key, nelbo_key = jax.random.split(jax.random.fold_in(solve_key, i))
+        keys = jax.vmap(lambda n: jax.random.fold_in(data_key, n))(np.arange(i, i + size))
+        x = datasets.dequantize(batch, keys, levels)
         x = jax.device_put(datasets.scale(x, config.data.centered), rows)
         values = bpd_fn(params, nll_key, nelbo_key, x)
         parts.append({k: np.asarray(v, np.float64)[:count] for k, v in values.items()})
@@ -577,24 +598,28 @@ def _evaluate_bpd(config: ConfigDict, setup: Setup, state: losses.TrainState) ->
 
 
 def _evaluate_samples(
-    config: ConfigDict, setup: Setup, state: losses.TrainState, workdir: pathlib.Path
+    config: ConfigDict,
+    setup: Setup,
+    state: losses.TrainState,
+    workdir: pathlib.Path,
+    cache_dir: pathlib.Path,
 ) -> dict[str, Any]:
-    if not setup.train.num_classes:
-        log.warning("%s has no labels to train a classifier on: no fd_classifier", setup.train.name)
-        return {}
-    features, facts = evaluation.get_classifier(setup.train, setup.test, config.eval.cache_dir)
     levels, nfe = _sample_many(
         config, setup, state.ema_params, config.eval.num_samples, config.eval.batch_size
     )
     grid = datasets.levels_to_uint8(levels[:64], setup.train.num_levels)
     reporting.save_grid(grid, workdir / "eval" / "samples.png")
+    sampled = {"num_samples": len(levels), "sampling_nfe": nfe}
+    if not setup.train.num_classes or min(len(setup.train), len(setup.test)) < 4:
+        log.warning("%s has no labels, or too few images: no fd_classifier", setup.train.name)
+        return sampled
+    features, facts = evaluation.get_classifier(setup.train, setup.test, cache_dir)
     real = features(datasets.in_order(setup.train, 50_000)["image"])
     held_out = features(datasets.in_order(setup.test, 50_000)["image"])
     return {
         **evaluation.compare_features(real, features(levels), "classifier"),
         "fd_classifier_of_test_images": evaluation.frechet_distance(real, held_out),
-        "num_samples": len(levels),
-        "sampling_nfe": nfe,
+        **sampled,
         "classifier_accuracy": facts["accuracy"],
         "classifier_weights": facts["weights"],
     }
@@ -610,7 +635,9 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     setup = set_up(config)
     state = _restore_latest(config, workdir, setup.state_shape)
     log.info("evaluating step %d of %s", int(state.step), workdir)
-    (workdir / "eval").mkdir(exist_ok=True)
+    _make_folder(workdir / "eval", "--workdir")
+    cache_dir = pathlib.Path(config.eval.cache_dir or evaluation.default_cache_dir())
+    _make_folder(cache_dir, "eval.cache_dir")
     report: dict[str, Any] = {
         "data": setup.train.name,
         "num_levels": setup.train.num_levels,
@@ -620,7 +647,7 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     if config.eval.enable_bpd:
         report |= _evaluate_bpd(config, setup, state)
     if config.eval.enable_sampling:
-        report |= _evaluate_samples(config, setup, state, workdir)
+        report |= _evaluate_samples(config, setup, state, workdir, cache_dir)
     reporting.plot_training(workdir / "metrics.jsonl", workdir / "eval" / "training.png")
     reporting.write_report(report, workdir / "eval")
     for line in reporting.table(report).splitlines():

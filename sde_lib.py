@@ -21,13 +21,11 @@ class VPSDE:
     Attributes:
       beta_min: β(0).
       beta_max: β(1).
-      eps: smallest time, the truncation of training.
       T: largest time.
     """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
-    eps: float = 1e-5
     T: float = 1.0
 
     def beta(self, t: ArrayLike) -> Array:
@@ -114,9 +112,5 @@ class VPSDE:
 
 
 def get_sde(config: ConfigDict) -> VPSDE:
-    """The SDE that `config.training.sde` names, truncated at `config.training.truncation_time`."""
-    return VPSDE(
-        beta_min=config.model.beta_min,
-        beta_max=config.model.beta_max,
-        eps=config.training.truncation_time,
-    )
+    """The SDE that `config.training.sde` names."""
+    return VPSDE(beta_min=config.model.beta_min, beta_max=config.model.beta_max)

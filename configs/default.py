@@ -68,7 +68,7 @@ def get_default_config() -> ConfigDict:
     training.log_freq = 100
     training.eval_freq = 1000  # loss on the test split
     training.snapshot_freq = 100_000  # checkpoints that are kept for good
-    training.snapshot_freq_for_preemption = 10_000  # checkpoints to resume from; one is kept
+    training.snapshot_freq_for_preemption = 10_000  # checkpoints to resume from; two are kept
     training.snapshot_sampling = True  # a grid of samples at every snapshot
 
     config.sampling = sampling = ConfigDict()
@@ -94,7 +94,7 @@ def get_default_config() -> ConfigDict:
     evaluation.rtol = 1e-5
     evaluation.atol = 1e-5
     evaluation.cache_dir = ""  # for the classifier; empty: the user's cache folder
-    return config
+    return config.lock()  # a recipe's misspelt field is an error
 
 
 _CHOICES = {
@@ -192,9 +192,17 @@ def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
             f"training.batch_size is {batch}; it must be a multiple of the number of devices "
             f"({num_devices}) times optim.num_micro_batch ({micro})"
         )
-    for name in ("eval.batch_size", "sampling.batch_size"):
-        if get(name) % num_devices:
-            yield f"{name} is {get(name)}; it must be a multiple of the {num_devices} devices"
+    if not 0 <= config.seed < 2**32 - 8:
+        yield f"seed is {config.seed}; it must be between 0 and {2**32 - 9}"
+    steps, chain = config.model.num_scales, config.sampling.predictor == "reverse_diffusion"
+    chain = chain or config.sampling.corrector == "langevin"
+    if steps < 2:
+        yield f"model.num_scales is {steps}; the PC sampler takes at least 2 steps"
+    if config.sampling.method == "pc" and chain and config.model.beta_max >= steps - 1:
+        yield (
+            f"model.num_scales is {steps}; reverse_diffusion and langevin need more steps than "
+            f"model.beta_max ({config.model.beta_max:g}) + 1"
+        )
 
 
 def validate(config: ConfigDict, num_devices: int) -> None:

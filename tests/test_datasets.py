@@ -76,6 +76,12 @@ def test_idx_files(tmp_path, compressed):
     broken.write_bytes(broken.read_bytes()[:500])
     with pytest.raises(UserError, match="can't be read as an IDX file"):
         datasets.get_dataset(config, "train")
+    if compressed:
+        raw = bytearray(gzip.compress(bytes(5000)))
+        raw[12:30] = bytes([255] * 18)
+        broken.write_bytes(raw)
+        with pytest.raises(UserError, match="can't be read as an IDX file"):
+            datasets.get_dataset(config, "train")
     broken.unlink()
     with pytest.raises(UserError, match="has no file train-images"):
         datasets.get_dataset(config, "train")
@@ -129,6 +135,18 @@ def test_a_folder_of_images(tmp_path):
     (tmp_path / "cats" / "00.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"00\.png is not a readable image"):
         datasets.in_order(datasets.get_dataset(config, "train"))
+
+
+def test_a_folder_with_its_own_splits_numbers_classes_alike(tmp_path):
+    for kind in ("train/a", "train/b", "test/b"):
+        (tmp_path / kind).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / kind / f"{i}.png")
+    test = datasets.in_order(datasets.get_dataset(folder_config(tmp_path), "test"))
+    np.testing.assert_array_equal(test["label"], [1, 1, 1])
+    (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
+    with pytest.raises(UserError, match="has no folder c, test/ has"):
+        datasets.get_dataset(folder_config(tmp_path), "test")
 
 
 def test_missing_data_say_so(tmp_path):

@@ -72,7 +72,7 @@ def test_a_killed_run_continues_and_ends_bit_identical(tmp_path):
         command("vp/digits_st.py", *args, f"--workdir={cut}"), env=env, stderr=subprocess.DEVNULL
     )
     metrics = cut / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 13):
+    while not ((cut / "checkpoints" / "5").exists() and metrics.read_text().count("loss") > 13):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -154,6 +154,9 @@ def test_train_eval_and_sample_leave_what_they_promise(tmp_path):
         (["--config.model.nf=18"], "model.nf"),
         (["--mode=fly"], "fly"),
         (["--config=nowhere.py"], "nowhere.py"),
+        ([f"--config={ROOT}/README.md"], "can't be loaded"),
+        (["--config.seed=-1"], "seed is -1"),
+        ([f"--workdir={ROOT}/README.md/run"], "README.md/run can't be written to"),
         (["--mode=sample"], "has no checkpoint"),
         (["digits"], "is not a flag"),
     ],
@@ -172,6 +175,8 @@ def test_a_mistake_is_one_line(tmp_path, args, line):
 @pytest.mark.parametrize(
     ("field", "value", "line"),
     [
+        ("model.num_scales", 1, "at least 2"),
+        ("eval.num_samples", 3, "4 or more"),
         ("training.truncation", "hard", "must be one of fixed, soft, equivalent_weight"),
         ("training.k", -1.0, "at least 0"),
         ("training.truncation_time", 1.5, "below 1"),
@@ -199,11 +204,19 @@ def test_a_config_that_cannot_work_is_refused(field, value, line):
     assert line in str(error.value) and name in str(error.value)
 
 
+def test_a_misspelt_field_in_a_recipe_is_refused():
+    with pytest.raises(AttributeError, match="trunctaion"):
+        get_default_config().training.trunctaion = "soft"
+    with pytest.raises(KeyError, match="unbounded"):
+        get_default_config().model.update(unbounded=True)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "vp").glob("[a-z]*.py")))
 def test_every_recipe_is_valid(path):
     module = __import__(f"configs.vp.{path.stem}", fromlist=["get_config"])
     config = module.get_config()
-    validate(config, 4)
+    for num_devices in (1, 2, 4, 8):
+        validate(config, num_devices)
     setup_shape = jax.eval_shape(
         lambda: run_lib._init_state(
             config, run_lib.mutils.create_model(config), run_lib.losses.get_optimizer(config)
