@@ -20,22 +20,12 @@ from ml_collections import ConfigDict
 
 import datasets
 import losses
-from sampling import MakeScoreFn, ScoreFn, denoise, probability_flow, solve_ode
+from sampling import MakeScoreFn, ScoreFn, denoise, fill_time, probability_flow, solve_ode
 from sde_lib import VPSDE
 
 
 def _sum(x: Array) -> Array:
     return jnp.sum(x, axis=tuple(range(1, x.ndim)))
-
-
-def _fill(t: float, x: Array) -> Array:
-    return jnp.full(x.shape[:1], t, jnp.float32)
-
-
-def perturb(sde: VPSDE, x0: Array, t: Array, z: Array) -> Array:
-    """x_t = α x_0 + σ z for times t (N,)."""
-    expand = (...,) + (None,) * (x0.ndim - 1)
-    return sde.mean_coeff(t)[expand] * x0 + sde.std(t)[expand] * z
 
 
 def ode_log_likelihood(
@@ -75,7 +65,7 @@ def ode_log_likelihood(
 def residual(sde: VPSDE, score_fn: ScoreFn, x0: Array, z: Array, eps: float) -> Array:
     """log p_0ε(x_ε | x_0) - log p(x_0 | x_ε) for x_ε = α x_0 + σ z, in nats, (N,)."""
     dims = np.prod(x0.shape[1:])
-    x_eps = perturb(sde, x0, _fill(eps, x0), z)
+    x_eps = losses.perturb(sde, x0, fill_time(eps, x0), z)
     std, alpha = sde.std(eps), sde.mean_coeff(eps)
     error = (x0 - denoise(sde, score_fn, x_eps, eps)) * alpha / std
     # Both are normal; the standard deviations σ and σ/α leave D log α of their normalisers.
@@ -134,7 +124,7 @@ def get_nll_fn(
         probe = jax.random.rademacher(probe_key, x.shape, x.dtype) if probe is None else probe
         z_eps = jax.random.normal(eps_key, x.shape) if z_eps is None else z_eps
         z_residual = jax.random.normal(residual_key, x.shape) if z_residual is None else z_residual
-        x_eps = perturb(sde, x, _fill(eps, x), z_eps)
+        x_eps = losses.perturb(sde, x, fill_time(eps, x), z_eps)
         plain, _, nfe = ode_log_likelihood(sde, score_fn, x, probe, eps=eps, **tolerances)
         proper, latent, _ = ode_log_likelihood(sde, score_fn, x_eps, probe, eps=eps, **tolerances)
         remainder = residual(sde, score_fn, x, z_residual, eps)
@@ -173,7 +163,7 @@ def get_nelbo_fn(
 
         diffusion = jax.lax.fori_loop(0, draws, draw, jnp.zeros(len(x))) / draws
         z_prior = jax.random.normal(prior_key, x.shape)
-        prior = -sde.prior_logp(perturb(sde, x, _fill(sde.T, x), z_prior))
+        prior = -sde.prior_logp(losses.perturb(sde, x, fill_time(sde.T, x), z_prior))
         bound = prior + diffusion + known_terms(sde, eps, dims)
         z_residual = jax.random.normal(residual_key, x.shape)
         remainder = residual(sde, score_fn, x, z_residual, eps)

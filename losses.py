@@ -123,6 +123,12 @@ def weighting(sde: VPSDE, t: Array, likelihood: bool) -> Array:
     return sde.diffusion(t) ** 2 if likelihood else sde.std(t) ** 2
 
 
+def perturb(sde: VPSDE, x0: Array, t: Array, z: Array) -> Array:
+    """x_t = α x_0 + σ z for x0 and z (N, ...), t (N,)."""
+    expand = (...,) + (None,) * (x0.ndim - 1)
+    return sde.mean_coeff(t)[expand] * x0 + sde.std(t)[expand] * z
+
+
 def score_matching_loss(
     score_fn: Callable[[Array, Array], Array],
     sde: VPSDE,
@@ -144,11 +150,10 @@ def score_matching_loss(
     Returns:
       (N,) in float32, summed over the dimensions of an image.
     """
-    expand = (...,) + (None,) * (x0.ndim - 1)
     std = sde.std(t)
-    perturbed = sde.mean_coeff(t)[expand] * x0 + std[expand] * z
     # ∇ log p_0t = -z/σ; multiplied through by σ, so that nothing is divided by a small σ.
-    residual = std[expand] * score_fn(perturbed, t) + z
+    scaled_score = std[(...,) + (None,) * (x0.ndim - 1)] * score_fn(perturb(sde, x0, t, z), t)
+    residual = scaled_score + z
     sq = jnp.sum(residual.astype(jnp.float32) ** 2, axis=tuple(range(1, x0.ndim)))
     return 0.5 * (weight / std**2) * sq
 
@@ -164,16 +169,16 @@ class TrainState:
 
 
 def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Clip by global norm, (L2,) Adam, linear warm-up from 0: one chain, in the official order."""
+    """Clip by global norm, L2 decay, Adam, linear warm-up from 0: the official order."""
     optim = config.optim
     schedule = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup else optim.lr
     decay = (
         optax.add_decayed_weights(optim.weight_decay) if optim.weight_decay else optax.identity()
     )
-    adam = optax.scale_by_adam(b1=optim.beta1, b2=0.999, eps=optim.eps)
     return optax.chain(
         optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip >= 0 else optax.identity(),
-        *((decay, adam) if optim.optimizer == "Adam" else (adam, decay)),
+        decay,
+        optax.scale_by_adam(b1=optim.beta1, b2=0.999, eps=optim.eps),
         optax.scale_by_learning_rate(schedule),
     )
 

@@ -20,7 +20,8 @@ ScoreFn = Callable[[Array, Array], Array]  # x (N, ...), t (N,) → ∇ log p_t(
 MakeScoreFn = Callable[[Any], ScoreFn]  # parameters → score function
 
 
-def _fill(t: ArrayLike, x: Array) -> Array:
+def fill_time(t: ArrayLike, x: Array) -> Array:
+    """The time t for each row of x, (N,) float32."""
     return jnp.full(x.shape[:1], t, jnp.float32)
 
 
@@ -30,7 +31,7 @@ def euler_maruyama(
     """Euler-Maruyama on the reverse SDE, from t to t_next < t with noise z: (x, its mean)."""
     dt = t - t_next
     g = sde.diffusion(t)
-    mean = x - (sde.drift_coeff(t) * x - g**2 * score_fn(x, _fill(t, x))) * dt
+    mean = x - (sde.drift_coeff(t) * x - g**2 * score_fn(x, fill_time(t, x))) * dt
     return mean + g * jnp.sqrt(dt) * z, mean
 
 
@@ -39,7 +40,7 @@ def reverse_diffusion(
 ) -> tuple[Array, Array]:
     """The reverse of the forward chain x ← a x + G z (arXiv 2011.13456, eq. 46): (x, its mean)."""
     a, g = sde.discretize(t, t - t_next)
-    mean = (2 - a) * x + g**2 * score_fn(x, _fill(t, x))
+    mean = (2 - a) * x + g**2 * score_fn(x, fill_time(t, x))
     return mean + g * z, mean
 
 
@@ -51,7 +52,7 @@ def langevin(
     The step size follows from the norms of score and noise, averaged over the batch. `dt` is the
     predictor's step there, which gives the chain's factor α of the variance-preserving SDEs.
     """
-    score = score_fn(x, _fill(t, x))
+    score = score_fn(x, fill_time(t, x))
     norm = lambda v: jnp.mean(jnp.linalg.norm(v.reshape(len(v), -1), axis=-1))  # noqa: E731
     a, _ = sde.discretize(t, dt)
     step = 2 * a**2 * (snr * norm(z) / norm(score)) ** 2
@@ -65,7 +66,7 @@ CORRECTORS = {"none": None, "langevin": langevin}
 
 def denoise(sde: VPSDE, score_fn: ScoreFn, x: Array, t: ArrayLike) -> Array:
     """Tweedie's formula, E[x_0 | x_t] = (x + σ² s(x, t)) / α."""
-    return (x + sde.std(t) ** 2 * score_fn(x, _fill(t, x))) / sde.mean_coeff(t)
+    return (x + sde.std(t) ** 2 * score_fn(x, fill_time(t, x))) / sde.mean_coeff(t)
 
 
 def pc_sample(
@@ -164,7 +165,7 @@ def probability_flow(sde: VPSDE, score_fn: ScoreFn) -> Callable[[Any, Array, Any
 
     def drift(t: Array, x: Array, args: Any = None) -> Array:
         del args
-        score = score_fn(x, _fill(t, x))
+        score = score_fn(x, fill_time(t, x))
         return sde.drift_coeff(t) * x - 0.5 * sde.diffusion(t) ** 2 * score
 
     return drift

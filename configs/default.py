@@ -102,7 +102,7 @@ _CHOICES = {
     "data.dequantization": ("none", "uniform"),
     "model.name": ("ncsnpp",),
     "model.dtype": ("float32", "bfloat16"),
-    "optim.optimizer": ("Adam", "AdamW"),
+    "optim.optimizer": ("Adam",),
     "training.sde": ("vpsde",),
     "training.truncation": ("fixed", "soft", "equivalent_weight"),
     "sampling.method": ("pc", "ode"),

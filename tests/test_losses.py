@@ -245,5 +245,15 @@ def test_optimizer_warms_up_from_zero_and_clips():
         sizes.append(float(-updates["w"][0]))
     # A constant gradient gives Adam's step its full size, lr · min(step/warmup, 1).
     np.testing.assert_allclose(sizes, [0.0, 0.025, 0.05, 0.075, 0.1, 0.1], rtol=1e-4)
-    adam = optax.tree_utils.tree_get(opt_state, "mu")
-    np.testing.assert_allclose(adam["w"] / (1 - 0.9**6), [0.6, 0.8], rtol=1e-5)
+    mean = optax.tree_utils.tree_get(opt_state, "mu")["w"] / (1 - 0.9**6)
+    np.testing.assert_allclose(mean, [0.6, 0.8], rtol=1e-5)
+
+
+def test_weight_decay_is_added_to_the_clipped_gradient():
+    config = tiny_config()
+    config.optim.update(grad_clip=1.0, weight_decay=0.5)
+    optimizer = losses.get_optimizer(config)
+    params = {"w": jnp.array([2.0, -4.0])}
+    _, opt_state = optimizer.update({"w": jnp.array([30.0, 40.0])}, optimizer.init(params), params)
+    mean = optax.tree_utils.tree_get(opt_state, "mu")["w"] / (1 - 0.9)
+    np.testing.assert_allclose(mean, [0.6 + 1.0, 0.8 - 2.0], rtol=1e-5)
