@@ -359,6 +359,12 @@ def levels_to_uint8(levels: np.ndarray, num_levels: int) -> np.ndarray:
     return np.round(levels.astype(np.float32) * (255 / (num_levels - 1))).astype(np.uint8)
 
 
+def level_grid(num_levels: int, centered: bool) -> tuple[float, float]:
+    """(lowest, distance) of the levels as the model sees them without dequantisation."""
+    lowest = -1.0 if centered else 0.0
+    return lowest, (1 - lowest) / (num_levels - 1)
+
+
 def bits_offset(num_levels: int, centered: bool) -> float:
     """What turns -log2 p(x)/D of scaled, dequantised data into bits/dim of the levels.
 

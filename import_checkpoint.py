@@ -97,18 +97,32 @@ def _convert(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
     return ("scale" if name == "weight" else "bias"), value
 
 
+def _layer_kind(tensors: dict[str, np.ndarray]) -> str:
+    return {4: "Conv", 2: "Dense", 1: "GroupNorm"}[tensors["weight"].ndim]
+
+
 def _module_params(tensors: dict[str, np.ndarray]) -> tuple[str, dict[str, Any]]:
     """The kind of a module (our class), and its parameters under our names."""
-    names = [name.split(".") for name in tensors]
-    if len(names[0]) == 1:  # one layer
-        params = dict(_convert(name, value) for name, value in tensors.items())
-        kinds = {4: "Conv", 2: "Dense", 1: "GroupNorm"}
-        return kinds[tensors["weight"].ndim], params
-    nested: dict[str, dict[str, np.ndarray]] = {}
-    for (layer, name), value in zip(names, tensors.values(), strict=True):
+    if "W" in tensors:
+        return "GaussianFourierProjection", tensors
+    if "weight" in tensors:  # one layer
+        return _layer_kind(tensors), dict(_convert(n, v) for n, v in tensors.items())
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for path, value in tensors.items():
+        layer, name = path.split(".")
         ours, array = _convert(name, value)
-        nested.setdefault(layer.replace("NIN", "Dense"), {})[ours] = array
-    return ("AttnBlock" if "Dense_3" in nested else "ResBlock"), nested
+        layers.setdefault(layer, {})[ours] = array
+    if "Conv2d_0" in layers:
+        return "FIRConv", layers["Conv2d_0"]
+    if list(layers) == ["Conv_0"]:
+        resamples = layers["Conv_0"]["kernel"].shape[0] == 3
+        return ("ResampleConv" if resamples else "Combine"), layers
+    # Their NIN is our Dense; the shortcut of a "ddpm" block comes after the time's Dense_0.
+    first = 1 if "Dense_0" in layers else 0
+    renamed = {
+        f"Dense_{first + int(k[4:])}" if k.startswith("NIN_") else k: v for k, v in layers.items()
+    }
+    return ("ResBlock" if "Conv_0" in layers else "AttnBlock"), renamed
 
 
 def convert_state(state: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -136,13 +150,15 @@ def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:
     checkpoint = read_pth(path)
     try:
         state = {k: v for k, v in checkpoint["model"].items() if ".all_modules." in f".{k}"}
+        # The Fourier embedding's frequencies are not trained: they have no average.
+        trained = [k for k, v in state.items() if not (k.endswith(".W") and v.ndim == 1)]
         shadow = checkpoint["ema"]["shadow_params"]
         step = int(checkpoint["step"])
-        if len(shadow) != len(state):
-            raise ValueError(f"{len(shadow)} EMA tensors for {len(state)} parameters")
-        ema_state = dict(zip(state, shadow, strict=True))
+        if len(shadow) != len(trained):
+            raise ValueError(f"{len(shadow)} EMA tensors for {len(trained)} parameters")
+        ema_state = state | dict(zip(trained, shadow, strict=True))
         params, ema_params = convert_state(state), convert_state(ema_state)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is not laid out as an official checkpoint: {error}") from error
 
     model = mutils.create_model(config)

@@ -4,9 +4,9 @@ Each comes with and without the residual, the reconstruction term of the truncat
 
     -log p(x_0) ≤ E[-log p_ε(x_ε)] + E[log p_0ε(x_ε | x_0) - log p(x_0 | x_ε)],
 
-with x_ε ~ p_0ε(· | x_0) and p(x_0 | x_ε) = N((x_ε + σ² s)/α, (σ/α)²). With the residual the value
-bounds the likelihood of x_0. Without, the NLL takes x_0 itself for x_ε (the common habit), and the
-NELBO stops at x_ε.
+with x_ε ~ p_0ε(· | x_0); `losses.reconstruction_loss` has it. With the residual the value bounds
+the likelihood of x_0. Without, the NLL takes x_0 itself for x_ε (the common habit), and the NELBO
+stops at x_ε. Data without dequantisation (`lossless`) have a NELBO with a decoder of levels.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,12 @@ from ml_collections import ConfigDict
 
 import datasets
 import losses
-from sampling import MakeScoreFn, ScoreFn, denoise, fill_time, probability_flow, solve_ode
-from sde_lib import VPSDE
-
-
-def _sum(x: Array) -> Array:
-    return jnp.sum(x, axis=tuple(range(1, x.ndim)))
+from sampling import MakeScoreFn, ScoreFn, fill_time, probability_flow, solve_ode
+from sde_lib import SDE
 
 
 def ode_log_likelihood(
-    sde: VPSDE,
+    sde: SDE,
     score_fn: ScoreFn,
     x: Array,
     probe: Array,
@@ -54,7 +50,7 @@ def ode_log_likelihood(
 
     def vector_field(t: Array, state: tuple[Array, Array], args: Any) -> tuple[Array, Array]:
         dx, tangent = jax.jvp(lambda x: drift(t, x, args), (state[0],), (probe,))
-        return dx, _sum(tangent * probe)
+        return dx, losses.sum_image(tangent * probe)
 
     (latent, divergence), nfe = solve_ode(
         vector_field, (x, jnp.zeros(len(x))), eps, sde.T, rtol, atol
@@ -62,18 +58,8 @@ def ode_log_likelihood(
     return sde.prior_logp(latent) + divergence, latent, nfe
 
 
-def residual(sde: VPSDE, score_fn: ScoreFn, x0: Array, z: Array, eps: float) -> Array:
-    """log p_0ε(x_ε | x_0) - log p(x_0 | x_ε) for x_ε = α x_0 + σ z, in nats, (N,)."""
-    dims = np.prod(x0.shape[1:])
-    x_eps = losses.perturb(sde, x0, fill_time(eps, x0), z)
-    std, alpha = sde.std(eps), sde.mean_coeff(eps)
-    error = (x0 - denoise(sde, score_fn, x_eps, eps)) * alpha / std
-    # Both are normal; the standard deviations σ and σ/α leave D log α of their normalisers.
-    return 0.5 * (_sum(error**2) - _sum(z**2)) - dims * jnp.log(alpha)
-
-
 def diffusion_term(
-    sde: VPSDE, score_fn: ScoreFn, x0: Array, t: Array, z: Array, inverse_density: Array
+    sde: SDE, score_fn: ScoreFn, x0: Array, t: Array, z: Array, inverse_density: Array
 ) -> Array:
     """An unbiased estimate of -E log p_ε(x_ε)'s bound less the prior's term, in nats, (N,).
 
@@ -85,7 +71,7 @@ def diffusion_term(
     return losses.score_matching_loss(score_fn, sde, x0, t, z, weight)
 
 
-def known_terms(sde: VPSDE, eps: float, dims: int) -> Array:
+def known_terms(sde: SDE, eps: float, dims: int) -> Array:
     """-½ ∫ E[g² ‖∇ log p_0t‖² + 2 div f] dt = -D (½ Z_ε + log α(T) - log α(ε)), in nats."""
     drift = sde.log_mean_coeff(sde.T) - sde.log_mean_coeff(eps)
     return -dims * (0.5 * sde.importance_normalizer(eps) + drift)
@@ -97,7 +83,7 @@ def to_bits_per_dim(nats: Array, dims: int, offset: float) -> Array:
 
 
 def get_nll_fn(
-    config: ConfigDict, sde: VPSDE, make_score_fn: MakeScoreFn, num_levels: int = 256
+    config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, num_levels: int = 256
 ) -> Callable[..., dict[str, Array]]:
     """NLL of a batch, compiled.
 
@@ -127,7 +113,7 @@ def get_nll_fn(
         x_eps = losses.perturb(sde, x, fill_time(eps, x), z_eps)
         plain, _, nfe = ode_log_likelihood(sde, score_fn, x, probe, eps=eps, **tolerances)
         proper, latent, _ = ode_log_likelihood(sde, score_fn, x_eps, probe, eps=eps, **tolerances)
-        remainder = residual(sde, score_fn, x, z_residual, eps)
+        remainder = losses.reconstruction_loss(score_fn, sde, x, eps, z_residual)
         return {
             "nll": to_bits_per_dim(remainder - proper, dims, offset),
             "nll_without_residual": to_bits_per_dim(-plain, dims, offset),
@@ -139,19 +125,22 @@ def get_nll_fn(
 
 
 def get_nelbo_fn(
-    config: ConfigDict, sde: VPSDE, make_score_fn: MakeScoreFn, num_levels: int = 256
+    config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, num_levels: int = 256
 ) -> Callable[..., dict[str, Array]]:
     """NELBO of a batch, compiled.
 
     Returns:
       nelbo_fn(params, key, x), x (N, H, W, C) dequantised and scaled →
         `nelbo`: bits/dim with the residual, (N,); `nelbo_without_residual`: without, (N,).
-      Both average `eval.nelbo_draws` times, importance-sampled and stratified.
+      With `lossless=True` x is levels, scaled without dequantisation, and it gives
+        `nelbo_lossless`: bits/dim of the levels themselves, with their decoder, (N,).
+      All average `eval.nelbo_draws` times, importance-sampled and stratified.
     """
     eps, draws = config.training.truncation_time, config.eval.nelbo_draws
     offset = datasets.bits_offset(num_levels, config.data.centered)
+    grid = datasets.level_grid(num_levels, config.data.centered)
 
-    def nelbo_fn(params: Any, key: Array, x: Array) -> dict[str, Array]:
+    def nelbo_fn(params: Any, key: Array, x: Array, lossless: bool = False) -> dict[str, Array]:
         score_fn, dims = make_score_fn(params), int(np.prod(x.shape[1:]))
         u_key, z_key, prior_key, residual_key = jax.random.split(key, 4)
         offsets = jax.random.uniform(u_key, (len(x),))
@@ -166,10 +155,15 @@ def get_nelbo_fn(
         prior = -sde.prior_logp(losses.perturb(sde, x, fill_time(sde.T, x), z_prior))
         bound = prior + diffusion + known_terms(sde, eps, dims)
         z_residual = jax.random.normal(residual_key, x.shape)
-        remainder = residual(sde, score_fn, x, z_residual, eps)
+        if lossless:
+            decoder = losses.discrete_decoder_loss(score_fn, sde, x, eps, z_residual, *grid)
+            log_std = dims * (jnp.log(sde.std(eps)) + 0.5 * np.log(2 * np.pi))
+            encoder = -log_std - 0.5 * losses.sum_image(z_residual**2)  # log p_0ε(x_ε | x_0)
+            return {"nelbo_lossless": to_bits_per_dim(bound + encoder + decoder, dims, 0.0)}
+        remainder = losses.reconstruction_loss(score_fn, sde, x, eps, z_residual)
         return {
             "nelbo": to_bits_per_dim(bound + remainder, dims, offset),
             "nelbo_without_residual": to_bits_per_dim(bound, dims, offset),
         }
 
-    return jax.jit(nelbo_fn)
+    return jax.jit(nelbo_fn, static_argnames="lossless")

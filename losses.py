@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 import datasets
 from models import utils as mutils
-from sde_lib import VPSDE
+from sde_lib import SDE, expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class TruncationPrior:
 
 
 def draw_times(
-    sde: VPSDE, u: Array, tau: ArrayLike, importance_sampling: bool
+    sde: SDE, u: Array, tau: ArrayLike, importance_sampling: bool
 ) -> tuple[Array, Array]:
     """Times on [τ, T] from uniforms, and the reciprocal of the density that they were drawn with.
 
@@ -118,20 +118,24 @@ def draw_times(
     return tau + u * (sde.T - tau), jnp.broadcast_to(sde.T - tau, u.shape)
 
 
-def weighting(sde: VPSDE, t: Array, likelihood: bool) -> Array:
+def sum_image(x: Array) -> Array:
+    """Sums over all axes but the first, float32."""
+    return jnp.sum(x.astype(jnp.float32), axis=tuple(range(1, x.ndim)))
+
+
+def weighting(sde: SDE, t: Array, likelihood: bool) -> Array:
     """λ(t): g² (likelihood weighting) or σ² (variance weighting)."""
     return sde.diffusion(t) ** 2 if likelihood else sde.std(t) ** 2
 
 
-def perturb(sde: VPSDE, x0: Array, t: Array, z: Array) -> Array:
+def perturb(sde: SDE, x0: Array, t: Array, z: Array) -> Array:
     """x_t = α x_0 + σ z for x0 and z (N, ...), t (N,)."""
-    expand = (...,) + (None,) * (x0.ndim - 1)
-    return sde.mean_coeff(t)[expand] * x0 + sde.std(t)[expand] * z
+    return expand(sde.mean_coeff(t), x0) * x0 + expand(sde.std(t), x0) * z
 
 
 def score_matching_loss(
     score_fn: Callable[[Array, Array], Array],
-    sde: VPSDE,
+    sde: SDE,
     x0: Array,
     t: Array,
     z: Array,
@@ -152,10 +156,86 @@ def score_matching_loss(
     """
     std = sde.std(t)
     # ∇ log p_0t = -z/σ; multiplied through by σ, so that nothing is divided by a small σ.
-    scaled_score = std[(...,) + (None,) * (x0.ndim - 1)] * score_fn(perturb(sde, x0, t, z), t)
-    residual = scaled_score + z
-    sq = jnp.sum(residual.astype(jnp.float32) ** 2, axis=tuple(range(1, x0.ndim)))
-    return 0.5 * (weight / std**2) * sq
+    scaled_score = expand(std, x0) * score_fn(perturb(sde, x0, t, z), t)
+    return 0.5 * (weight / std**2) * sum_image((scaled_score + z) ** 2)
+
+
+def reconstruction_loss(
+    score_fn: Callable[[Array, Array], Array], sde: SDE, x0: Array, eps: ArrayLike, z: Array
+) -> Array:
+    """The residual: log p_0ε(x_ε | x_0) - log p(x_0 | x_ε) for x_ε = α x_0 + σ z, in nats.
+
+    The decoder p(x_0 | x_ε) is normal, with the mean `sde.denoise(x_ε)` and the deviation σ/α.
+
+    Args:
+      score_fn, sde, x0: as in `score_matching_loss`.
+      eps: where the diffusion starts.
+      z: standard normal noise, the shape of x0.
+
+    Returns:
+      (N,) in float32.
+    """
+    dims = math.prod(x0.shape[1:])
+    error, alpha = _decoding_error(score_fn, sde, x0, eps, z)
+    # Both are normal; the deviations σ and σ/α leave D log α of their normalisers.
+    return 0.5 * (sum_image(error**2) - sum_image(z**2)) - dims * jnp.log(alpha)
+
+
+def discrete_decoder_loss(
+    score_fn: Callable[[Array, Array], Array],
+    sde: SDE,
+    x0: Array,
+    eps: ArrayLike,
+    z: Array,
+    lowest: float,
+    width: float,
+) -> Array:
+    """-log P(x_0 | x_ε), the lossless decoder of levels (arXiv 2006.11239, eq. 13), in nats.
+
+    P is the mass of `reconstruction_loss`'s decoder on the interval of each level, which for the
+    lowest and the highest level is unbounded.
+
+    Args:
+      score_fn, sde, eps, z: as in `reconstruction_loss`.
+      x0: levels, scaled and not dequantised, (N, ...).
+      lowest: the lowest level, scaled; the highest is 1.
+      width: distance between levels.
+
+    Returns:
+      (N,) in float32.
+    """
+    error, alpha = _decoding_error(score_fn, sde, x0, eps, z)
+    half = 0.5 * width * alpha / sde.std(eps)
+    below = jnp.where(x0 < lowest + 0.5 * width, -jnp.inf, error - half)
+    above = jnp.where(x0 > 1 - 0.5 * width, jnp.inf, error + half)
+    return -sum_image(_log_normal_mass(below, above))
+
+
+def _decoding_error(
+    score_fn: Callable[[Array, Array], Array], sde: SDE, x0: Array, eps: ArrayLike, z: Array
+) -> tuple[Array, Array]:
+    """(x_0 - E[x_0 | x_ε]) in the decoder's deviations, and α(ε)."""
+    t = jnp.full(len(x0), eps, jnp.float32)
+    x_eps = perturb(sde, x0, t, z)
+    std, alpha = sde.std(eps), sde.mean_coeff(eps)
+    return (x0 - sde.denoise(x_eps, t, score_fn(x_eps, t))) * alpha / std, alpha
+
+
+def _log_normal_mass(below: Array, above: Array) -> Array:
+    """log(Φ(above) - Φ(below)), either of which can be infinite, without under- or overflow."""
+    # On the left of 0, where Φ keeps its digits.
+    mirror = below > 0
+    low, high = jnp.where(mirror, -above, below), jnp.where(mirror, -below, above)
+    high = jnp.minimum(high, 40.0)  # where Φ is 1 and has a derivative
+    narrow = high - low < 0.01
+    middle = jnp.where(narrow, 0.5 * (low + high), 0.0)
+    width = jnp.where(narrow, high - low, 1.0)
+    density = -0.5 * middle**2 - 0.5 * math.log(2 * math.pi) + jnp.log(width)
+    tail = jax.scipy.special.log_ndtr(jnp.where(narrow, 1.0, high))
+    cut = jax.scipy.special.log_ndtr(jnp.where(narrow | jnp.isinf(low), 0.0, low))
+    whole = narrow | jnp.isinf(low)
+    mass = tail + jnp.where(whole, 0.0, jnp.log1p(-jnp.exp(jnp.where(whole, -1.0, cut - tail))))
+    return jnp.where(narrow, density, mass)
 
 
 @struct.dataclass
@@ -168,12 +248,21 @@ class TrainState:
     opt_state: Any
 
 
+def _is_trained(params: Any) -> Any:
+    """For each parameter, whether it is: the Fourier embedding's frequencies are not."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "GaussianFourierProjection" not in str(path[0]), params
+    )
+
+
 def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """Clip by global norm, L2 decay, Adam, linear warm-up from 0: the official order."""
     optim = config.optim
     schedule = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup else optim.lr
     decay = (
-        optax.add_decayed_weights(optim.weight_decay) if optim.weight_decay else optax.identity()
+        optax.add_decayed_weights(optim.weight_decay, mask=_is_trained)
+        if optim.weight_decay
+        else optax.identity()
     )
     return optax.chain(
         optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip >= 0 else optax.identity(),
@@ -203,46 +292,73 @@ def draw_truncation(key: Array, config: ConfigDict) -> Array:
 
 
 def get_batch_loss_fn(
-    config: ConfigDict, sde: VPSDE, model: mutils.Model, num_levels: int, train: bool
+    config: ConfigDict, sde: SDE, model: mutils.Model, num_levels: int, train: bool
 ) -> Callable[[Any, Array, Array, Array], tuple[Array, Array]]:
     """The objective of the config, as a function that does all of its drawing from keys.
 
     Returns:
       loss_fn(params, key, images, index) → (loss of each image (N,), τ). `key` is the step's,
       `images` are uint8 (N, H, W, C), `index` (N,) is each image's place in the global batch.
+      With `training.mixed` the images of even places are the first half, the others the second;
+      with `balanced`, the halves' ratio is that of this (micro-)batch on all devices.
     """
     training, data = config.training, config.data
     scale = 1.0 / (data.image_size**2 * data.num_channels) if training.reduce_mean else 1.0
     prior = TruncationPrior(training.k, training.truncation_time)
+    lowest, width = datasets.level_grid(num_levels, data.centered)
 
     def loss_fn(params: Any, key: Array, images: Array, index: Array) -> tuple[Array, Array]:
         tau_key, image_key = jax.random.split(key)
         tau = draw_truncation(tau_key, config)
 
-        def draw(i: Array) -> tuple[Array, Array, Array, Array]:
-            data_key, t_key, z_key, dropout_key = jax.random.split(
-                jax.random.fold_in(image_key, i), 4
+        def draw(i: Array) -> tuple[Array, Array, Array, Array, Array]:
+            data_key, t_key, z_key, dropout_key, z_tau_key = jax.random.split(
+                jax.random.fold_in(image_key, i), 5
             )
-            z = jax.random.normal(z_key, images.shape[1:])
-            return data_key, jax.random.uniform(t_key), z, dropout_key
+            z, z_tau = (jax.random.normal(k, images.shape[1:]) for k in (z_key, z_tau_key))
+            return data_key, jax.random.uniform(t_key), z, dropout_key, z_tau
 
-        data_keys, u, z, dropout_keys = jax.vmap(draw)(index)
+        data_keys, u, z, dropout_keys, z_tau = jax.vmap(draw)(index)
         x0 = datasets.preprocess(images, data_keys, num_levels, config, flip=train)
         t, inverse_density = draw_times(sde, u, tau, training.importance_sampling)
         weight = weighting(sde, t, training.likelihood_weighting) * inverse_density
+        if training.mixed:
+            other_t, other_inverse = draw_times(sde, u, tau, importance_sampling=False)
+            other_weight = weighting(sde, other_t, likelihood=False) * other_inverse
+            first = index % 2 == 0
+            t = jnp.where(first, t, other_t)
+            weight = jnp.where(first, weight, other_weight)
         if training.truncation == "equivalent_weight":
             weight = weight * prior.cdf(t)
         score_fn = mutils.get_score_fn(config, sde, model, params, train=train)
         if train:
             score_fn = lambda x, t, score=score_fn: score(x, t, dropout_keys)  # noqa: E731
-        return score_matching_loss(score_fn, sde, x0, t, z, weight) * scale, tau
+        losses = score_matching_loss(score_fn, sde, x0, t, z, weight)
+        if training.mixed:
+            ratio = jnp.ones(())
+            if training.balanced:
+                ratio = _mean_ratio(losses, first, "batch" if train else None)
+            losses = losses * jnp.where(first, 2, 2 * training.ddpm_weight * ratio)
+        if training.reconstruction_loss:
+            if data.dequantization == "lossless":
+                losses += discrete_decoder_loss(score_fn, sde, x0, tau, z_tau, lowest, width)
+            else:
+                losses += reconstruction_loss(score_fn, sde, x0, tau, z_tau)
+        return losses * scale, tau
 
     return loss_fn
 
 
+def _mean_ratio(losses: Array, first: Array, axis_name: str | None) -> Array:
+    """The mean of first losses over the others after them, as a constant; over all devices."""
+    ratios = jnp.where(first, losses / jnp.roll(losses, -1), 0)
+    mean = jnp.sum(ratios) / jnp.sum(first)
+    return jax.lax.stop_gradient(jax.lax.pmean(mean, axis_name) if axis_name else mean)
+
+
 def get_step_fn(
     config: ConfigDict,
-    sde: VPSDE,
+    sde: SDE,
     model: mutils.Model,
     optimizer: optax.GradientTransformation,
     num_levels: int,

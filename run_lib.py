@@ -50,7 +50,7 @@ _FREE_SECTIONS = ("sampling", "eval")
 class Setup:
     """What a config names, checked and loaded; nothing is compiled yet."""
 
-    sde: sde_lib.VPSDE
+    sde: sde_lib.SDE
     model: mutils.Model
     optimizer: optax.GradientTransformation
     train: datasets.Dataset

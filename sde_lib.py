@@ -4,7 +4,10 @@ Every formula about an SDE is here and nowhere else. All functions of time are e
 the shape of `t`, and are accurate in float32 on [1e-5, 1].
 """
 
+import abc
 import dataclasses
+import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +17,110 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 
+class SDE(abc.ABC):
+    """What every SDE offers.
+
+    Attributes:
+      T: largest time.
+    """
+
+    T: ClassVar[float] = 1.0
+
+    @abc.abstractmethod
+    def log_mean_coeff(self, t: ArrayLike) -> Array:
+        """log α(t) = ∫₀ᵗ f(s) ds."""
+
+    @abc.abstractmethod
+    def std(self, t: ArrayLike) -> Array:
+        """σ(t), the standard deviation of x_t given x_0."""
+
+    @abc.abstractmethod
+    def drift_coeff(self, t: ArrayLike) -> Array:
+        """f(t), the factor of x in the drift."""
+
+    @abc.abstractmethod
+    def diffusion(self, t: ArrayLike) -> Array:
+        """g(t)."""
+
+    @abc.abstractmethod
+    def gamma(self, t: ArrayLike) -> Array:
+        """γ(t) = log σ²/α² = -log SNR (arXiv 2107.00630), increasing; its derivative is g²/σ²."""
+
+    @abc.abstractmethod
+    def inverse_gamma(self, gamma: ArrayLike) -> Array:
+        """The t with γ(t) = gamma."""
+
+    @abc.abstractmethod
+    def transition(self, s: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:
+        """From s to a later t, x_t = a x_s + b z: (a, b), exact (not a step of a solver)."""
+
+    @abc.abstractmethod
+    def prior_std(self) -> float:
+        """Standard deviation of the prior p_T, a centred normal distribution."""
+
+    def mean_coeff(self, t: ArrayLike) -> Array:
+        """α(t), the factor of x_0 in x_t."""
+        return jnp.exp(self.log_mean_coeff(t))
+
+    def importance_normalizer(self, tau: ArrayLike) -> Array:
+        """Z_τ = ∫_τ^T g²/σ² dt, the normaliser of the importance distribution of time."""
+        return self.gamma(self.T) - self.gamma(tau)
+
+    def importance_time(self, u: ArrayLike, tau: ArrayLike) -> Array:
+        """Times with density ∝ g²/σ² on [τ, T], from uniform `u` in [0, 1] (arXiv 2106.05527, §3).
+
+        Args:
+          u: uniforms of any shape.
+          tau: truncation, broadcast against `u`.
+
+        Returns:
+          t = γ⁻¹(γ(τ) + u Z_τ), of the broadcast shape.
+        """
+        gamma = self.gamma(tau) + jnp.asarray(u) * self.importance_normalizer(tau)
+        return jnp.clip(self.inverse_gamma(gamma), jnp.asarray(tau), self.T)
+
+    def time_grid(self, eps: float, num: int) -> Array:
+        """`num` times from T down to eps, equally spaced on the SDE's own clock."""
+        return jnp.linspace(self.T, eps, num)
+
+    def denoise(self, x: Array, t: ArrayLike, score: Array) -> Array:
+        """Tweedie's formula, E[x_0 | x_t = x] = (x + σ² s)/α; t is a scalar or (N,)."""
+        alpha, std = expand(self.mean_coeff(t), x), expand(self.std(t), x)
+        return (x + std**2 * score) / alpha
+
+    def prior_logp(self, z: Array) -> Array:
+        """log p_T of each row of `z` (N, ...), in nats, shape (N,)."""
+        dims = np.prod(z.shape[1:])
+        scale = self.prior_std()
+        sq = jnp.sum(z**2, axis=tuple(range(1, z.ndim)))
+        return -0.5 * (dims * np.log(2 * np.pi * scale**2) + sq / scale**2)
+
+
+def expand(value: ArrayLike, x: Array) -> Array:
+    """A scalar or (N,) with as many axes as x (N, ...), to be broadcast against it."""
+    value = jnp.asarray(value)
+    return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
+
+
+def _log_expm1(b: Array) -> Array:
+    """log(e^b - 1) for b > 0: neither overflows, nor cancels for large b or loses a small one."""
+    small = b < 1
+    below = jnp.log(jnp.expm1(jnp.where(small, b, 1.0)))
+    above = b + jnp.log1p(-jnp.exp(-jnp.where(small, 1.0, b)))
+    return jnp.where(small, below, above)
+
+
 @dataclasses.dataclass(frozen=True)
-class VPSDE:
-    """Variance-preserving SDE (arXiv 2011.13456, eq. 11): f = -β(t)/2, g² = β(t), β linear in t.
+class _LinearBeta(SDE):
+    """What VP and sub-VP share: f = -β(t)/2 with β linear in t.
 
     Attributes:
       beta_min: β(0).
       beta_max: β(1).
-      T: largest time.
     """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
-    T: float = 1.0
 
     def beta(self, t: ArrayLike) -> Array:
         """β(t) = β₀ + t (β₁ - β₀)."""
@@ -43,74 +137,186 @@ class VPSDE:
         slope = self.beta_max - self.beta_min
         return 2 * b / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * b))
 
-    def mean_coeff(self, t: ArrayLike) -> Array:
-        """α(t), the factor of x_0 in x_t."""
-        return jnp.exp(-0.5 * self.integral_beta(t))
-
     def log_mean_coeff(self, t: ArrayLike) -> Array:
-        """log α(t) = ∫₀ᵗ f(s) ds."""
         return -0.5 * self.integral_beta(t)
 
-    def std(self, t: ArrayLike) -> Array:
-        """σ(t), the standard deviation of x_t given x_0."""
-        return jnp.sqrt(-jnp.expm1(-self.integral_beta(t)))
-
     def drift_coeff(self, t: ArrayLike) -> Array:
-        """f(t), the factor of x in the drift."""
         return -0.5 * self.beta(t)
 
-    def diffusion(self, t: ArrayLike) -> Array:
-        """g(t)."""
-        return jnp.sqrt(self.beta(t))
-
-    def _cumulative(self, t: ArrayLike) -> Array:
-        # F(t) = log(e^B - 1), an antiderivative of g²/σ². For large B, log(e^B - 1) as
-        # B + log(1 - e^-B) neither overflows nor cancels; for small B, expm1 keeps the digits.
-        b = self.integral_beta(t)
-        small = b < 1
-        below = jnp.log(jnp.expm1(jnp.where(small, b, 1.0)))
-        above = b + jnp.log1p(-jnp.exp(-jnp.where(small, 1.0, b)))
-        return jnp.where(small, below, above)
-
-    def importance_normalizer(self, tau: ArrayLike) -> Array:
-        """Z_τ = ∫_τ^T g²/σ² dt, the normaliser of the importance distribution of time."""
-        return self._cumulative(self.T) - self._cumulative(tau)
-
-    def importance_time(self, u: ArrayLike, tau: ArrayLike) -> Array:
-        """Times with density ∝ g²/σ² on [τ, T], from uniform `u` in [0, 1] (arXiv 2106.05527, §3).
-
-        Args:
-          u: uniforms of any shape.
-          tau: truncation, broadcast against `u`.
-
-        Returns:
-          t = F⁻¹(F(τ) + u Z_τ), of the broadcast shape.
-        """
-        y = self._cumulative(tau) + jnp.asarray(u) * self.importance_normalizer(tau)
-        t = self.invert_integral_beta(jax.nn.softplus(y))
-        return jnp.clip(t, jnp.asarray(tau), self.T)
-
-    def discretize(self, t: ArrayLike, dt: ArrayLike) -> tuple[Array, Array]:
-        """One forward step of length `dt` ending at `t`: x ← a x + G z.
-
-        Returns:
-          (a, G) = (sqrt(1 - β dt), sqrt(β dt)), DDPM's chain (arXiv 2006.11239).
-        """
-        step = self.beta(t) * dt
-        return jnp.sqrt(1 - step), jnp.sqrt(step)
-
     def prior_std(self) -> float:
-        """Standard deviation of the prior p_T, a centred normal distribution."""
         return 1.0
 
-    def prior_logp(self, z: Array) -> Array:
-        """log p_T of each row of `z` (N, ...), in nats, shape (N,)."""
-        dims = np.prod(z.shape[1:])
-        scale = self.prior_std()
-        sq = jnp.sum(z**2, axis=tuple(range(1, z.ndim)))
-        return -0.5 * (dims * np.log(2 * np.pi * scale**2) + sq / scale**2)
+    def _integral_between(self, s: ArrayLike, t: ArrayLike) -> Array:
+        # B(t) - B(s) without subtracting the two.
+        s, t = jnp.asarray(s), jnp.asarray(t)
+        return (t - s) * (self.beta_min + 0.5 * (t + s) * (self.beta_max - self.beta_min))
+
+    def unbounded_time(self, t: ArrayLike, stabilizing_constant: float) -> Array:
+        """γ_c(t) = log(1 - e^-B + c) + B, scaled to 0 at t = 1e-5 and 1 at T.
+
+        The network's time in the unbounded parametrisation (arXiv 2106.05527, appendix): on this
+        scale the score's growth as t → 0 is spread out, down to where c cuts it off.
+        """
+
+        def gamma(t: ArrayLike) -> Array:
+            b = self.integral_beta(t)
+            return jnp.log(stabilizing_constant - jnp.expm1(-b)) + b
+
+        start = gamma(1e-5)
+        return (gamma(t) - start) / (gamma(self.T) - start)
 
 
-def get_sde(config: ConfigDict) -> VPSDE:
+@dataclasses.dataclass(frozen=True)
+class VPSDE(_LinearBeta):
+    """Variance-preserving SDE (arXiv 2011.13456, eq. 11): g² = β, σ² = 1 - e^-B."""
+
+    def std(self, t: ArrayLike) -> Array:
+        return jnp.sqrt(-jnp.expm1(-self.integral_beta(t)))
+
+    def diffusion(self, t: ArrayLike) -> Array:
+        return jnp.sqrt(self.beta(t))
+
+    def gamma(self, t: ArrayLike) -> Array:
+        return _log_expm1(self.integral_beta(t))
+
+    def inverse_gamma(self, gamma: ArrayLike) -> Array:
+        return self.invert_integral_beta(jax.nn.softplus(jnp.asarray(gamma)))
+
+    def transition(self, s: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:
+        delta = self._integral_between(s, t)
+        return jnp.exp(-0.5 * delta), jnp.sqrt(-jnp.expm1(-delta))
+
+
+@dataclasses.dataclass(frozen=True)
+class SubVPSDE(_LinearBeta):
+    """Sub-VP SDE (arXiv 2011.13456, eq. 12): g² = β (1 - e^-2B), σ = 1 - e^-B."""
+
+    def std(self, t: ArrayLike) -> Array:
+        return -jnp.expm1(-self.integral_beta(t))
+
+    def diffusion(self, t: ArrayLike) -> Array:
+        return jnp.sqrt(self.beta(t) * -jnp.expm1(-2 * self.integral_beta(t)))
+
+    def gamma(self, t: ArrayLike) -> Array:
+        # σ/α = 2 sinh(B/2).
+        b = self.integral_beta(t)
+        return 2 * _log_expm1(b) - b
+
+    def inverse_gamma(self, gamma: ArrayLike) -> Array:
+        half = 0.5 * jnp.exp(0.5 * jnp.asarray(gamma))
+        return self.invert_integral_beta(2 * jnp.arcsinh(half))
+
+    def transition(self, s: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:
+        delta = self._integral_between(s, t)
+        # σ_t² - a² σ_s², factored.
+        variance = -jnp.expm1(-delta) * -jnp.expm1(-delta - 2 * self.integral_beta(s))
+        return jnp.exp(-0.5 * delta), jnp.sqrt(variance)
+
+
+@dataclasses.dataclass(frozen=True)
+class _VarianceExploding(SDE):
+    """What VE and RVE share: f = 0, and log σ runs from log σ_min to log σ_max on a warped clock.
+
+    Attributes:
+      sigma_min: the smallest σ.
+      sigma_max: σ(1).
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    @abc.abstractmethod
+    def _clock(self, t: Array) -> tuple[Array, Array]:
+        """(c, 1 - c) for the clock's c(t) in [0, 1], each without cancellation."""
+
+    @property
+    def _log_range(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    def log_mean_coeff(self, t: ArrayLike) -> Array:
+        return jnp.zeros_like(jnp.asarray(t))
+
+    def std(self, t: ArrayLike) -> Array:
+        # From the nearer end: the exponent is small there, and so is its error.
+        gone, left = self._clock(jnp.asarray(t))
+        low = self.sigma_min * jnp.exp(self._log_range * gone)
+        return jnp.where(gone < left, low, self.sigma_max * jnp.exp(-self._log_range * left))
+
+    def drift_coeff(self, t: ArrayLike) -> Array:
+        return jnp.zeros_like(jnp.asarray(t))
+
+    def gamma(self, t: ArrayLike) -> Array:
+        gone, left = self._clock(jnp.asarray(t))
+        low = 2 * math.log(self.sigma_min) + 2 * self._log_range * gone
+        high = 2 * math.log(self.sigma_max) - 2 * self._log_range * left
+        return jnp.where(gone < left, low, high)
+
+    def transition(self, s: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:
+        log_ratio = self.gamma(s) - self.gamma(t)
+        return jnp.ones_like(log_ratio), self.std(t) * jnp.sqrt(-jnp.expm1(log_ratio))
+
+    def prior_std(self) -> float:
+        return self.sigma_max
+
+
+@dataclasses.dataclass(frozen=True)
+class VESDE(_VarianceExploding):
+    """Variance-exploding SDE (arXiv 2011.13456, eq. 9): log σ is linear in t."""
+
+    def _clock(self, t: Array) -> tuple[Array, Array]:
+        return t, 1 - t
+
+    def diffusion(self, t: ArrayLike) -> Array:
+        return self.std(t) * math.sqrt(2 * self._log_range)
+
+    def inverse_gamma(self, gamma: ArrayLike) -> Array:
+        return (0.5 * jnp.asarray(gamma) - math.log(self.sigma_min)) / self._log_range
+
+    def importance_time(self, u: ArrayLike, tau: ArrayLike) -> Array:
+        # g²/σ² is constant: importance sampling is uniform sampling.
+        tau = jnp.asarray(tau)
+        return tau + jnp.asarray(u) * (self.T - tau)
+
+
+@dataclasses.dataclass(frozen=True)
+class RVESDE(_VarianceExploding):
+    """Reciprocal VE SDE (arXiv 2106.05527, §5): log σ is linear in 1/t, and σ(eps) = σ_min.
+
+    Attributes:
+      eps: the time of σ_min.
+    """
+
+    eps: float = 1e-5
+
+    def _clock(self, t: Array) -> tuple[Array, Array]:
+        span = t * (1 - self.eps)
+        return (t - self.eps) / span, self.eps * (1 - t) / span
+
+    def diffusion(self, t: ArrayLike) -> Array:
+        rate = math.sqrt(2 * self._log_range * self.eps / (1 - self.eps))
+        return self.std(t) * rate / jnp.asarray(t)
+
+    def inverse_gamma(self, gamma: ArrayLike) -> Array:
+        left = (math.log(self.sigma_max) - 0.5 * jnp.asarray(gamma)) / self._log_range
+        return self.eps / (left * (1 - self.eps) + self.eps)
+
+    def importance_time(self, u: ArrayLike, tau: ArrayLike) -> Array:
+        # 1/t is uniform between 1/T and 1/τ.
+        u, tau = jnp.asarray(u), jnp.asarray(tau)
+        return jnp.clip(tau / ((1 - u) + u * tau), tau, self.T)
+
+    def time_grid(self, eps: float, num: int) -> Array:
+        return 1 / jnp.linspace(1 / self.T, 1 / eps, num)
+
+
+def get_sde(config: ConfigDict) -> SDE:
     """The SDE that `config.training.sde` names."""
-    return VPSDE(beta_min=config.model.beta_min, beta_max=config.model.beta_max)
+    model, name = config.model, config.training.sde
+    if name in ("vpsde", "subvpsde"):
+        kind = VPSDE if name == "vpsde" else SubVPSDE
+        return kind(beta_min=model.beta_min, beta_max=model.beta_max)
+    if name == "vesde":
+        return VESDE(sigma_min=model.sigma_min, sigma_max=model.sigma_max)
+    if name == "reciprocal_vesde":
+        return RVESDE(model.sigma_min, model.sigma_max, eps=config.training.truncation_time)
+    raise ValueError(f"there is no SDE {name!r}")

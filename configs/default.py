@@ -21,28 +21,44 @@ def get_default_config() -> ConfigDict:
     config.seed = 42
 
     config.data = data = ConfigDict()
-    data.dataset = "CIFAR10"  # digits, fashion_mnist, CIFAR10 or folder
+    data.dataset = "CIFAR10"  # README.md lists them
+    data.category = ""  # LSUN: bedroom, church_outdoor, …
     data.path = ""  # folder of images or of IDX files; empty: where the data set usually is
+    data.tfrecords_path = ""  # CelebAHQ, FFHQ: the file, as StyleGAN's dataset_tool.py writes it
     data.tfds_dir = ""  # where TFDS keeps its data; empty: TFDS's own default
     data.image_size = 32
     data.num_channels = 3
     data.centered = True  # images in [-1, 1] rather than [0, 1]
     data.random_flip = True
-    data.dequantization = "uniform"  # none or uniform
+    data.dequantization = "uniform"  # none, uniform, or lossless (a discrete decoder)
 
     config.model = model = ConfigDict()
-    model.name = "ncsnpp"
+    model.name = "ncsnpp"  # ncsnpp, ddpm, or ncsnv2_64, ncsnv2_128, ncsnv2_256
     model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are always float32
     model.nf = 128
     model.ch_mult = (1, 2, 2, 2)
     model.num_res_blocks = 4
     model.attn_resolutions = (16,)
     model.dropout = 0.1
+    model.resblock_type = "biggan"  # biggan or ddpm
+    model.resamp_with_conv = True  # between ddpm blocks
+    model.fir = False  # resample with the FIR filter
+    model.fir_kernel = (1, 3, 3, 1)
+    model.progressive = "none"  # none, output_skip or residual
+    model.progressive_input = "none"  # none, input_skip or residual
+    model.progressive_combine = "sum"  # sum or cat
+    model.embedding_type = "positional"  # positional or fourier
+    model.embedding_dim = 0  # of the positional embedding; 0: nf
+    model.fourier_scale = 16.0
+    model.fourier_feature = False  # sines and cosines of the pixels as further input
+    model.scale_by_sigma = False  # VE and RVE: the network's output is divided by σ(t)
     model.skip_rescale = True
     model.init_scale = 0.0
     model.ema_rate = 0.9999
     model.beta_min = 0.1
     model.beta_max = 20.0
+    model.sigma_min = 0.01
+    model.sigma_max = 50.0
     model.num_scales = 1000  # steps of the PC sampler
 
     config.optim = optim = ConfigDict()
@@ -56,7 +72,7 @@ def get_default_config() -> ConfigDict:
     optim.num_micro_batch = 1
 
     config.training = training = ConfigDict()
-    training.sde = "vpsde"
+    training.sde = "vpsde"  # vpsde, subvpsde, vesde or reciprocal_vesde
     training.batch_size = 128  # over all devices
     training.n_iters = 1_300_001
     training.truncation = "soft"  # fixed, soft or equivalent_weight
@@ -64,6 +80,12 @@ def get_default_config() -> ConfigDict:
     training.truncation_time = 1e-5
     training.likelihood_weighting = True  # λ = g²; else λ = σ²
     training.importance_sampling = True  # t ~ g²/σ²; else uniform
+    training.mixed = False  # half of a batch: that; the other half: λ = σ², t uniform
+    training.ddpm_weight = 0.01  # the other half's weight
+    training.balanced = False  # bring the other half to the first one's size before weighting it
+    training.reconstruction_loss = False  # add the residual at τ
+    training.unbounded_parametrization = False  # the network's time is γ(t): UDDPM++
+    training.stabilizing_constant = 1e-3  # where γ(t) is cut off
     training.reduce_mean = True  # loss per dimension rather than per image
     training.log_freq = 100
     training.eval_freq = 1000  # loss on the test split
@@ -72,15 +94,19 @@ def get_default_config() -> ConfigDict:
     training.snapshot_sampling = True  # a grid of samples at every snapshot
 
     config.sampling = sampling = ConfigDict()
-    sampling.method = "pc"  # pc or ode
-    sampling.predictor = "euler_maruyama"  # euler_maruyama or reverse_diffusion
-    sampling.corrector = "none"  # none or langevin
+    sampling.method = "pc"  # pc, ode, heun or dpm_solver
+    sampling.num_steps = 20  # heun and dpm_solver; pc takes model.num_scales
+    sampling.predictor = "euler_maruyama"  # or reverse_diffusion, ancestral_sampling, none
+    sampling.corrector = "none"  # none, langevin or ald
+    sampling.probability_flow = False  # the predictor steps along the ODE
     sampling.n_steps_each = 1
     sampling.snr = 0.16
     sampling.noise_removal = True
     sampling.truncation_time = 1e-5
     sampling.rtol = 1e-5
     sampling.atol = 1e-5
+    sampling.task = "generate"  # or inpaint or colorize test images, with the PC sampler
+    sampling.mask = "right"  # what to inpaint: left, right, top, bottom, center, or an image's path
     sampling.batch_size = 64  # images in a grid, and of --mode sample
     sampling.n_images = 64  # --mode sample
 
@@ -98,16 +124,25 @@ def get_default_config() -> ConfigDict:
 
 
 _CHOICES = {
-    "data.dataset": ("digits", "fashion_mnist", "CIFAR10", "folder"),
-    "data.dequantization": ("none", "uniform"),
-    "model.name": ("ncsnpp",),
+    "data.dataset": (
+        *("digits", "fashion_mnist", "CIFAR10", "SVHN", "CELEBA", "CelebAHQ", "STL10"),
+        *("IMAGENET32", "LSUN", "FFHQ", "folder"),
+    ),
+    "data.dequantization": ("none", "uniform", "lossless"),
+    "model.name": ("ncsnpp", "ddpm", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.resblock_type": ("biggan", "ddpm"),
+    "model.progressive": ("none", "output_skip", "residual"),
+    "model.progressive_input": ("none", "input_skip", "residual"),
+    "model.progressive_combine": ("sum", "cat"),
+    "model.embedding_type": ("positional", "fourier"),
     "optim.optimizer": ("Adam",),
-    "training.sde": ("vpsde",),
+    "training.sde": ("vpsde", "subvpsde", "vesde", "reciprocal_vesde"),
     "training.truncation": ("fixed", "soft", "equivalent_weight"),
-    "sampling.method": ("pc", "ode"),
-    "sampling.predictor": ("euler_maruyama", "reverse_diffusion"),
-    "sampling.corrector": ("none", "langevin"),
+    "sampling.method": ("pc", "ode", "heun", "dpm_solver"),
+    "sampling.predictor": ("none", "euler_maruyama", "reverse_diffusion", "ancestral_sampling"),
+    "sampling.corrector": ("none", "langevin", "ald"),
+    "sampling.task": ("generate", "inpaint", "colorize"),
 }
 
 _POSITIVE = [
@@ -117,6 +152,9 @@ _POSITIVE = [
     "model.num_res_blocks",
     "model.ema_rate",
     "model.beta_max",
+    "model.sigma_min",
+    "model.sigma_max",
+    "model.fourier_scale",
     "model.num_scales",
     "optim.lr",
     "optim.eps",
@@ -124,10 +162,13 @@ _POSITIVE = [
     "training.batch_size",
     "training.n_iters",
     "training.truncation_time",
+    "training.ddpm_weight",
+    "training.stabilizing_constant",
     "training.log_freq",
     "training.eval_freq",
     "training.snapshot_freq",
     "training.snapshot_freq_for_preemption",
+    "sampling.num_steps",
     "sampling.n_steps_each",
     "sampling.snr",
     "sampling.truncation_time",
@@ -143,7 +184,10 @@ _POSITIVE = [
     "eval.atol",
 ]
 
-_NOT_NEGATIVE = "model.dropout model.init_scale model.beta_min optim.weight_decay optim.warmup"
+_NOT_NEGATIVE = (
+    *("model.dropout", "model.init_scale", "model.beta_min", "model.embedding_dim"),
+    *("optim.weight_decay", "optim.warmup"),
+)
 
 
 def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
@@ -157,7 +201,7 @@ def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
     for name in _POSITIVE:
         if not (get(name) > 0 and math.isfinite(get(name))):
             yield f"{name} is {get(name)}; it must be a positive number"
-    for name in _NOT_NEGATIVE.split():
+    for name in _NOT_NEGATIVE:
         if not (get(name) >= 0 and math.isfinite(get(name))):
             yield f"{name} is {get(name)}; it must not be negative"
     if not (config.training.k >= 0):
@@ -176,32 +220,101 @@ def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
         yield f"eval.num_samples is {config.eval.num_samples}; precision and recall need 4 or more"
     if config.data.dataset == "folder" and not config.data.path:
         yield "data.dataset=folder needs data.path, the folder of images"
-    if config.model.nf % 4:
-        yield f"model.nf is {config.model.nf}; it must be a multiple of 4"
-    if not config.model.ch_mult:
-        yield "model.ch_mult is empty; it must name a factor for each resolution"
-    factor = 2 ** (len(config.model.ch_mult) - 1)
-    if config.data.image_size % factor:
+    if config.data.dataset == "LSUN" and not config.data.category and not config.data.path:
+        yield "data.dataset=LSUN needs data.category, for example bedroom or church_outdoor"
+    yield from _model_problems(config)
+    yield from _sampling_problems(config)
+    halves = config.training.likelihood_weighting and config.training.importance_sampling
+    if config.training.mixed and not halves:
         yield (
-            f"data.image_size is {config.data.image_size}; {len(config.model.ch_mult)} levels in "
-            f"model.ch_mult halve it that many times less one, so it must be a multiple of {factor}"
+            "training.mixed needs likelihood_weighting and importance_sampling to be True: "
+            "they are the first half's"
         )
     batch, micro = config.training.batch_size, config.optim.num_micro_batch
-    if micro >= 1 and batch % (num_devices * micro):
+    pair = 2 if config.training.mixed else 1
+    if micro >= 1 and batch % (num_devices * micro * pair):
+        twice = " times 2, for training.mixed" if config.training.mixed else ""
         yield (
             f"training.batch_size is {batch}; it must be a multiple of the number of devices "
-            f"({num_devices}) times optim.num_micro_batch ({micro})"
+            f"({num_devices}) times optim.num_micro_batch ({micro}){twice}"
         )
     if not 0 <= config.seed < 2**32 - 8:
         yield f"seed is {config.seed}; it must be between 0 and {2**32 - 9}"
-    steps, chain = config.model.num_scales, config.sampling.predictor == "reverse_diffusion"
-    chain = chain or config.sampling.corrector == "langevin"
-    if steps < 2:
-        yield f"model.num_scales is {steps}; the PC sampler takes at least 2 steps"
-    if config.sampling.method == "pc" and chain and config.model.beta_max >= steps - 1:
+
+
+def _model_problems(config: ConfigDict) -> Iterator[str]:
+    model, sde = config.model, config.training.sde
+    exploding = sde in ("vesde", "reciprocal_vesde")
+    if exploding and model.sigma_max <= model.sigma_min:
+        yield "model.sigma_max must be larger than model.sigma_min"
+    if config.training.unbounded_parametrization and exploding:
         yield (
-            f"model.num_scales is {steps}; reverse_diffusion and langevin need more steps than "
-            f"model.beta_max ({config.model.beta_max:g}) + 1"
+            f"training.unbounded_parametrization is not for {sde}: its network sees log σ(t), "
+            "which is unbounded already"
+        )
+    if model.name.startswith("ncsnv2"):
+        if not exploding:
+            yield f"model.name={model.name} needs training.sde vesde or reciprocal_vesde"
+        if config.data.image_size % 8:
+            yield f"data.image_size is {config.data.image_size}; {model.name} needs a multiple of 8"
+        return
+    if model.nf % 4:
+        yield f"model.nf is {model.nf}; it must be a multiple of 4"
+    if model.embedding_dim % 2 or model.embedding_dim == 2:
+        yield f"model.embedding_dim is {model.embedding_dim}; it must be even, and 4 or more"
+    if model.embedding_type == "fourier":
+        if config.training.unbounded_parametrization:
+            yield "training.unbounded_parametrization needs model.embedding_type=positional"
+        if model.embedding_dim not in (0, model.nf):
+            yield "model.embedding_dim is of the positional embedding; the Fourier one has nf"
+    if model.scale_by_sigma and not exploding:
+        yield f"model.scale_by_sigma is for VE and RVE; with {sde} the score is divided by σ anyway"
+    if model.fir and (
+        len(model.fir_kernel) < 2 or len(model.fir_kernel) % 2 or sum(model.fir_kernel) <= 0
+    ):
+        yield f"model.fir_kernel is {tuple(model.fir_kernel)}; it needs an even number of taps"
+    if model.name == "ddpm":
+        plain = {
+            "fir": False,
+            "progressive": "none",
+            "progressive_input": "none",
+            "embedding_type": "positional",
+            "embedding_dim": 0,
+            "fourier_feature": False,
+        }
+        for field, value in plain.items():
+            if model[field] != value:
+                yield f"model.{field} is {model[field]!r}; model.name=ddpm is a network without it"
+    if not model.ch_mult:
+        yield "model.ch_mult is empty; it must name a factor for each resolution"
+    factor = 2 ** (len(model.ch_mult) - 1)
+    if config.data.image_size % factor:
+        yield (
+            f"data.image_size is {config.data.image_size}; {len(model.ch_mult)} levels in "
+            f"model.ch_mult halve it that many times less one, so it must be a multiple of {factor}"
+        )
+
+
+def _sampling_problems(config: ConfigDict) -> Iterator[str]:
+    sampling = config.sampling
+    if config.model.num_scales < 2:
+        yield f"model.num_scales is {config.model.num_scales}; the PC sampler needs at least 2"
+    flows = ("euler_maruyama", "reverse_diffusion")
+    if sampling.method == "pc" and sampling.probability_flow and sampling.predictor not in flows:
+        yield f"sampling.probability_flow needs sampling.predictor to be one of {', '.join(flows)}"
+    if sampling.method == "pc" and sampling.predictor == sampling.corrector == "none":
+        yield "sampling.predictor and sampling.corrector are both none: nothing would be sampled"
+    if sampling.task != "generate" and sampling.method != "pc":
+        yield f"sampling.task={sampling.task} needs sampling.method=pc"
+    if sampling.task == "colorize" and config.data.num_channels != 3:
+        yield "sampling.task=colorize needs data.num_channels=3"
+    if (
+        config.training.sde == "reciprocal_vesde"
+        and sampling.truncation_time < config.training.truncation_time
+    ):
+        yield (
+            "sampling.truncation_time is below training.truncation_time, where reciprocal_vesde "
+            "has its smallest σ"
         )
 
 

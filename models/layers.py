@@ -1,7 +1,8 @@
-"""Layers of the score networks, NHWC. The architecture is score_sde's DDPM++ (arXiv 2011.13456)."""
+"""Layers of the score networks, NHWC. The architecture is score_sde's (arXiv 2011.13456)."""
 
 import math
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,13 +26,81 @@ def timestep_embedding(labels: Array, dim: int, max_positions: float = 10_000.0)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def upsample(x: Array) -> Array:
-    """Twice the size, nearest neighbour: (N, H, W, C) → (N, 2H, 2W, C)."""
+class GaussianFourierProjection(nn.Module):
+    """Random Fourier features (arXiv 2006.10739) of a scalar; their frequencies are not trained."""
+
+    features: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """(N,) → (N, 2 × features), float32."""
+        frequencies = self.param("W", nn.initializers.normal(self.scale), (self.features,))
+        angles = 2 * math.pi * x.astype(jnp.float32)[:, None] * jax.lax.stop_gradient(frequencies)
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def fourier_features(x: Array) -> Array:
+    """x with sines and cosines of 128πx and 256πx (arXiv 2107.00630): (…, C) → (…, 5C)."""
+    waves = [f(scale * math.pi * x) for scale in (128, 256) for f in (jnp.sin, jnp.cos)]
+    return jnp.concatenate([x, *waves], axis=-1)
+
+
+def _filter_axis(
+    x: Array, taps: Sequence[float], axis: int, padding: tuple[int, int], up: int, down: int
+) -> Array:
+    """Zero-insertion by `up`, padding, convolution with `taps`, every `down`-th value; one axis.
+
+    As sums of slices: a grouped convolution is slower, on every device.
+    """
+    size, count = x.shape[axis], len(taps)
+    out_size = (size * up + sum(padding) - count) // down + 1
+    # Value j reads u[j down + k - padding[0]], for tap k; u is x at multiples of `up`, else 0.
+    widths = [(0, 0)] * x.ndim
+    margin = count + max(padding)
+    widths[axis] = (margin, margin)
+    padded = jnp.pad(x, widths)
+    phases = []
+    for phase in range(up):
+        rows = -(-(out_size - phase) // up)
+        total = jnp.zeros((), x.dtype)
+        for k, tap in enumerate(reversed(taps)):
+            offset = phase * down + k - padding[0]
+            if offset % up == 0:
+                start = margin + offset // up
+                total += tap * jax.lax.slice_in_dim(
+                    padded, start, start + (rows - 1) * down + 1, down, axis
+                )
+        phases.append(total)
+    stacked = jnp.stack(phases, axis=axis + 1)
+    return stacked.reshape(*x.shape[:axis], out_size, *x.shape[axis + 1 :])
+
+
+def fir_filter(
+    x: Array, kernel: Sequence[float], padding: tuple[int, int], up: int = 1, down: int = 1
+) -> Array:
+    """Separable FIR filter of (N, H, W, C), between zero-insertion and decimation.
+
+    The taps are scaled to the sum `up` along each axis, which keeps the mean. `up` or `down` is 1.
+    """
+    taps = [up * tap / sum(kernel) for tap in kernel]
+    x = _filter_axis(x, taps, 1, padding, up, down)
+    return _filter_axis(x, taps, 2, padding, up, down)
+
+
+def upsample(x: Array, fir_kernel: Sequence[float] = ()) -> Array:
+    """Twice the size, by nearest neighbour or by FIR: (N, H, W, C) → (N, 2H, 2W, C)."""
+    if fir_kernel:
+        rest = len(fir_kernel) - 2
+        return fir_filter(x, fir_kernel, ((rest + 1) // 2 + 1, rest // 2), up=2)
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
-def downsample(x: Array) -> Array:
-    """Half the size, mean of each 2×2 block: (N, H, W, C) → (N, H/2, W/2, C)."""
+def downsample(x: Array, fir_kernel: Sequence[float] = ()) -> Array:
+    """Half the size, by the mean of 2×2 or by FIR: (N, H, W, C) → (N, H/2, W/2, C)."""
+    if fir_kernel:
+        rest = len(fir_kernel) - 2
+        return fir_filter(x, fir_kernel, ((rest + 1) // 2, rest // 2), down=2)
     n, h, w, c = x.shape
     return x.reshape(n, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
@@ -40,8 +109,66 @@ class Conv(nn.Conv):
     """Convolution with "same" padding and this architecture's initialisation."""
 
     kernel_size: tuple[int, int] = (3, 3)
-    padding: str = "SAME"
+    padding: Any = "SAME"
     kernel_init: nn.initializers.Initializer = variance_scaling()
+
+
+class ResampleConv(nn.Module):
+    """Twice (`up`) or half the size, with a 3×3 convolution."""
+
+    features: int
+    up: bool
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """(N, H, W, C) → (N, 2H, 2W, features) or (N, H/2, W/2, features)."""
+        if self.up:
+            return Conv(self.features, dtype=self.dtype)(upsample(x))
+        padding = ((0, 1), (0, 1))
+        return Conv(self.features, strides=(2, 2), padding=padding, dtype=self.dtype)(x)
+
+
+class FIRConv(nn.Module):
+    """Twice (`up`) or half the size, with a 3×3 convolution and an FIR filter."""
+
+    features: int
+    up: bool
+    fir_kernel: tuple[float, ...]
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """(N, H, W, C) → (N, 2H, 2W, features) or (N, H/2, W/2, features)."""
+        kernel = self.param("kernel", variance_scaling(), (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
+        dims = ("NHWC", "HWIO", "NHWC")
+        if self.up:
+            rest = len(self.fir_kernel) - 4  # the transposed convolution has added 2 already
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), [(2, 2)] * 2, lhs_dilation=(2, 2), dimension_numbers=dims
+            )
+            # Zeros were inserted: the filter must have the sum 2 along each axis.
+            x = 4 * fir_filter(x, self.fir_kernel, ((rest + 1) // 2 + 1, rest // 2 + 1))
+        else:
+            rest = len(self.fir_kernel)
+            x = fir_filter(x, self.fir_kernel, ((rest + 1) // 2, rest // 2))
+            x = jax.lax.conv_general_dilated(x, kernel, (2, 2), "VALID", dimension_numbers=dims)
+        return x + bias
+
+
+class Combine(nn.Module):
+    """A skip from the pyramid, through a 1×1 convolution, joined to the features."""
+
+    method: str
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, skip: Array, h: Array) -> Array:
+        """(N, H, W, C') and (N, H, W, C) → (N, H, W, C), or 2C for "cat"."""
+        skip = Conv(h.shape[-1], kernel_size=(1, 1), dtype=self.dtype)(skip)
+        return jnp.concatenate([skip, h], axis=-1) if self.method == "cat" else skip + h
 
 
 def group_norm(x: Array, dtype: Dtype) -> Array:
@@ -90,10 +217,12 @@ class AttnBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """BigGAN's residual block (arXiv 1809.11096) with a time embedding, optionally resampling.
+    """A residual block with a time embedding: BigGAN's (arXiv 1809.11096) or DDPM's.
 
     Attributes:
       features: channels of the output.
+      resblock_type: "biggan" (can resample; its shortcut is a convolution) or "ddpm" (can't; a
+        dense layer).
       resample: None, or `upsample` or `downsample`.
     """
 
@@ -101,7 +230,8 @@ class ResBlock(nn.Module):
     dropout: float
     skip_rescale: bool
     init_scale: float
-    resample: Any = None
+    resblock_type: str = "biggan"
+    resample: Callable[[Array], Array] | None = None
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -118,5 +248,9 @@ class ResBlock(nn.Module):
         y = Dropout(self.dropout)(y, dropout_keys)
         y = Conv(self.features, kernel_init=variance_scaling(self.init_scale), dtype=self.dtype)(y)
         if x.shape[-1] != self.features or self.resample is not None:
-            x = Conv(self.features, kernel_size=(1, 1), dtype=self.dtype)(x)
+            if self.resblock_type == "ddpm":
+                init = variance_scaling(0.1)
+                x = nn.Dense(self.features, kernel_init=init, dtype=self.dtype)(x)
+            else:
+                x = Conv(self.features, kernel_size=(1, 1), dtype=self.dtype)(x)
         return (x + y) / math.sqrt(2) if self.skip_rescale else x + y

@@ -3,37 +3,64 @@
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
+from models import ncsnv2
 from models.ncsnpp import NCSNpp
-from sde_lib import VPSDE
+from sde_lib import SDE, VPSDE, SubVPSDE, expand
 
-Model = NCSNpp
+Model = nn.Module
 
 
 def create_model(config: ConfigDict) -> Model:
-    """The Flax module of a config: `.apply({"params": p}, x, labels, train=False)`, x is NHWC."""
+    """The Flax module of a config: `.apply({"params": p}, x, labels, train=False)`, x is NHWC.
+
+    Its labels are σ(t) for VE and RVE with the Fourier embedding and for NCSNv2, else a time on
+    the scale 0 … 999; `get_score_fn` makes them.
+    """
     model = config.model
+    dtype, centered = jnp.dtype(model.dtype), config.data.centered
+    if model.name in ncsnv2.NAMES:
+        return ncsnv2.NCSNv2(model.name, model.nf, centered, dtype)
+    options: dict[str, Any] = {}
+    if model.name == "ddpm":  # arXiv 2006.11239 as a case of the U-Net
+        options = {"skip_rescale": False, "resblock_type": "ddpm"}
+    else:
+        options = {
+            "skip_rescale": model.skip_rescale,
+            "resblock_type": model.resblock_type,
+            "fir_kernel": tuple(model.fir_kernel) if model.fir else (),
+            "progressive": model.progressive,
+            "progressive_input": model.progressive_input,
+            "progressive_combine": model.progressive_combine,
+            "embedding_type": model.embedding_type,
+            "embedding_dim": model.embedding_dim,
+            "fourier_scale": model.fourier_scale,
+            "fourier_feature": model.fourier_feature,
+            "scale_by_sigma": model.scale_by_sigma and model.embedding_type == "fourier",
+        }
     return NCSNpp(
         nf=model.nf,
         ch_mult=tuple(model.ch_mult),
         num_res_blocks=model.num_res_blocks,
         attn_resolutions=tuple(model.attn_resolutions),
         dropout=model.dropout,
-        skip_rescale=model.skip_rescale,
         init_scale=model.init_scale,
-        centered=config.data.centered,
-        dtype=jnp.dtype(model.dtype),
+        resamp_with_conv=model.resamp_with_conv,
+        centered=centered,
+        dtype=dtype,
+        **options,
     )
 
 
 def init_params(config: ConfigDict, model: Model, key: Array) -> Any:
     """Initial parameters, float32."""
     size, channels = config.data.image_size, config.data.num_channels
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, size, size, channels)), jnp.zeros(1)))
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, size, size, channels)), jnp.ones(1)))
     return init(key)["params"]
 
 
@@ -42,21 +69,43 @@ def count_params(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def _get_labels_fn(config: ConfigDict, sde: SDE) -> Callable[[Array], Array]:
+    """t → what the network is conditioned on."""
+    if isinstance(sde, VPSDE | SubVPSDE):
+        if config.training.unbounded_parametrization:
+            constant = config.training.stabilizing_constant
+            return lambda t: 999 * sde.unbounded_time(t, constant)
+        return lambda t: 999 * t
+    if config.model.name in ncsnv2.NAMES or config.model.embedding_type == "fourier":
+        return sde.std
+    return lambda t: 999 * (sde.T - t)  # the index among 1,000 noise scales, largest first
+
+
 def get_score_fn(
-    config: ConfigDict, sde: VPSDE, model: Model, params: Any, train: bool = False
+    config: ConfigDict, sde: SDE, model: Model, params: Any, train: bool = False
 ) -> Callable[..., Array]:
-    """The score s_θ(x, t) = -network(x, 999 t) / σ(t), the one place where SDE and network meet.
+    """The score s_θ(x, t), the one place where SDE and network meet.
+
+    VP and sub-VP: -network(x, labels)/σ(t). VE and RVE: network(x, labels), which is divided by
+    σ(t), here or in the network, if `model.scale_by_sigma`.
 
     Returns:
       score_fn(x, t) with x (N, H, W, C) and t (N,), float32, the shape of x. With train=True it
       is score_fn(x, t, dropout_key), with one key, or one key an image, (N,).
     """
-    del config
+    labels_fn = _get_labels_fn(config, sde)
+    predicts_noise = isinstance(sde, VPSDE | SubVPSDE)
+    in_network = config.model.name in ncsnv2.NAMES or config.model.embedding_type == "fourier"
+    divides = predicts_noise or (config.model.scale_by_sigma and not in_network)
 
     def score_fn(x: Array, t: Array, dropout_key: Array | None = None) -> Array:
         if dropout_key is not None and dropout_key.ndim == 0:
             dropout_key = jax.random.split(dropout_key, x.shape[0])
-        out = model.apply({"params": params}, x, 999 * t, train=train, dropout_keys=dropout_key)
-        return -jnp.asarray(out, jnp.float32) / sde.std(t)[:, None, None, None]
+        variables = {"params": params}
+        out = model.apply(variables, x, labels_fn(t), train=train, dropout_keys=dropout_key)
+        out = jnp.asarray(out, jnp.float32)
+        if divides:
+            out = out / expand(sde.std(t), x)
+        return -out if predicts_noise else out
 
     return score_fn

@@ -3,13 +3,44 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import controllable_generation
+import import_checkpoint
+import losses
 import sampling
 import sde_lib
-from tests.helpers import Gaussian, tiny_config
+from models import utils as mutils
+from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, tiny_config
 
-SDE = sde_lib.VPSDE()
+SDES = {
+    "vp": sde_lib.VPSDE(),
+    "subvp": sde_lib.SubVPSDE(),
+    "ve": sde_lib.VESDE(0.01, 50.0),
+    "rve": sde_lib.RVESDE(0.01, 50.0),
+}
+SDE = SDES["vp"]
 DATA = Gaussian((2, 2, 1), [0.02, 0.1, 0.3, 0.6], [0.5, -0.3, 0.0, 0.2])
 COUNT = 20_000
+DATA_NOISE = jax.random.normal(jax.random.key(1000), (COUNT, 2, 2, 1))
+
+
+def sampling_config(method, **options):
+    config = tiny_config()
+    config.data.image_size = 2
+    config.sampling.update(method=method, **options)
+    return config
+
+
+def exact_flow(sde, x, eps):
+    """The probability-flow ODE's solution at eps from x at T, (N, D).
+
+    In the eigenbasis it scales each coordinate by the ratio of marginal deviations.
+    """
+    marginal = lambda t: np.sqrt(  # noqa: E731
+        np.asarray(sde.mean_coeff(t)) ** 2 * DATA.variances + np.asarray(sde.std(t)) ** 2
+    )
+    center = lambda t: np.asarray(sde.mean_coeff(t)) * DATA.mean  # noqa: E731
+    start = (np.asarray(x).reshape(len(x), -1) - center(1.0)) @ DATA.basis
+    return (start * marginal(eps) / marginal(1.0)) @ DATA.basis.T + center(eps)
 
 
 def check_moments(x, slack):
@@ -22,42 +53,140 @@ def check_moments(x, slack):
     assert cov_error.max() < 4.5 * np.sqrt(2 / len(x)) + slack
 
 
-@pytest.mark.parametrize("corrector", ["none", "langevin"])
-@pytest.mark.parametrize("predictor", ["euler_maruyama", "reverse_diffusion"])
-def test_predictor_corrector_samples_a_gaussian(predictor, corrector):
-    config = tiny_config()
-    config.data.image_size = 2
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize(
+    ("predictor", "corrector"),
+    [
+        ("euler_maruyama", "none"),
+        ("reverse_diffusion", "langevin"),
+        ("ancestral_sampling", "none"),
+        ("ancestral_sampling", "ald"),
+    ],
+)
+def test_predictor_corrector_samples_a_gaussian(name, predictor, corrector):
+    sde = SDES[name]
+    config = sampling_config("pc", predictor=predictor, corrector=corrector, snr=0.05)
+    config.sampling.truncation_time = 1e-3 if name != "rve" else 1e-5
     config.model.num_scales = 500
-    config.sampling.update(
-        method="pc", predictor=predictor, corrector=corrector, truncation_time=1e-3, snr=0.05
-    )
-    sample_fn = sampling.get_sampling_fn(config, SDE, lambda _: DATA.score_fn(SDE), COUNT)
+    sample_fn = sampling.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
     x, nfe = sample_fn(None, jax.random.key(0))
     assert nfe == (500 if corrector == "none" else 999)
-    check_moments(x, slack=0.02)
+    check_moments(x, slack=0.03)
 
 
-def test_ode_samples_a_gaussian_exactly():
-    config = tiny_config()
-    config.data.image_size = 2
-    config.sampling.update(method="ode", truncation_time=1e-5, rtol=1e-5, atol=1e-5)
-    sample_fn = sampling.get_sampling_fn(config, SDE, lambda _: DATA.score_fn(SDE), COUNT)
+@pytest.mark.parametrize("predictor", ["euler_maruyama", "reverse_diffusion"])
+def test_probability_flow_predictor_follows_the_ode(predictor):
+    z = SDE.prior_std() * DATA.sample(64, seed=3)
+    times = SDE.time_grid(1e-3, 2000)
+
+    def body(i, x):
+        step = sampling.PREDICTORS[predictor]
+        noise = jnp.full_like(x, jnp.nan)  # must not be used
+        score_fn = DATA.score_fn(SDE)
+        return step(SDE, score_fn, x, times[i], times[i + 1], noise, probability_flow=True)[0]
+
+    x = jax.lax.fori_loop(0, len(times) - 1, body, z)
+    np.testing.assert_allclose(np.asarray(x).reshape(64, 4), exact_flow(SDE, z, 1e-3), atol=0.02)
+
+
+def test_the_corrector_alone_keeps_a_distribution():
+    t = jnp.asarray(0.5)
+    x = losses.perturb(SDE, DATA.sample(COUNT), jnp.full(COUNT, t), DATA_NOISE)
+    before = np.cov(np.asarray(x).reshape(COUNT, -1), rowvar=False)
+    for i in range(20):
+        z = jax.random.normal(jax.random.key(i), x.shape)
+        x, _ = sampling.langevin(SDE, DATA.score_fn(SDE), x, t, t - 1e-3, 0.05, z)
+        x, _ = sampling.no_predictor(SDE, DATA.score_fn(SDE), x, t, t - 1e-3, z)
+    after = np.cov(np.asarray(x).reshape(COUNT, -1), rowvar=False)
+    np.testing.assert_allclose(after, before, atol=0.03)
+
+
+class Release:
+    """The release's discretisation: N noise scales, indexed by floor(t (N - 1))."""
+
+    def __init__(self, sde, num_scales):
+        self.sde, self.num = sde, num_scales
+
+    def __getattr__(self, name):
+        return getattr(self.sde, name)
+
+    def transition(self, s, t):
+        del s
+        i = jnp.floor(t * (self.num - 1)).astype(int)
+        if isinstance(self.sde, sde_lib.VPSDE):
+            betas = jnp.linspace(self.sde.beta_min, self.sde.beta_max, self.num) / self.num
+            return jnp.sqrt(1 - betas[i]), jnp.sqrt(betas[i])
+        sigmas = jnp.geomspace(self.sde.sigma_min, self.sde.sigma_max, self.num)
+        lower = jnp.where(i == 0, 0, sigmas[i - 1])
+        return jnp.ones(()), jnp.sqrt(sigmas[i] ** 2 - lower**2)
+
+
+GOLDEN_SAMPLERS = np.load(GOLDEN / "samplers.npz")
+
+
+@pytest.mark.parametrize("name", sorted({k.rsplit(".", 1)[0] for k in GOLDEN_SAMPLERS}))
+def test_golden_samplers(name):
+    get = lambda field: GOLDEN_SAMPLERS[f"{name}.{field}"]  # noqa: E731
+    model_name, predictor, corrector = name.split(".")
+    config = golden_config(model_name)
+    params, _, _ = import_checkpoint.load(GOLDEN / f"{model_name}.pth", config)
+    num, snr = int(get("N")), float(get("snr"))
+    sde = Release(sde_lib.get_sde(config), num)
+    score_fn = jax.jit(mutils.get_score_fn(config, sde.sde, mutils.create_model(config), params))
+    rng, shape = np.random.default_rng(int(get("seed"))), get("x").shape
+    draw = lambda: nhwc(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
+
+    x = mean = sde.prior_std() * draw()
+    for t in jnp.linspace(1, float(get("eps")), num):
+        if corrector != "none":
+            x, _ = sampling.CORRECTORS[corrector](sde, score_fn, x, t, t - 1 / num, snr, draw())
+        x, mean = sampling.PREDICTORS[predictor](sde, score_fn, x, t, t - 1 / num, draw())
+    for value, field in ((x, "x"), (mean, "x_mean")):
+        expected = nhwc(get(field))
+        assert np.abs(value - expected).max() < 2e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("solver", [sampling.heun_sample, sampling.dpm_solver_sample])
+def test_solvers_converge_to_the_exact_flow_at_second_order(solver, name):
+    # In float64: the slope of log error over log steps, between 20 and 320.
+    sde = SDES[name]
+    eps = 1e-5 if name == "rve" else 1e-3
+    steps, errors = np.array([20, 40, 80, 160, 320]), []
+    with jax.enable_x64(True):
+        z = sde.prior_std() * jnp.asarray(DATA.sample(64, seed=3), jnp.float64)
+        exact = exact_flow(sde, z, eps)
+        for num in steps:
+            score_fn = DATA.score_fn(sde)
+            x, nfe = solver(sde, score_fn, z, num_steps=num, eps=eps, noise_removal=False)
+            assert nfe == num * (2 if solver is sampling.heun_sample else 1)
+            errors.append(np.abs(np.asarray(x).reshape(64, 4) - exact).max())
+    slope = np.polyfit(np.log(steps[1:]), np.log(errors[1:]), 1)[0]
+    assert -2.4 < slope < -1.7
+    assert errors[-1] < 2e-3
+
+
+@pytest.mark.parametrize("method", ["ode", "heun", "dpm_solver"])
+@pytest.mark.parametrize("name", SDES)
+def test_samplers_along_the_ode_sample_a_gaussian(name, method):
+    sde = SDES[name]
+    config = sampling_config(method, num_steps=100, rtol=1e-5, atol=1e-5)
+    config.sampling.truncation_time = 1e-4 if name == "ve" else 1e-5
+    sample_fn = sampling.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
     x, nfe = sample_fn(None, jax.random.key(0))
-    assert 30 < nfe < 500
-    check_moments(x, slack=1e-3)
+    assert {"heun": nfe == 201, "dpm_solver": nfe == 101, "ode": 30 < nfe < 1000}[method]
+    check_moments(x, slack=0.015)  # of N(0, σ_max²) as the prior of VE
 
 
-def test_ode_follows_its_exact_solution():
-    # In the eigenbasis the flow scales each coordinate by the ratio of marginal deviations.
-    z = DATA.sample(64, seed=3)
+@pytest.mark.parametrize("name", SDES)
+def test_ode_follows_its_exact_solution(name):
+    sde = SDES[name]
+    eps = 1e-5 if name == "rve" else 1e-3
+    z = sde.prior_std() * DATA.sample(64, seed=3)
     x, _ = sampling.ode_sample(
-        SDE, DATA.score_fn(SDE), z, eps=1e-3, rtol=1e-6, atol=1e-6, noise_removal=False
+        sde, DATA.score_fn(sde), z, eps=eps, rtol=1e-6, atol=1e-6, noise_removal=False
     )
-    marginal = lambda t: np.sqrt(SDE.mean_coeff(t) ** 2 * DATA.variances + SDE.std(t) ** 2)  # noqa: E731
-    start = (np.asarray(z).reshape(64, 4) - SDE.mean_coeff(1.0) * DATA.mean) @ DATA.basis
-    end = (start * marginal(1e-3) / marginal(1.0)) @ DATA.basis.T
-    expected = end + SDE.mean_coeff(1e-3) * DATA.mean
-    np.testing.assert_allclose(np.asarray(x).reshape(64, 4), expected, atol=2e-5)
+    np.testing.assert_allclose(np.asarray(x).reshape(64, 4), exact_flow(sde, z, eps), atol=5e-5)
 
 
 def test_denoising_is_the_posterior_mean():
@@ -76,3 +205,35 @@ def test_denoising_is_the_posterior_mean():
 def test_a_solve_that_fails_gives_nan():
     y, _ = sampling.solve_ode(lambda t, y, _: y / 0.0, jnp.ones(2), 0.0, 1.0, 1e-3, 1e-3)
     assert np.isnan(np.asarray(y)).all()
+
+
+@pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral_sampling"])
+def test_inpainting_draws_from_the_conditional_distribution(predictor):
+    # Of a Gaussian, the unknown given the known is a Gaussian with known moments.
+    known = DATA.sample(1, seed=5)
+    images = jnp.repeat(known, 4000, 0)
+    mask = jnp.array([[0.0, 1.0], [0.0, 1.0]])[None, :, :, None]
+    config = sampling_config("pc", predictor=predictor, corrector="langevin", task="inpaint")
+    config.sampling.update(snr=0.1, n_steps_each=3, truncation_time=1e-3)
+    config.model.num_scales = 500
+    complete = controllable_generation.get_completion_fn(config, SDE, lambda _: DATA.score_fn(SDE))
+    x = np.asarray(complete(None, jax.random.key(0), images, mask)).reshape(4000, 4)
+    np.testing.assert_array_equal(x[:, [0, 2]], np.asarray(images).reshape(4000, 4)[:, [0, 2]])
+    seen, hidden = [0, 2], [1, 3]
+    gain = DATA.cov[np.ix_(hidden, seen)] @ np.linalg.inv(DATA.cov[np.ix_(seen, seen)])
+    mean = DATA.mean[hidden] + gain @ (x[0, seen] - DATA.mean[seen])
+    cov = DATA.cov[np.ix_(hidden, hidden)] - gain @ DATA.cov[np.ix_(seen, hidden)]
+    np.testing.assert_allclose(x[:, hidden].mean(0), mean, atol=0.08)
+    np.testing.assert_allclose(np.cov(x[:, hidden], rowvar=False), cov, atol=0.05)
+
+
+def test_colorization_keeps_the_grey():
+    data = Gaussian((2, 2, 3), 0.3, 0.1)
+    images = data.sample(8, seed=2)
+    config = sampling_config("pc", predictor="euler_maruyama", task="colorize")
+    config.sampling.truncation_time = 1e-3
+    config.model.num_scales = 100
+    complete = controllable_generation.get_completion_fn(config, SDE, lambda _: data.score_fn(SDE))
+    x = complete(None, jax.random.key(0), images, jnp.zeros(()))
+    np.testing.assert_allclose(x.mean(-1), images.mean(-1), atol=1e-5)
+    assert jnp.abs(x - images).max() > 0.3  # the colours are new
