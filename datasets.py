@@ -1,4 +1,4 @@
-"""Data sets as random-access sources of uint8 images, and batches as a function of (seed, step).
+"""Data sets of uint8 images, and batches as a function of (seed, step).
 
 Levels of an image are 0 … num_levels - 1: 256 for most sets, 17 for scikit-learn's digits. Flips,
 dequantisation and scaling are on the device, in `preprocess`.
@@ -6,12 +6,10 @@ dequantisation and scaling are on the device, in `preprocess`.
 
 import dataclasses
 import functools
-import gzip
+import logging
 import pathlib
-import struct
-import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
@@ -20,23 +18,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image
 
+import sources
 from configs.default import UserError
+from sources import ArraySource, Examples, Fit, Source
+
+log = logging.getLogger("soft_truncation")
 
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-Examples = dict[str, np.ndarray]  # `image` (n, H, W, C) uint8 and `label` (n,)
-
-
-class Source(Protocol):
-    """Random access to examples."""
-
-    def __len__(self) -> int: ...
-
-    def fetch(self, indices: np.ndarray) -> Examples: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,59 +49,9 @@ class Dataset:
         return len(self.source)
 
 
-@dataclasses.dataclass(frozen=True)
-class ArraySource:
-    """Images (N, H, W, C) uint8 and labels (N,) in memory."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def fetch(self, indices: np.ndarray) -> Examples:
-        return {"image": self.images[indices], "label": self.labels[indices]}
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderSource:
-    """Image files, each read when it is asked for: centre-cropped to a square and resized."""
-
-    files: Sequence[pathlib.Path]
-    labels: np.ndarray
-    size: int
-    channels: int
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def _read(self, file: pathlib.Path) -> np.ndarray:
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert("L" if self.channels == 1 else "RGB")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} is not a readable image: {error}") from error
-        if image.size != (self.size, self.size):
-            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
-        return np.asarray(image, np.uint8).reshape(self.size, self.size, self.channels)
-
-    def fetch(self, indices: np.ndarray) -> Examples:
-        images = np.stack([self._read(self.files[i]) for i in indices])
-        return {"image": images, "label": self.labels[indices]}
-
-
-@dataclasses.dataclass(frozen=True)
-class TFDSSource:
-    """A TFDS data source (array_record files), read without TensorFlow's runtime."""
-
-    source: Any
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def fetch(self, indices: np.ndarray) -> Examples:
-        examples = [self.source[int(i)] for i in indices]
-        return {key: np.stack([e[key] for e in examples]) for key in ("image", "label")}
+def get_num_levels(config: ConfigDict) -> int:
+    """How many values a pixel of `config.data.dataset` can have."""
+    return 17 if config.data.dataset == "digits" else 256
 
 
 def _split(images: np.ndarray, labels: np.ndarray, num_test: int, split: str) -> ArraySource:
@@ -128,62 +68,19 @@ def _load_digits(split: str) -> Dataset:
     return Dataset("digits", _split(images, digits.target, 297, split), 17, 10)
 
 
-def read_idx(path: pathlib.Path) -> np.ndarray:
-    """The array of an IDX file of unsigned bytes (the format of MNIST), gzipped or not."""
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        dims = raw[3]
-        shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
-        if raw[:3] != b"\0\0\x08":
-            raise ValueError("it does not start as an IDX file of bytes does")
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
-        raise UserError(f"{path} can't be read as an IDX file: {error}") from error
-
-
 def _load_idx_folder(folder: pathlib.Path, split: str) -> ArraySource:
     def find(kind: str) -> np.ndarray:
         prefix = "train" if split == "train" else "t10k"
         for suffix in ("", ".gz"):
             path = folder / f"{prefix}-{kind}-ubyte{suffix}"
             if path.exists():
-                return read_idx(path)
+                return sources.read_idx(path)
         raise UserError(f"data.path: {folder} has no file {prefix}-{kind}-ubyte[.gz]")
 
     images, labels = find("images-idx3"), find("labels-idx1")
     if images.ndim != 3 or len(images) != len(labels):
         raise UserError(f"data.path: the images and labels in {folder} do not belong together")
     return ArraySource(images[..., None], labels)
-
-
-def _fit_images(images: np.ndarray, size: int, name: str) -> np.ndarray:
-    """Pad (N, H, W, C) with black to size × size, as MNIST-like sets are used at 32."""
-    height, width = images.shape[1:3]
-    if size < height or size < width:
-        raise UserError(f"data.image_size is {size}; {name}'s images are {height}×{width}")
-    rows, columns = size - height, size - width
-    padding = ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2))
-    return np.pad(images, (*padding, (0, 0)))
-
-
-def _load_tfds(name: str, split: str, data_dir: str) -> TFDSSource:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise UserError(
-            f"{name} comes through TFDS, which can't be imported here ({error}); "
-            "pip install -r requirements.txt"
-        ) from error
-    try:
-        source = tfds.data_source(name, split=split, data_dir=data_dir or None)
-    except Exception as error:  # TFDS and the network raise anything at all
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"TFDS could not prepare {name} ({reason[:300]}); run this once on a machine with "
-            "internet, or set data.tfds_dir to a folder that has it"
-        ) from error
-    return TFDSSource(source)
 
 
 def _load_fashion_mnist(config: ConfigDict, split: str) -> Dataset:
@@ -193,18 +90,14 @@ def _load_fashion_mnist(config: ConfigDict, split: str) -> Dataset:
     if folder.is_dir():
         source = _load_idx_folder(folder, split)
     else:
-        stream = _load_tfds("fashion_mnist", split, config.data.tfds_dir)
+        stream = sources.load_tfds("fashion_mnist", split, config.data.tfds_dir)
         examples = stream.fetch(np.arange(len(stream)))
         source = ArraySource(examples["image"], examples["label"])
-    images = _fit_images(source.images, config.data.image_size, "fashion_mnist")
+    images = sources.pad_images(source.images, config.data.image_size, "fashion_mnist")
     return Dataset("fashion_mnist", ArraySource(images, source.labels), 256, 10)
 
 
-def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _load_folder(config: ConfigDict, split: str) -> Dataset:
+def _load_folder(config: ConfigDict, split: str, fit: Fit) -> Dataset:
     folder = pathlib.Path(config.data.path)
     if not folder.is_dir():
         raise UserError(f"data.path: there is no folder {folder}")
@@ -212,23 +105,74 @@ def _load_folder(config: ConfigDict, split: str) -> Dataset:
     root = folder / split if own_splits else folder
     # Classes are the training split's folders, so that both splits number them alike.
     training = folder / "train" if own_splits else folder
-    names = sorted({p.parent.relative_to(training) for p in _image_files(training)})
-    files = _image_files(root)
+    names = sorted({p.parent.relative_to(training) for p in sources.image_files(training)})
+    files = sources.image_files(root)
     if not own_splits:
         # Every tenth file in the order of names is a test image.
         files = [p for i, p in enumerate(files) if (i % 10 == 9) == (split == "test")]
     if not files:
         raise UserError(
-            f"data.path: {root} has no images for the {split} split "
-            f"({', '.join(IMAGE_SUFFIXES)}; without folders train/ and test/, every tenth is test)"
+            f"data.path: {root} has no images ({', '.join(sources.IMAGE_SUFFIXES)}) for the "
+            f"{split} split; without folders train/ and test/, every tenth is test"
         )
     kinds = [p.parent.relative_to(root) for p in files]
     unknown = sorted({str(kind) for kind in kinds if kind not in names})
     if unknown:
         raise UserError(f"data.path: {folder / 'train'} has no folder {unknown[0]}, test/ has")
     labels = np.array([names.index(kind) for kind in kinds])
-    source = FolderSource(files, labels, config.data.image_size, config.data.num_channels)
+    source = sources.FolderSource(files, labels, fit)
     return Dataset(folder.name, source, 256, len(names) if len(names) > 1 else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Photos:
+    """How TFDS knows a data set, and how its images are cut.
+
+    Attributes:
+      builder: TFDS's name; empty: it does not have it.
+      splits: of training and test. The same: there is no test split.
+      num_classes: of its labels, where all images have one.
+      crop, resampling: as of `sources.Fit`.
+    """
+
+    builder: str = ""
+    splits: tuple[str, str] = ("train", "test")
+    num_classes: int = 0
+    crop: int = 0
+    resampling: Image.Resampling = Image.Resampling.BICUBIC
+
+
+_PHOTOS = {
+    "CIFAR10": _Photos("cifar10", num_classes=10),
+    "SVHN": _Photos("svhn_cropped", num_classes=10),
+    "CELEBA": _Photos("celeb_a", crop=140, resampling=Image.Resampling.BILINEAR),
+    "CelebAHQ": _Photos("celeb_a_hq/{size}", ("train", "train")),
+    "STL10": _Photos("stl10", ("train+unlabelled", "test"), resampling=Image.Resampling.BILINEAR),
+    "IMAGENET32": _Photos("downsampled_imagenet/32x32", ("train", "validation")),
+    "LSUN": _Photos("lsun/{category}", ("train", "validation")),
+    "FFHQ": _Photos(splits=("train", "train")),
+    "folder": _Photos(resampling=Image.Resampling.LANCZOS),
+}
+
+
+def _load_photos(config: ConfigDict, split: str) -> Dataset:
+    data = config.data
+    photos = _PHOTOS[data.dataset]
+    fit = Fit(data.image_size, data.num_channels, photos.crop, photos.resampling)
+    if data.path:
+        return _load_folder(config, split, fit)
+    if split == "test" and photos.splits[0] == photos.splits[1]:
+        log.warning(
+            "%s has no test split: test images, and their bits/dim, are training images",
+            data.dataset,
+        )
+    if data.tfrecords_path or not photos.builder:
+        source: Source = sources.load_tfrecords(pathlib.Path(data.tfrecords_path))
+    else:
+        builder = photos.builder.format(size=data.image_size, category=data.category)
+        tfds_split = photos.splits[0 if split == "train" else 1]
+        source = sources.load_tfds(builder, tfds_split, data.tfds_dir, fit)
+    return Dataset(data.dataset, source, 256, photos.num_classes)
 
 
 def get_dataset(config: ConfigDict, split: str) -> Dataset:
@@ -242,10 +186,8 @@ def get_dataset(config: ConfigDict, split: str) -> Dataset:
         dataset = _load_digits(split)
     elif data.dataset == "fashion_mnist":
         dataset = _load_fashion_mnist(config, split)
-    elif data.dataset == "CIFAR10":
-        dataset = Dataset("CIFAR10", _load_tfds("cifar10", split, data.tfds_dir), 256, 10)
     else:
-        dataset = _load_folder(config, split)
+        dataset = _load_photos(config, split)
     expected = (data.image_size, data.image_size, data.num_channels)
     shape = dataset.source.fetch(np.arange(1))["image"].shape[1:]
     if shape != expected:

@@ -4,16 +4,22 @@ The file is unpickled by a reader that admits tensors and plain containers and n
 checkpoint can't run code.
 """
 
+import dataclasses
+import io
 import pathlib
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
+import losses
 from configs.default import UserError
 from models import utils as mutils
 
@@ -38,11 +44,27 @@ def _rebuild_tensor(
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
 
 
+# What torch.save's pickles of tensors in plain containers are made of.
+_OPCODES = {
+    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
+    *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+}
+
+
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors and OrderedDict; refuses every other name."""
+    """Knows tensors and OrderedDict; refuses every other name, and every other opcode."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(archive.open(f"{root}/data.pkl"))
+        data = archive.read(f"{root}/data.pkl")
+        for opcode, _, _ in pickletools.genops(data):
+            if opcode.name not in _OPCODES:
+                raise pickle.UnpicklingError(
+                    f"it has the pickle opcode {opcode.name}, which no checkpoint needs"
+                )
+        super().__init__(io.BytesIO(data))
         self._archive, self._root = archive, root
 
     def find_class(self, module: str, name: str) -> Any:
@@ -140,6 +162,74 @@ def convert_state(state: dict[str, np.ndarray]) -> dict[str, Any]:
     return params
 
 
+@dataclasses.dataclass(frozen=True)
+class _Official:
+    """What we take from a checkpoint; all but `step` are trees of our network's form."""
+
+    params: Any
+    ema_params: Any
+    mean: Any  # Adam's moments, or None, if it never made a step
+    variance: Any
+    step: int
+
+
+def _read_official(path: str | pathlib.Path) -> _Official:
+    checkpoint = read_pth(path)
+    try:
+        state = {k: v for k, v in checkpoint["model"].items() if ".all_modules." in f".{k}"}
+        # The Fourier embedding's frequencies are not trained: no average, no moments.
+        trained = [k for k, v in state.items() if not (k.endswith(".W") and v.ndim == 1)]
+        shadow = checkpoint["ema"]["shadow_params"]
+        if len(shadow) != len(trained):
+            raise ValueError(f"{len(shadow)} EMA tensors for {len(trained)} parameters")
+        ema_state = state | dict(zip(trained, shadow, strict=True))
+        moments = checkpoint["optimizer"]["state"]
+
+        def moment(name: str) -> Any:
+            # Numbered like the network's parameters.
+            known = {k: moments[i][name] for i, k in enumerate(state) if i in moments}
+            zeros = {k: np.zeros_like(v) for k, v in state.items()}
+            return convert_state(zeros | known) if moments else None
+
+        return _Official(
+            convert_state(state),
+            convert_state(ema_state),
+            moment("exp_avg"),
+            moment("exp_avg_sq"),
+            int(checkpoint["step"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path} is not laid out as an official checkpoint: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_shapes(path: str | pathlib.Path, official: _Official, expected: Any) -> None:
+    named = lambda tree: {  # noqa: E731
+        jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    ours = named(expected)
+    for tree in (official.params, official.ema_params, official.mean, official.variance):
+        theirs = named(tree)
+        for name in sorted(theirs.keys() | ours.keys()) if tree is not None else ():
+            shapes = [str(d[name].shape) if name in d else "nothing" for d in (theirs, ours)]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"{path} does not fit the config: {name} is {shapes[0]} there and "
+                    f"{shapes[1]} in the config's network"
+                )
+
+
+def _load(path: str | pathlib.Path, config: ConfigDict) -> _Official:
+    if config.model.name.startswith("ncsnv2"):
+        raise UserError(f"model.name is {config.model.name}; checkpoints of ncsnpp and ddpm load")
+    official = _read_official(path)
+    model = mutils.create_model(config)
+    expected = jax.eval_shape(lambda: mutils.init_params(config, model, jax.random.key(0)))
+    _check_shapes(path, official, expected)
+    return official
+
+
 def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:
     """An official checkpoint as (params, ema_params, step) of the config's network.
 
@@ -147,32 +237,28 @@ def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:
       UserError: the file can't be read, or its weights are not those of the config's network; the
         line names the first tensor that differs.
     """
-    checkpoint = read_pth(path)
-    try:
-        state = {k: v for k, v in checkpoint["model"].items() if ".all_modules." in f".{k}"}
-        # The Fourier embedding's frequencies are not trained: they have no average.
-        trained = [k for k, v in state.items() if not (k.endswith(".W") and v.ndim == 1)]
-        shadow = checkpoint["ema"]["shadow_params"]
-        step = int(checkpoint["step"])
-        if len(shadow) != len(trained):
-            raise ValueError(f"{len(shadow)} EMA tensors for {len(trained)} parameters")
-        ema_state = state | dict(zip(trained, shadow, strict=True))
-        params, ema_params = convert_state(state), convert_state(ema_state)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} is not laid out as an official checkpoint: {error}") from error
+    official = _load(path, config)
+    return official.params, official.ema_params, official.step
 
-    model = mutils.create_model(config)
-    expected = jax.eval_shape(lambda: mutils.init_params(config, model, jax.random.key(0)))
-    for tree in (params, ema_params):
-        theirs = {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
-        ours = {
-            jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(expected)
-        }
-        for name in sorted(theirs.keys() | ours.keys()):
-            shapes = [str(d[name].shape) if name in d else "nothing" for d in (theirs, ours)]
-            if shapes[0] != shapes[1]:
-                raise UserError(
-                    f"{path} does not fit the config: {name} is {shapes[0]} there and "
-                    f"{shapes[1]} in the config's network"
-                )
-    return params, ema_params, step
+
+def load_state(path: str | pathlib.Path, config: ConfigDict) -> losses.TrainState:
+    """An official checkpoint as the state of a run, with the moments of Adam if it has them.
+
+    Without them Adam starts anew, but not its warm-up.
+
+    Raises:
+      UserError: as `load`.
+    """
+    official = _load(path, config)
+    params, ema_params, mean, variance = jax.tree.map(
+        jnp.asarray, (official.params, official.ema_params, official.mean, official.variance)
+    )
+    opt_state = losses.get_optimizer(config).init(params)
+    step = jnp.asarray(official.step, jnp.int32)
+    if mean is None:
+        in_schedule = lambda path, _: "ScaleByScheduleState" in str(path)  # noqa: E731
+        if config.optim.warmup:
+            opt_state = optax.tree_utils.tree_set(opt_state, in_schedule, count=step)
+    else:
+        opt_state = optax.tree_utils.tree_set(opt_state, mu=mean, nu=variance, count=step)
+    return losses.TrainState(step, params, ema_params, opt_state)

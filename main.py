@@ -1,4 +1,4 @@
-"""Train, evaluate or sample: python main.py --config configs/vp/digits_st.py --mode train."""
+"""Train, evaluate, sample, import: python main.py --config configs/vp/digits_st.py --mode train."""
 
 import logging
 import os
@@ -16,7 +16,8 @@ from configs.default import UserError
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe; --config.section.field=value overrides a field.", lock_config=True
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "import"], "What to do.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "--mode import: an official .pth file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/<config's folder>/<its name>.")
 
 
@@ -61,8 +62,14 @@ def main(argv: list[str]) -> None:
     import run_lib
 
     run = {"train": run_lib.train, "eval": run_lib.evaluate, "sample": run_lib.sample}
+    workdir = _WORKDIR.value or _default_workdir()
     try:
-        run[_MODE.value](_CONFIG.value, _WORKDIR.value or _default_workdir())
+        if _MODE.value == "import":
+            if not _CHECKPOINT.value:
+                raise UserError("--mode import needs --checkpoint, an official .pth file")
+            run_lib.import_official(_CONFIG.value, workdir, _CHECKPOINT.value)
+        else:
+            run[_MODE.value](_CONFIG.value, workdir)
     except UserError as error:
         _fail(error)
 

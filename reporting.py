@@ -13,6 +13,7 @@ _ROWS = (
     ("nll_without_residual", "NLL, without residual", "bits/dim"),
     ("nelbo", "NELBO, with residual", "bits/dim"),
     ("nelbo_without_residual", "NELBO, without residual", "bits/dim"),
+    ("nelbo_lossless", "NELBO of the levels, with their decoder", "bits/dim"),
     ("nll_untrained_network", "NLL of the untrained network", "bits/dim"),
     ("nll_gaussian", "NLL of a Gaussian fitted to the training images", "bits/dim"),
     ("fd_classifier", "Fréchet distance, samples to training images (not FID)", ""),
@@ -23,10 +24,10 @@ _ROWS = (
 )
 
 
-def save_grid(images: np.ndarray, path: pathlib.Path) -> None:
-    """Write images (N, H, W, C) uint8 as a near-square grid; small ones are enlarged."""
+def save_grid(images: np.ndarray, path: pathlib.Path, columns: int = 0) -> None:
+    """Write images (N, H, W, C) uint8 as a grid, near-square by default; small ones enlarged."""
     count, height, width, channels = images.shape
-    columns = int(np.ceil(np.sqrt(count)))
+    columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
     factor = max(1, 48 // height)
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -11,7 +11,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,12 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
+from PIL import Image
 
+import controllable_generation
 import datasets
 import evaluation
+import import_checkpoint
 import likelihood
 import losses
 import reporting
@@ -40,7 +43,7 @@ _FREE_FIELDS = {
         *("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_sampling"),
         "snapshot_freq_for_preemption",
     ),
-    "data": ("path", "tfds_dir"),
+    "data": ("path", "tfds_dir", "tfrecords_path"),
     "model": ("num_scales",),
 }
 _FREE_SECTIONS = ("sampling", "eval")
@@ -48,14 +51,21 @@ _FREE_SECTIONS = ("sampling", "eval")
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a config names, checked and loaded; nothing is compiled yet."""
+    """What a config names, but for its data; checked, and nothing is compiled yet."""
 
     sde: sde_lib.SDE
     model: mutils.Model
     optimizer: optax.GradientTransformation
+    num_levels: int  # of the data
+    state_shape: losses.TrainState  # of jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The images that a config names."""
+
     train: datasets.Dataset
     test: datasets.Dataset
-    state_shape: losses.TrainState  # of jax.ShapeDtypeStruct
 
 
 def _init_state(
@@ -71,10 +81,10 @@ def _init_state(
 
 
 def set_up(config: ConfigDict) -> Setup:
-    """Check a config and load its data.
+    """Check a config.
 
     Raises:
-      UserError: one line that says what is wrong with the config or the data.
+      UserError: one line that says what is wrong with it.
     """
     validate(config, jax.device_count())
     if jax.process_count() > 1:
@@ -87,8 +97,16 @@ def set_up(config: ConfigDict) -> Setup:
         shape = jax.eval_shape(lambda: _init_state(config, model, optimizer))
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"config.model: no network can be built: {error}") from error
-    train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
-    return Setup(sde, model, optimizer, train, test, shape)
+    return Setup(sde, model, optimizer, datasets.get_num_levels(config), shape)
+
+
+def load_data(config: ConfigDict) -> Data:
+    """The data of a config.
+
+    Raises:
+      UserError: they are not there, or not as the config says.
+    """
+    return Data(*(datasets.get_dataset(config, split) for split in ("train", "test")))
 
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
@@ -235,14 +253,14 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _report_start(config: ConfigDict, setup: Setup, workdir: pathlib.Path) -> None:
+def _report_start(config: ConfigDict, setup: Setup, data: Data, workdir: pathlib.Path) -> None:
     batch, devices = config.training.batch_size, jax.devices()
     log.info("workdir %s", workdir)
     log.info(
         "data %s: %d training and %d test images, %d×%d×%d, %d levels",
-        *(setup.train.name, len(setup.train), len(setup.test)),
+        *(data.train.name, len(data.train), len(data.test)),
         *(config.data.image_size, config.data.image_size, config.data.num_channels),
-        setup.train.num_levels,
+        setup.num_levels,
     )
     log.info(
         "model %s: %s parameters, compute in %s",
@@ -252,7 +270,7 @@ def _report_start(config: ConfigDict, setup: Setup, workdir: pathlib.Path) -> No
     log.info(
         "devices %d × %s, batch %d (%d a device), %.1f steps an epoch",
         *(len(devices), devices[0].device_kind, batch, batch // len(devices)),
-        len(setup.train) / batch,
+        len(data.train) / batch,
     )
     weight = "likelihood (g²)" if config.training.likelihood_weighting else "variance (σ²)"
     drawn = "importance-sampled" if config.training.importance_sampling else "uniform"
@@ -262,6 +280,14 @@ def _report_start(config: ConfigDict, setup: Setup, workdir: pathlib.Path) -> No
         *(weight, drawn, config.training.truncation.replace("_", " "), exponent),
         config.training.truncation_time,
     )
+    training = config.training
+    if training.mixed:
+        log.info(
+            "mixed: half of a batch has the variance weighting and uniform time, times %g%s",
+            *(training.ddpm_weight, " times the halves' ratio" if training.balanced else ""),
+        )
+    if training.reconstruction_loss:
+        log.info("with the reconstruction loss, %s data", config.data.dequantization)
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainState:
@@ -274,9 +300,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainSt
       UserError: the config, the data or the workdir can't be used, or the loss is not finite.
     """
     workdir = pathlib.Path(workdir)
-    setup = set_up(config)
+    setup, data = set_up(config), load_data(config)
     _claim_workdir(config, workdir, record=True)
-    _report_start(config, setup, workdir)
+    _report_start(config, setup, data, workdir)
     devices = jax.local_devices()
     num_local, num_steps = len(devices), config.training.n_iters
 
@@ -291,13 +317,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainSt
         state = _replicate(state, num_local)
 
         step_fn = losses.get_step_fn(
-            config, setup.sde, setup.model, setup.optimizer, setup.train.num_levels
+            config, setup.sde, setup.model, setup.optimizer, setup.num_levels
         )
         parallel_step = jax.pmap(step_fn, axis_name="batch", donate_argnums=0)
-        test_loss = _get_test_loss(config, setup)
+        test_loss = _get_test_loss(config, setup, data.test)
         draw_grid = _get_grid_fn(config, setup, workdir)
         batches = datasets.train_batches(
-            setup.train,
+            data.train,
             config.training.batch_size,
             config.seed,
             first_step,
@@ -324,6 +350,33 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainSt
     reporting.plot_training(workdir / "metrics.jsonl", workdir / "training.png")
     log.info("done: %d steps; checkpoints and curves are in %s", num_steps, workdir)
     return _first(state)
+
+
+def import_official(
+    config: ConfigDict, workdir: str | os.PathLike[str], path: str | pathlib.Path
+) -> losses.TrainState:
+    """Make a workdir of an official PyTorch checkpoint, to evaluate, sample or train further.
+
+    Returns:
+      The state that was saved.
+
+    Raises:
+      UserError: the file can't be read or is of another network, or the workdir is in use.
+    """
+    workdir = pathlib.Path(workdir)
+    setup = set_up(config)
+    state = import_checkpoint.load_state(path, config)
+    if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+        raise UserError(f"{workdir} has checkpoints already; choose another --workdir")
+    _claim_workdir(config, workdir, record=True)
+    with _checkpoints(config, workdir) as manager:
+        manager.save(int(state.step), args=ocp.args.StandardSave(state), force=True)
+    log.info(
+        "imported %s: %s, %s parameters, step %d, into %s",
+        *(path, config.model.name, f"{mutils.count_params(setup.state_shape.params):,}"),
+        *(int(state.step), workdir),
+    )
+    return state
 
 
 def _replicate(tree: Any, num_local: int) -> Any:
@@ -394,16 +447,16 @@ def _steps(
         window_start += time.time() - before  # what is done between steps is not training
 
 
-def _get_test_loss(config: ConfigDict, setup: Setup) -> Any:
+def _get_test_loss(config: ConfigDict, setup: Setup, test: datasets.Dataset) -> Any:
     """params → the objective on up to four batches of test images, with the same draws always."""
     if config.training.truncation == "soft":
         # The same expectation, without the luck of a single truncation for the whole batch.
         config = config.copy_and_resolve_references()
         config.training.truncation = "equivalent_weight"
     loss_fn = losses.get_batch_loss_fn(
-        config, setup.sde, setup.model, setup.test.num_levels, train=False
+        config, setup.sde, setup.model, setup.num_levels, train=False
     )
-    images = datasets.in_order(setup.test, min(1000, config.training.batch_size * 4))["image"]
+    images = datasets.in_order(test, min(1000, config.training.batch_size * 4))["image"]
     compiled = jax.jit(
         lambda params, key, images, index: jnp.mean(loss_fn(params, key, images, index)[0])
     )
@@ -435,7 +488,7 @@ def _get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
     def sample_levels(params: Any, key: Array) -> tuple[Array, Array, Array]:
         x, nfe = sample_fn(params, key)
         broken = jnp.sum(~jnp.isfinite(x).all(axis=(1, 2, 3)))
-        return datasets.to_levels(x, setup.train.num_levels, config), nfe, broken
+        return datasets.to_levels(x, setup.num_levels, config), nfe, broken
 
     compiled = jax.jit(sample_levels, out_shardings=(rows, everywhere, everywhere))
 
@@ -478,45 +531,132 @@ def _get_grid_fn(config: ConfigDict, setup: Setup, workdir: pathlib.Path) -> Any
     def draw(params: Any, name: str) -> pathlib.Path:
         levels, _ = sample(params, jax.random.key(config.seed + 3))
         path = workdir / "samples" / name
-        reporting.save_grid(datasets.levels_to_uint8(levels, setup.train.num_levels), path)
+        reporting.save_grid(datasets.levels_to_uint8(levels, setup.num_levels), path)
         return path
 
     return draw
 
 
 def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """Sample `sampling.n_images` images from the newest checkpoint.
+    """Do `sampling.task` with the newest checkpoint's EMA weights, `sampling.n_images` times.
 
     Returns:
-      The path of a grid, samples/samples.png; all images are beside it in samples.npz (`samples`,
-      (N, H, W, C) uint8, grey values 0 … 255).
+      The path of a grid, samples/<task>.png (samples/samples.png for "generate"); all images are
+      beside it in an .npz (`samples`, (N, H, W, C) uint8, grey values 0 … 255; for the other tasks
+      `originals` and `known` likewise).
     """
     workdir = pathlib.Path(workdir)
-    setup = set_up(config)
+    setup, task = set_up(config), config.sampling.task
+    data = None if task == "generate" else load_data(config)
     state = _restore_latest(config, workdir, setup.state_shape)
-    log.info("sampling from step %d of %s", int(state.step), workdir)
-    levels, _ = _sample_many(
-        config, setup, state.ema_params, config.sampling.n_images, config.sampling.batch_size
-    )
-    images = datasets.levels_to_uint8(levels, setup.train.num_levels)
-    path = workdir / "samples" / "samples.png"
-    reporting.save_grid(images, path)
-    np.savez_compressed(path.with_suffix(".npz"), samples=images)
-    log.info("%d samples in %s and %s", len(images), path, path.with_suffix(".npz"))
+    log.info("%s from step %d of %s", task, int(state.step), workdir)
+    path = workdir / "samples" / ("samples.png" if task == "generate" else f"{task}.png")
+    if data is None:
+        levels, _ = _sample_many(
+            config, setup, state.ema_params, config.sampling.n_images, config.sampling.batch_size
+        )
+        images = datasets.levels_to_uint8(levels, setup.num_levels)
+        arrays = {"samples": images}
+        reporting.save_grid(images, path)
+    else:
+        arrays = _complete(config, setup, data.test, state.ema_params)
+        images = arrays["samples"]
+        reporting.save_grid(_completion_rows(arrays), path, columns=_PER_IMAGE + 2)
+    np.savez_compressed(path.with_suffix(".npz"), **cast(Any, arrays))
+    log.info("%d images in %s and %s", len(images), path, path.with_suffix(".npz"))
     return path
 
 
-def _get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Array]]:
-    """(params, nll_key, nelbo_key, x) → NLL, NELBO and the evaluations of a solve, (N,) each."""
-    make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
-    levels = setup.test.num_levels
-    nll_fn = likelihood.get_nll_fn(config, setup.sde, make_score_fn, levels)
-    nelbo_fn = likelihood.get_nelbo_fn(config, setup.sde, make_score_fn, levels)
+_PER_IMAGE = 6  # completions of one image
 
-    def bpd_fn(params: Any, nll_key: Array, nelbo_key: Array, x: Array) -> dict[str, Array]:
-        nll = {k: v for k, v in nll_fn(params, nll_key, x).items() if k != "latent"}
-        nll["nfe"] = jnp.broadcast_to(nll["nfe"], len(x))
-        return nll | nelbo_fn(params, nelbo_key, x)
+
+def _read_mask(config: ConfigDict) -> np.ndarray:
+    """What `sampling.mask` names: (H, W, 1), 1 where pixels are to be filled in."""
+    size, name = config.data.image_size, config.sampling.mask
+    mask, half, quarter = np.zeros((size, size, 1), np.float32), size // 2, size // 4
+    regions: dict[str, Any] = {
+        "left": np.s_[:, :half],
+        "right": np.s_[:, half:],
+        "top": np.s_[:half],
+        "bottom": np.s_[half:],
+        "center": np.s_[quarter : size - quarter, quarter : size - quarter],
+    }
+    if name in regions:
+        mask[regions[name]] = 1
+        return mask
+    try:
+        with Image.open(name) as image:
+            resized = image.convert("L").resize((size, size), Image.Resampling.NEAREST)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"sampling.mask is {name!r}: neither {', '.join(regions)} nor a readable image"
+        ) from error
+    return (np.asarray(resized)[..., None] > 127).astype(np.float32)
+
+
+def _complete(
+    config: ConfigDict, setup: Setup, test: datasets.Dataset, params: Any
+) -> dict[str, np.ndarray]:
+    """Inpaint or colour test images, each `_PER_IMAGE` times; (N, H, W, C) uint8 grey values."""
+    count = config.sampling.n_images
+    chosen = np.random.default_rng(config.seed).permutation(len(test))[: -(-count // _PER_IMAGE)]
+    originals = test.source.fetch(np.sort(chosen))["image"].repeat(_PER_IMAGE, axis=0)[:count]
+    mask = np.zeros(1, np.float32) if config.sampling.task == "colorize" else _read_mask(config)
+    rows, everywhere = _mesh_shardings()
+    make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
+    complete = controllable_generation.get_completion_fn(config, setup.sde, make_score_fn)
+    size = -(-config.sampling.batch_size // jax.device_count()) * jax.device_count()
+    params, parts, start = jax.device_put(params, everywhere), [], time.time()
+    for i in range(0, len(originals), size):
+        batch = originals[i : i + size]
+        kept = len(batch)
+        batch = np.pad(batch, ((0, size - kept), (0, 0), (0, 0), (0, 0)), mode="wrap")
+        x = datasets.scale(batch.astype(np.float32) / (setup.num_levels - 1), config.data.centered)
+        key = jax.random.fold_in(jax.random.key(config.seed + 5), i)
+        x = complete(params, key, jax.device_put(x, rows), jnp.asarray(mask))
+        parts.append(np.asarray(datasets.to_levels(x, setup.num_levels, config))[:kept])
+        done = i + kept
+        left = (time.time() - start) / done * (len(originals) - done)
+        log.info(
+            "%s | %d/%d images | %s left",
+            *(config.sampling.task, done, len(originals), _clock(left)),
+        )
+    if config.sampling.task == "colorize":
+        known = originals.mean(axis=-1, keepdims=True).repeat(3, axis=-1).astype(np.uint8)
+    else:
+        known = np.where(mask > 0, (setup.num_levels - 1) // 2, originals).astype(np.uint8)
+    arrays = {"samples": np.concatenate(parts), "originals": originals, "known": known}
+    return {k: datasets.levels_to_uint8(v, setup.num_levels) for k, v in arrays.items()}
+
+
+def _completion_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """For each image a row: the original, what is known of it, and its completions."""
+    cells: list[np.ndarray] = []
+    for i in range(0, len(arrays["samples"]), _PER_IMAGE):
+        cells += [arrays["originals"][i], arrays["known"][i]]
+        cells += list(arrays["samples"][i : i + _PER_IMAGE])
+    return np.stack(cells)
+
+
+def _get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Array]]:
+    """(params, nll_key, nelbo_key, x, levels) → NLL, NELBO, evaluations of a solve, (N,) each.
+
+    x is dequantised, `levels` is not; both are scaled.
+    """
+    make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
+    num_levels = setup.num_levels
+    nll_fn = likelihood.get_nll_fn(config, setup.sde, make_score_fn, num_levels)
+    nelbo_fn = likelihood.get_nelbo_fn(config, setup.sde, make_score_fn, num_levels)
+
+    def bpd_fn(
+        params: Any, nll_key: Array, nelbo_key: Array, x: Array, levels: Array
+    ) -> dict[str, Array]:
+        values = {k: v for k, v in nll_fn(params, nll_key, x).items() if k != "latent"}
+        values["nfe"] = jnp.broadcast_to(values["nfe"], len(x))
+        values |= nelbo_fn(params, nelbo_key, x)
+        if config.data.dequantization == "lossless":
+            values |= nelbo_fn(params, nelbo_key, levels, lossless=True)
+        return values
 
     return bpd_fn
 
@@ -525,7 +665,7 @@ def _bits_per_dim(
     config: ConfigDict, setup: Setup, bpd_fn: Any, params: Any, images: np.ndarray, name: str
 ) -> dict[str, np.ndarray]:
     """What `bpd_fn` gives for each of many images, (N,) each."""
-    levels = setup.test.num_levels
+    levels = setup.num_levels
     rows, everywhere = _mesh_shardings()
     params = jax.device_put(params, everywhere)
     size = -(-config.eval.batch_size // jax.device_count()) * jax.device_count()
@@ -539,8 +679,11 @@ def _bits_per_dim(
         nll_key, nelbo_key = jax.random.split(jax.random.fold_in(solve_key, i))
         keys = jax.vmap(lambda n: jax.random.fold_in(data_key, n))(np.arange(i, i + size))
         x = datasets.dequantize(batch, keys, levels)
-        x = jax.device_put(datasets.scale(x, config.data.centered), rows)
-        values = bpd_fn(params, nll_key, nelbo_key, x)
+        plain = batch.astype(np.float32) / (levels - 1)
+        x, plain = (
+            jax.device_put(datasets.scale(v, config.data.centered), rows) for v in (x, plain)
+        )
+        values = bpd_fn(params, nll_key, nelbo_key, x, plain)
         parts.append({k: np.asarray(v, np.float64)[:count] for k, v in values.items()})
         done = i + count
         left = (time.time() - start) / done * (len(images) - done)
@@ -558,29 +701,33 @@ def _bits_per_dim(
     return values
 
 
-def _gaussian_baseline(config: ConfigDict, setup: Setup, images: np.ndarray) -> float | None:
+def _gaussian_baseline(
+    config: ConfigDict, train: datasets.Dataset, images: np.ndarray
+) -> float | None:
     """Bits/dim of the test images under a normal distribution fitted to the training images."""
     dims = math.prod(images.shape[1:])
-    count = min(len(setup.train), 50_000)
+    count = min(len(train), 50_000)
     if dims > 4096 or count < 2 * dims:
         log.info("no Gaussian baseline: it needs 2 × %d training images, at most 4096 dims", dims)
         return None
 
     def prepare(images: np.ndarray, seed: int) -> np.ndarray:
         noise = np.random.default_rng(seed).random(images.shape)
-        x = datasets.scale((images + noise) / setup.train.num_levels, config.data.centered)
+        x = datasets.scale((images + noise) / train.num_levels, config.data.centered)
         return x.reshape(len(x), -1)
 
-    train_images = datasets.in_order(setup.train, count)["image"]
+    train_images = datasets.in_order(train, count)["image"]
     return evaluation.gaussian_bits_per_dim(
         prepare(train_images, config.seed),
         prepare(images, config.seed + 1),
-        datasets.bits_offset(setup.train.num_levels, config.data.centered),
+        datasets.bits_offset(train.num_levels, config.data.centered),
     )
 
 
-def _evaluate_bpd(config: ConfigDict, setup: Setup, state: losses.TrainState) -> dict[str, Any]:
-    images = datasets.in_order(setup.test, config.eval.num_test_data)["image"]
+def _evaluate_bpd(
+    config: ConfigDict, setup: Setup, data: Data, state: losses.TrainState
+) -> dict[str, Any]:
+    images = datasets.in_order(data.test, config.eval.num_test_data)["image"]
     bpd_fn = _get_bpd_fn(config, setup)
     values = _bits_per_dim(config, setup, bpd_fn, state.ema_params, images, "trained network")
     untrained = _init_state(config, setup.model, setup.optimizer).params
@@ -588,18 +735,19 @@ def _evaluate_bpd(config: ConfigDict, setup: Setup, state: losses.TrainState) ->
     few = images[: config.eval.batch_size]
     baseline = _bits_per_dim(config, setup, bpd_fn, untrained, few, "untrained network")
     report: dict[str, Any] = {"num_test_images": len(images)}
-    for name in ("nll", "nll_without_residual", "nelbo", "nelbo_without_residual"):
+    for name in sorted(values.keys() - {"nfe"}):
         report[name] = float(values[name].mean())
         report[f"{name}_stderr"] = float(values[name].std(ddof=1) / np.sqrt(len(images)))
     report["nll_nfe"] = float(values["nfe"].mean())
     report["nll_untrained_network"] = float(baseline["nll"].mean())
-    report["nll_gaussian"] = _gaussian_baseline(config, setup, images)
+    report["nll_gaussian"] = _gaussian_baseline(config, data.train, images)
     return report
 
 
 def _evaluate_samples(
     config: ConfigDict,
     setup: Setup,
+    data: Data,
     state: losses.TrainState,
     workdir: pathlib.Path,
     cache_dir: pathlib.Path,
@@ -607,15 +755,15 @@ def _evaluate_samples(
     levels, nfe = _sample_many(
         config, setup, state.ema_params, config.eval.num_samples, config.eval.batch_size
     )
-    grid = datasets.levels_to_uint8(levels[:64], setup.train.num_levels)
+    grid = datasets.levels_to_uint8(levels[:64], setup.num_levels)
     reporting.save_grid(grid, workdir / "eval" / "samples.png")
     sampled = {"num_samples": len(levels), "sampling_nfe": nfe}
-    if not setup.train.num_classes or min(len(setup.train), len(setup.test)) < 4:
-        log.warning("%s has no labels, or too few images: no fd_classifier", setup.train.name)
+    if not data.train.num_classes or min(len(data.train), len(data.test)) < 4:
+        log.warning("%s has no labels, or too few images: no fd_classifier", data.train.name)
         return sampled
-    features, facts = evaluation.get_classifier(setup.train, setup.test, cache_dir)
-    real = features(datasets.in_order(setup.train, 50_000)["image"])
-    held_out = features(datasets.in_order(setup.test, 50_000)["image"])
+    features, facts = evaluation.get_classifier(data.train, data.test, cache_dir)
+    real = features(datasets.in_order(data.train, 50_000)["image"])
+    held_out = features(datasets.in_order(data.test, 50_000)["image"])
     return {
         **evaluation.compare_features(real, features(levels), "classifier"),
         "fd_classifier_of_test_images": evaluation.frechet_distance(real, held_out),
@@ -632,22 +780,22 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
       The report.
     """
     workdir = pathlib.Path(workdir)
-    setup = set_up(config)
+    setup, data = set_up(config), load_data(config)
     state = _restore_latest(config, workdir, setup.state_shape)
     log.info("evaluating step %d of %s", int(state.step), workdir)
     _make_folder(workdir / "eval", "--workdir")
     cache_dir = pathlib.Path(config.eval.cache_dir or evaluation.default_cache_dir())
     _make_folder(cache_dir, "eval.cache_dir")
     report: dict[str, Any] = {
-        "data": setup.train.name,
-        "num_levels": setup.train.num_levels,
+        "data": data.train.name,
+        "num_levels": setup.num_levels,
         "step": int(state.step),
         "truncation": config.training.truncation,
     }
     if config.eval.enable_bpd:
-        report |= _evaluate_bpd(config, setup, state)
+        report |= _evaluate_bpd(config, setup, data, state)
     if config.eval.enable_sampling:
-        report |= _evaluate_samples(config, setup, state, workdir, cache_dir)
+        report |= _evaluate_samples(config, setup, data, state, workdir, cache_dir)
     reporting.plot_training(workdir / "metrics.jsonl", workdir / "eval" / "training.png")
     reporting.write_report(report, workdir / "eval")
     for line in reporting.table(report).splitlines():

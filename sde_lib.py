@@ -229,6 +229,10 @@ class _VarianceExploding(SDE):
     def _clock(self, t: Array) -> tuple[Array, Array]:
         """(c, 1 - c) for the clock's c(t) in [0, 1], each without cancellation."""
 
+    @abc.abstractmethod
+    def _clock_between(self, s: Array, t: Array) -> Array:
+        """c(t) - c(s), without subtracting the two."""
+
     @property
     def _log_range(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
@@ -252,8 +256,9 @@ class _VarianceExploding(SDE):
         return jnp.where(gone < left, low, high)
 
     def transition(self, s: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:
-        log_ratio = self.gamma(s) - self.gamma(t)
-        return jnp.ones_like(log_ratio), self.std(t) * jnp.sqrt(-jnp.expm1(log_ratio))
+        passed = self._clock_between(jnp.asarray(s), jnp.asarray(t))
+        noise = jnp.sqrt(-jnp.expm1(-2 * self._log_range * passed))
+        return jnp.ones_like(passed), self.std(t) * noise
 
     def prior_std(self) -> float:
         return self.sigma_max
@@ -265,6 +270,9 @@ class VESDE(_VarianceExploding):
 
     def _clock(self, t: Array) -> tuple[Array, Array]:
         return t, 1 - t
+
+    def _clock_between(self, s: Array, t: Array) -> Array:
+        return t - s
 
     def diffusion(self, t: ArrayLike) -> Array:
         return self.std(t) * math.sqrt(2 * self._log_range)
@@ -291,6 +299,9 @@ class RVESDE(_VarianceExploding):
     def _clock(self, t: Array) -> tuple[Array, Array]:
         span = t * (1 - self.eps)
         return (t - self.eps) / span, self.eps * (1 - t) / span
+
+    def _clock_between(self, s: Array, t: Array) -> Array:
+        return self.eps / (1 - self.eps) * (t - s) / (s * t)
 
     def diffusion(self, t: ArrayLike) -> Array:
         rate = math.sqrt(2 * self._log_range * self.eps / (1 - self.eps))

@@ -220,6 +220,8 @@ def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
         yield f"eval.num_samples is {config.eval.num_samples}; precision and recall need 4 or more"
     if config.data.dataset == "folder" and not config.data.path:
         yield "data.dataset=folder needs data.path, the folder of images"
+    if config.data.dataset == "FFHQ" and not (config.data.path or config.data.tfrecords_path):
+        yield "data.dataset=FFHQ needs data.tfrecords_path, or data.path, a folder of images"
     if config.data.dataset == "LSUN" and not config.data.category and not config.data.path:
         yield "data.dataset=LSUN needs data.category, for example bedroom or church_outdoor"
     yield from _model_problems(config)

@@ -3,13 +3,21 @@
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from configs.default import get_default_config
 from configs.vp import digits_st
+from models import utils as mutils
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+GOLDEN_MODELS = (
+    *("vp_ddpmpp", "vp_ddpmpp_wide", "vp_uddpmpp"),
+    *("ve_ncsnpp", "ve_ncsnpp_skip", "rve_uncsnpp"),
+)
 
 
 def nhwc(array):
@@ -43,6 +51,29 @@ def tiny_config(**training):
     )
     config.training.update(training)
     return config
+
+
+def quick_jit(function):
+    """jit for programs that run once: half the compile time."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def param_shapes(config):
+    model = mutils.create_model(config)
+    return jax.eval_shape(lambda: mutils.init_params(config, model, jax.random.key(0)))
+
+
+def random_params(config):
+    """Parameters of usual sizes, without compiling the initialisation."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, shape):
+        noise = rng.standard_normal(shape.shape).astype(np.float32)
+        if len(shape.shape) > 1:
+            return noise / np.sqrt(np.prod(shape.shape[:-1]))
+        return 1 + 0.1 * noise if "scale" in str(path[-1]) else 0.1 * noise
+
+    return jax.tree_util.tree_map_with_path(draw, param_shapes(config))
 
 
 class Gaussian:

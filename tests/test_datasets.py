@@ -9,7 +9,8 @@ from PIL import Image
 
 import datasets
 from configs.default import UserError
-from configs.vp import cifar10_st, fashion_mnist_st
+from configs.rve import celebahq_256_uncsn
+from configs.vp import celeba_ddpmpp_nll_st, cifar10_st, fashion_mnist_st
 from tests.helpers import tiny_config
 
 
@@ -84,6 +85,83 @@ def test_idx_files(tmp_path, compressed):
             datasets.get_dataset(config, "train")
     broken.unlink()
     with pytest.raises(UserError, match="has no file train-images"):
+        datasets.get_dataset(config, "train")
+
+
+PHOTOS = {
+    "SVHN": (32, "", 10),
+    "CELEBA": (64, "", 0),
+    "CelebAHQ": (256, "", 0),
+    "STL10": (48, "", 0),
+    "IMAGENET32": (32, "", 0),
+    "LSUN": (256, "church_outdoor", 0),
+}
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_photographs_from_tfds(name):
+    import tensorflow_datasets as tfds
+
+    config = cifar10_st.get_config()
+    size, category, num_classes = PHOTOS[name]
+    config.data.update(dataset=name, image_size=size, category=category)
+    with tfds.testing.mock_data(num_examples=6):
+        for split in ("train", "test"):
+            dataset = datasets.get_dataset(config, split)
+            batch = next(datasets.train_batches(dataset, 4, 0))
+            assert batch["image"].shape == (4, size, size, 3) and batch["image"].dtype == np.uint8
+            assert dataset.num_classes == num_classes and len(dataset) >= 6
+
+
+def test_celeba_is_the_centre_140_pixels(tmp_path):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (218, 178, 3), dtype=np.uint8)
+    inner = image[39:179, 19:159]
+    expected = Image.fromarray(inner).resize((64, 64), Image.Resampling.BILINEAR)
+    for i in range(10):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    config = celeba_ddpmpp_nll_st.get_config()
+    config.data.path = str(tmp_path)
+    found = datasets.in_order(datasets.get_dataset(config, "test"))["image"][0]
+    np.testing.assert_array_equal(found, np.asarray(expected))
+    # Images that are cropped already are taken as they are.
+    Image.fromarray(image[:100, :100]).save(tmp_path / "9.png")
+    found = datasets.in_order(datasets.get_dataset(config, "test"))["image"][0]
+    small = Image.fromarray(image[:100, :100]).resize((64, 64), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(found, np.asarray(small))
+
+
+def test_tfrecords(tmp_path, caplog):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 256, 256, 3), dtype=np.uint8)
+    path = tmp_path / "celeba_r08.tfrecords"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for image in images.transpose(0, 3, 1, 2):
+            shape = tf.train.Feature(int64_list=tf.train.Int64List(value=image.shape))
+            data = tf.train.Feature(bytes_list=tf.train.BytesList(value=[image.tobytes()]))
+            features = tf.train.Features(feature={"shape": shape, "data": data})
+            writer.write(tf.train.Example(features=features).SerializeToString())
+    config = celebahq_256_uncsn.get_config()
+    config.data.tfrecords_path = str(path)
+    with caplog.at_level("WARNING"):
+        test = datasets.get_dataset(config, "test")
+    assert "CelebAHQ has no test split" in caplog.text
+    np.testing.assert_array_equal(datasets.in_order(test)["image"], images)
+    np.testing.assert_array_equal(test.source.fetch(np.array([3, 1]))["image"], images[[3, 1]])
+
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="ends within record 4"):
+        datasets.get_dataset(config, "train")
+    broken = bytearray(whole)
+    broken[12:40] = bytes(28)
+    path.write_bytes(broken)
+    with pytest.raises(UserError, match="record 0 is not an image"):
+        datasets.get_dataset(config, "train")
+    config.data.tfrecords_path = str(tmp_path / "none")
+    with pytest.raises(UserError, match=r"no file .*none; README"):
         datasets.get_dataset(config, "train")
 
 

@@ -12,7 +12,7 @@ import losses
 import run_lib
 import sde_lib
 from models import utils as mutils
-from tests.helpers import GOLDEN, golden_config, nhwc, tiny_config
+from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, quick_jit, tiny_config
 
 KS = [0, 0.5, 0.8, 0.9, 0.999, 1 - 1e-7, 1, 1 + 1e-7, 1.001, 1.1, 1.2, 2, 3, 8]
 SDE = sde_lib.VPSDE()
@@ -67,22 +67,32 @@ def test_prior_with_infinite_k_is_the_fixed_truncation():
         losses.TruncationPrior(-1, 1e-3)
 
 
-@pytest.mark.parametrize("mode", ["variance", "likelihood", "importance"])
-def test_golden_losses(mode):
-    config = golden_config("vp_ddpmpp")
-    params, _, _ = import_checkpoint.load(GOLDEN / "vp_ddpmpp.pth", config)
-    golden = {k: v for k, v in np.load(GOLDEN / "losses.npz").items() if k.startswith("vp_ddpmpp")}
-    get = lambda name: golden[f"vp_ddpmpp.{name}"]  # noqa: E731
-    t, model = jnp.asarray(get(f"{mode}.t")), mutils.create_model(config)
-    # The official importance mode weights by σ² times the normaliser of g²/σ².
-    weight = losses.weighting(SDE, t, likelihood=mode == "likelihood") * get(f"{mode}.Z")
-    if mode == "importance":
-        z_tau = SDE.importance_normalizer(get("tau"))
-        np.testing.assert_allclose(z_tau, get(f"{mode}.Z"), rtol=1e-5)
-    score_fn = mutils.get_score_fn(config, SDE, model, params)
-    loss = losses.score_matching_loss(score_fn, SDE, nhwc(get("x")), t, nhwc(get("z")), weight)
-    np.testing.assert_allclose(loss, get(f"{mode}.half_weighted_sq"), rtol=1e-5)
-    np.testing.assert_allclose(loss / 768, get(f"{mode}.official_mean"), rtol=1e-5)
+GOLDEN_LOSSES = np.load(GOLDEN / "losses.npz")
+
+
+@pytest.mark.parametrize("name", ["vp_ddpmpp", "vp_uddpmpp", "ve_ncsnpp", "rve_uncsnpp"])
+def test_golden_losses(name):
+    config = golden_config(name)
+    params, _, _ = import_checkpoint.load(GOLDEN / f"{name}.pth", config)
+    get = lambda field: GOLDEN_LOSSES[f"{name}.{field}"]  # noqa: E731
+    sde, model = sde_lib.get_sde(config), mutils.create_model(config)
+    score_fn = quick_jit(mutils.get_score_fn(config, sde, model, params))
+    modes = {k.split(".")[1] for k in GOLDEN_LOSSES if k.startswith(name) and k.count(".") == 2}
+    assert modes >= {"variance", "likelihood"}
+    for mode in modes:
+        t = jnp.asarray(get(f"{mode}.t"))
+        # The official importance mode weights by σ² times the normaliser of g²/σ².
+        weight = losses.weighting(sde, t, likelihood=mode == "likelihood") * get(f"{mode}.Z")
+        if mode == "importance":
+            z_tau = sde.importance_normalizer(get("tau"))
+            np.testing.assert_allclose(z_tau, get(f"{mode}.Z"), rtol=1e-5)
+        loss = losses.score_matching_loss(score_fn, sde, nhwc(get("x")), t, nhwc(get("z")), weight)
+        # The release's float32 loses digits of UDDPM++'s labels and of RVE's g.
+        rtol = {"vp_uddpmpp": 3e-4, "rve_uncsnpp": 1e-3}.get(name, 1e-5)
+        np.testing.assert_allclose(loss, get(f"{mode}.half_weighted_sq"), rtol=rtol)
+        np.testing.assert_allclose(loss / 768, get(f"{mode}.official_mean"), rtol=rtol)
+        # The release halves the sum twice.
+        np.testing.assert_allclose(loss / 2, get(f"{mode}.official_sum"), rtol=rtol)
 
 
 @pytest.mark.parametrize(("tau", "importance"), [(1e-5, True), (1e-2, True), (1e-2, False)])
@@ -117,10 +127,13 @@ def toy_config(truncation, k, likelihood, importance):
     return config
 
 
-def step_losses_and_grads(config, steps):
+def step_losses_and_grads(config, steps, distinct=4):
     """The (loss, gradient by a, gradient by b) of each of many steps with 4 images, (steps, 3)."""
-    loss_fn = losses.get_batch_loss_fn(config, SDE, LinearModel(), 17, train=True)
+    sde = sde_lib.get_sde(config)
+    train = not config.training.balanced  # which needs a named axis
+    loss_fn = losses.get_batch_loss_fn(config, sde, LinearModel(), 17, train=train)
     images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (4, 2, 2, 1)), jnp.uint8)
+    images = jnp.resize(images[:distinct], images.shape)
 
     def one(step):
         def mean_loss(params):
@@ -154,12 +167,12 @@ def test_soft_truncation_equals_the_equivalent_weight_in_expectation(k, importan
 
 
 def pmapped_step(config, num_devices):
-    setup = run_lib.set_up(config)
+    setup, data = run_lib.set_up(config), run_lib.load_data(config)
     step_fn = losses.get_step_fn(config, setup.sde, setup.model, setup.optimizer, 17)
     devices = jax.devices()[:num_devices]
     state = run_lib._init_state(config, setup.model, setup.optimizer)
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), state)
-    batches = datasets.train_batches(setup.train, config.training.batch_size, config.seed)
+    batches = datasets.train_batches(data.train, config.training.batch_size, config.seed)
     return state, jax.pmap(step_fn, axis_name="batch", devices=devices), batches
 
 
@@ -257,3 +270,127 @@ def test_weight_decay_is_added_to_the_clipped_gradient():
     _, opt_state = optimizer.update({"w": jnp.array([30.0, 40.0])}, optimizer.init(params), params)
     mean = optax.tree_utils.tree_get(opt_state, "mu")["w"] / (1 - 0.9)
     np.testing.assert_allclose(mean, [0.6 + 1.0, 0.8 - 2.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("sde", ["subvpsde", "vesde", "reciprocal_vesde"])
+def test_soft_truncation_is_the_equivalent_weight_on_every_sde(sde):
+    values = {}
+    for name in ("soft", "equivalent_weight", "fixed"):
+        config = toy_config(name, 0.0, likelihood=True, importance=True)
+        config.training.sde = sde
+        config.model.update(sigma_min=0.1, sigma_max=5.0)
+        values[name] = step_losses_and_grads(config, 30_000)
+
+    def deviation(name):
+        a, b = values[name], values["equivalent_weight"]
+        error = np.hypot(a.std(0), b.std(0)) / np.sqrt(len(a))
+        return np.abs(a.mean(0) - b.mean(0)) / error
+
+    assert (deviation("soft") < 4).all(), deviation("soft")
+    assert deviation("fixed").max() > 8
+
+
+def mixed_config(**options):
+    config = toy_config("fixed", 1.0, likelihood=True, importance=True)
+    config.training.update(mixed=True, ddpm_weight=5.0)
+    config.training.update(options)
+    return config
+
+
+def test_mixed_is_the_sum_of_its_two_halves():
+    # The mean over the batch: the likelihood objective, and 5 times the variance objective.
+    mixed, likelihood, variance = (
+        step_losses_and_grads(config, 20_000, distinct=1)
+        for config in (
+            mixed_config(),
+            toy_config("fixed", 1.0, likelihood=True, importance=True),
+            toy_config("fixed", 1.0, likelihood=False, importance=False),
+        )
+    )
+    expected = likelihood.mean(0) + 5 * variance.mean(0)
+    parts = [v.std(0) / np.sqrt(len(v)) for v in (mixed, likelihood, 5 * variance)]
+    assert (np.abs(mixed.mean(0) - expected) < 4 * np.sqrt(sum(p**2 for p in parts))).all()
+    assert np.abs(mixed.mean(0) - likelihood.mean(0)).max() > 0.1 * np.abs(likelihood.mean(0)).max()
+
+
+def test_balanced_brings_the_second_half_to_the_first_ones_size():
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (8, 2, 2, 1)), jnp.uint8)
+    params = {"a": jnp.array(0.3), "b": jnp.array(0.1)}
+
+    def run(config):
+        loss_fn = losses.get_batch_loss_fn(config, SDE, LinearModel(), 17, train=False)
+        mean = lambda p: loss_fn(p, losses.step_key(0, 5), images, jnp.arange(8))[0]  # noqa: E731
+        return mean(params), jax.jacobian(mean)(params)["a"]
+
+    plain, plain_grad = run(mixed_config(ddpm_weight=1.0))
+    balanced, balanced_grad = run(mixed_config(ddpm_weight=1.0, balanced=True))
+    ratio = np.mean(plain[0::2] / plain[1::2])
+    np.testing.assert_allclose(balanced[0::2], plain[0::2], rtol=1e-6)
+    np.testing.assert_allclose(balanced[1::2], plain[1::2] * ratio, rtol=1e-5)
+    # The ratio is a constant: no gradient flows through it.
+    np.testing.assert_allclose(balanced_grad[1::2], plain_grad[1::2] * ratio, rtol=1e-4)
+
+
+def test_mixed_training_is_the_same_on_several_devices():
+    config = tiny_config(mixed=True, balanced=True, ddpm_weight=1.0)
+    one, _ = run_steps(config, 1, 4)
+    four, _ = run_steps(config, 4, 4)
+    np.testing.assert_allclose(one, four, rtol=1e-4)
+
+
+def test_the_lossless_decoder_is_a_distribution_over_levels():
+    # For each pixel the probabilities of all levels sum to 1, and the likely one is near the mean.
+    data, num_levels = Gaussian((1, 1, 1), 0.2, 0.1), 9
+    lowest, width = datasets.level_grid(num_levels, centered=True)
+    levels = jnp.linspace(-1, 1, num_levels)[:, None, None, None]
+    np.testing.assert_allclose(levels[1] - levels[0], width, rtol=1e-6)
+    for eps in (1e-5, 1e-3, 0.1, 1.0):
+        x_eps = SDE.mean_coeff(eps) * 0.3 + SDE.std(eps) * 0.5
+        # The noise that brings each level to the same x_ε.
+        z = (x_eps - SDE.mean_coeff(eps) * levels) / SDE.std(eps)
+        nll = losses.discrete_decoder_loss(data.score_fn(SDE), SDE, levels, eps, z, lowest, width)
+        assert jnp.isfinite(nll).all()
+        np.testing.assert_allclose(jnp.exp(-nll).sum(), 1, rtol=2e-3)
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, -8.0, 40.0])
+@pytest.mark.parametrize("width", [1e-4, 0.02, 1.0, 30.0])
+def test_log_normal_mass_keeps_its_digits(shift, width):
+    def mass(low):
+        return losses._log_normal_mass(jnp.float32(low), jnp.float32(low) + jnp.float32(width))
+
+    low, high = np.float64(np.float32(shift)), np.float64(np.float32(shift) + np.float32(width))
+    if low > 0:
+        low, high = -high, -low
+    log_cdf = scipy.stats.norm.logcdf
+    exact = log_cdf(high) + np.log1p(-np.exp(log_cdf(low) - log_cdf(high)))
+    np.testing.assert_allclose(mass(shift), exact, rtol=2e-3, atol=1e-3)
+    assert jnp.isfinite(jax.grad(mass)(shift))
+
+
+@pytest.mark.parametrize("dequantization", ["uniform", "lossless"])
+def test_reconstruction_loss_is_added_at_tau(dequantization):
+    config = toy_config("fixed", 1.0, likelihood=True, importance=True)
+    config.data.dequantization = dequantization
+    without = step_losses_and_grads(config, 2000)
+    config.training.reconstruction_loss = True
+    with_it = step_losses_and_grads(config, 2000)
+    # The same draws: what is added is the term itself, whose mean is known by other draws.
+    added = with_it[:, 0] - without[:, 0]
+    images = np.random.default_rng(0).integers(0, 17, (4, 2, 2, 1))
+    params = {"a": jnp.array(0.3), "b": jnp.array(0.1)}
+    score_fn = mutils.get_score_fn(config, SDE, LinearModel(), params)
+    x0 = jnp.asarray(np.tile(images, (500, 1, 1, 1)), jnp.float32) / 16 * 2 - 1
+    if dequantization == "uniform":
+        noise = np.random.default_rng(1).random((2000, 2, 2, 1))
+        x0 = (jnp.asarray(np.tile(images, (500, 1, 1, 1))) + noise) / 17 * 2 - 1
+    z = jax.random.normal(jax.random.key(3), x0.shape)
+    if dequantization == "uniform":
+        term = losses.reconstruction_loss(score_fn, SDE, x0, 1e-2, z)
+    else:
+        term = losses.discrete_decoder_loss(score_fn, SDE, x0, 1e-2, z, -1.0, 2 / 16)
+    term = np.asarray(term, np.float64) / 4
+    stderr = np.hypot(added.std() / np.sqrt(2000), term.std() / np.sqrt(2000))
+    assert abs(added.mean() - term.mean()) < 5 * stderr
+    assert abs(term.mean()) > 4 * stderr
+    assert np.isfinite(with_it).all()

@@ -1,0 +1,13 @@
+"""LSUN bedroom 256, UNCSN++ on the RVE SDE, fixed truncation."""
+
+from ml_collections import ConfigDict
+
+from configs.rve import church_uncsn
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = church_uncsn.get_config()
+    config.data.category = "bedroom"
+    config.model.sigma_max = 378.0
+    return config

@@ -1,0 +1,32 @@
+"""LSUN church 256, UNCSN++ on the RVE SDE, fixed truncation."""
+
+from ml_collections import ConfigDict
+
+from configs.rve import cifar10_uncsnpp_st
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = cifar10_uncsnpp_st.get_config()
+    config.data.update(dataset="LSUN", category="church_outdoor", image_size=256)
+    config.model.update(
+        ch_mult=(1, 1, 2, 2, 2, 2, 2),
+        num_res_blocks=2,
+        dropout=0.0,
+        progressive="output_skip",
+        progressive_input="input_skip",
+        sigma_max=380.0,
+        num_scales=2000,
+    )
+    config.training.update(
+        truncation="fixed",
+        batch_size=64,
+        n_iters=24_000_001,
+        log_freq=1000,
+        eval_freq=500,
+        snapshot_freq=200_000,
+        snapshot_freq_for_preemption=5000,
+    )
+    config.sampling.update(snr=0.075, batch_size=16)
+    config.eval.batch_size = 512
+    return config

@@ -1,0 +1,12 @@
+"""The digits on the sub-VP SDE: the likelihood weighting with soft truncation."""
+
+from ml_collections import ConfigDict
+
+from configs.vp import digits_st
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = digits_st.get_config()
+    config.training.sde = "subvpsde"
+    return config

@@ -1,0 +1,17 @@
+"""CelebA 64, NCSN++ on the VE SDE, variance weighting, soft truncation."""
+
+from ml_collections import ConfigDict
+
+from configs.ve import cifar10_ncsnpp_st
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = cifar10_ncsnpp_st.get_config()
+    config.data.update(dataset="CELEBA", image_size=64)
+    config.model.update(sigma_min=0.01, sigma_max=90.0)
+    config.training.update(n_iters=1_300_001, log_freq=50, snapshot_freq=50_000)
+    config.training.snapshot_sampling = True
+    config.sampling.update(snr=0.17, batch_size=512)
+    config.eval.update(batch_size=1024, num_test_data=19_962)
+    return config

@@ -1,0 +1,20 @@
+"""The digits on the VE SDE, with a small NCSN++: the likelihood weighting with soft truncation."""
+
+from ml_collections import ConfigDict
+
+from configs.vp import digits_st
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = digits_st.get_config()
+    config.data.centered = False
+    config.model.update(
+        embedding_type="fourier",
+        fir=True,
+        progressive_input="residual",
+        scale_by_sigma=True,
+        sigma_max=5.0,
+    )
+    config.training.update(sde="vesde", k=2.0)
+    return config

@@ -1,0 +1,12 @@
+"""CIFAR-10, DDPM++, variance weighting, fixed truncation."""
+
+from ml_collections import ConfigDict
+
+from configs.vp import cifar10_ddpmpp_nll
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = cifar10_ddpmpp_nll.get_config()
+    config.training.update(likelihood_weighting=False, importance_sampling=False)
+    return config

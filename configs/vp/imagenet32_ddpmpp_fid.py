@@ -1,0 +1,13 @@
+"""ImageNet 32, DDPM++, variance weighting, fixed truncation."""
+
+from ml_collections import ConfigDict
+
+from configs.vp import imagenet32_ddpmpp_st
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = imagenet32_ddpmpp_st.get_config()
+    config.training.update(truncation="fixed")
+    config.training.update(likelihood_weighting=False, importance_sampling=False)
+    return config
