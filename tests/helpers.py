@@ -53,11 +53,6 @@ def tiny_config(**training):
     return config
 
 
-def quick_jit(function):
-    """jit for programs that run once: half the compile time."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def param_shapes(config):
     model = mutils.create_model(config)
     return jax.eval_shape(lambda: mutils.init_params(config, model, jax.random.key(0)))

@@ -3,11 +3,15 @@ import os
 import pickle
 import zipfile
 
+import jax
+import numpy as np
 import pytest
 
 import import_checkpoint
+import run_lib
 from configs.default import UserError
-from tests.helpers import GOLDEN, golden_config
+from tests import torch_file
+from tests.helpers import GOLDEN, golden_config, param_shapes, tiny_config
 
 PTH = GOLDEN / "vp_ddpmpp.pth"
 
@@ -22,7 +26,7 @@ class Command:
 
 def test_a_pickle_that_would_run_a_command_is_refused(tmp_path):
     payload = io.BytesIO()
-    pickle.dump({"model": Command(tmp_path / "ran")}, payload)
+    pickle.dump({"model": Command(tmp_path / "ran")}, payload, protocol=2)
     with zipfile.ZipFile(tmp_path / "evil.pth", "w") as archive:
         archive.writestr("archive/data.pkl", payload.getvalue())
     with pytest.raises(UserError, match="system, which no checkpoint needs"):
@@ -48,3 +52,125 @@ def test_a_config_of_another_network_is_refused_by_the_tensor():
     config.model.nf = 16
     with pytest.raises(UserError, match=r"AttnBlock_0.*Dense_0.*\(16,\) there and \(32,\)"):
         import_checkpoint.load(PTH, config)
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (pickle.dumps({"model": b"bytes"}, protocol=4), "opcode FRAME"),
+        (b"cos\nsystem\n(S'true'\ntR.", "opcode STRING"),
+        (b"(ios\nsystem\n.", "opcode INST"),
+        (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", r"builtins\.eval"),
+        (b"\x80\x02cnumpy\nload\n.", r"numpy\.load"),
+        (b"\x80\x02}", "can't be read"),
+    ],
+)
+def test_other_opcodes_and_names_are_refused(tmp_path, payload, reason):
+    with zipfile.ZipFile(tmp_path / "odd.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", payload)
+    with pytest.raises(UserError, match=reason):
+        import_checkpoint.read_pth(tmp_path / "odd.pth")
+
+
+def official_names(config):
+    """The tensors that the release's `ddpm` has for a config, in its order: (key, shape)."""
+    nf, (first, second) = config.model.nf, config.model.ch_mult
+    dims, keys, index = 4 * nf, [], 0
+
+    def module(**tensors):
+        nonlocal index
+        keys.extend((f"module.all_modules.{index}.{k}", v) for k, v in tensors.items())
+        index += 1
+
+    def layer(name, *shape):
+        return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+    def block(before, after):
+        module(
+            **layer("GroupNorm_0", before),
+            **layer("Conv_0", after, before, 3, 3),
+            **layer("Dense_0", after, dims),
+            **layer("GroupNorm_1", after),
+            **layer("Conv_1", after, after, 3, 3),
+            **({"NIN_0.W": (before, after), "NIN_0.b": (after,)} if before != after else {}),
+        )
+
+    def attention(width):
+        nins = {f"NIN_{i}.{k}": (width,) * n for i in range(4) for k, n in (("W", 2), ("b", 1))}
+        module(**layer("GroupNorm_0", width), **nins)
+
+    a, b = nf * first, nf * second
+    module(weight=(dims, nf), bias=(dims,))
+    module(weight=(dims, dims), bias=(dims,))
+    module(weight=(nf, 1, 3, 3), bias=(nf,))
+    block(nf, a)
+    module(**layer("Conv_0", a, a, 3, 3))  # down
+    block(a, b)
+    attention(b)
+    block(b, b)
+    attention(b)
+    block(b, b)
+    block(2 * b, b)
+    block(b + a, b)
+    attention(b)
+    module(**layer("Conv_0", b, b, 3, 3))  # up
+    block(b + a, a)
+    block(a + nf, a)
+    module(weight=(a,), bias=(a,))
+    module(weight=(1, a, 3, 3), bias=(1,))
+    return keys
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
+    config = tiny_config()
+    config.model.update(name="ddpm", nf=8, ch_mult=(1, 2), attn_resolutions=(4,))
+    rng = np.random.default_rng(0)
+    draw = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    names = official_names(config)
+    model = {k: 0.1 * draw(shape) for k, shape in names}
+    moments = {
+        i: {"step": 7, "exp_avg": draw(shape), "exp_avg_sq": draw(shape) ** 2}
+        for i, (_, shape) in enumerate(names)
+    }
+    checkpoint = {
+        "optimizer": {"state": moments if trained else {}, "param_groups": []},
+        "model": model,
+        "ema": {"decay": 0.999, "num_updates": 7, "shadow_params": [v + 1 for v in model.values()]},
+        "step": 7,
+    }
+    torch_file.save(checkpoint, tmp_path / "ddpm.pth")
+    state = import_checkpoint.load_state(tmp_path / "ddpm.pth", config)
+    shapes = jax.tree.map(lambda x: x.shape, param_shapes(config))
+    for tree in (state.params, state.ema_params):
+        assert jax.tree.map(lambda x: x.shape, tree) == shapes
+    adam = state.opt_state[2]
+    last = max(i for i, (k, _) in enumerate(names) if k.endswith("weight"))
+    kernel = lambda tree: tree[max(tree, key=lambda k: (k[:5] == "Conv_", k))]["kernel"]  # noqa: E731
+    np.testing.assert_array_equal(kernel(state.params), model[names[last][0]].transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(kernel(state.ema_params), kernel(state.params) + 1)
+    if trained:
+        expected = moments[last]["exp_avg"].transpose(2, 3, 1, 0)
+        np.testing.assert_array_equal(kernel(adam.mu), expected)
+        np.testing.assert_array_equal(
+            kernel(adam.nu), moments[last]["exp_avg_sq"].transpose(2, 3, 1, 0)
+        )
+    assert int(adam.count) == (7 if trained else 0)
+    assert int(state.opt_state[3].count) == 7  # the warm-up goes on
+
+    imported = run_lib.import_official(config, tmp_path / "run", tmp_path / "ddpm.pth")
+    assert int(imported.step) == 7
+    with pytest.raises(UserError, match="has checkpoints already"):
+        run_lib.import_official(config, tmp_path / "run", tmp_path / "ddpm.pth")
+    config.training.n_iters = 9
+    assert int(run_lib.train(config, tmp_path / "run").step) == 9
+
+
+def test_a_checkpoint_of_another_form_is_refused(tmp_path):
+    torch_file.save({"model": {"weight": np.ones((2, 2))}, "step": 3}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="not laid out as an official checkpoint"):
+        import_checkpoint.load(tmp_path / "other.pth", golden_config("vp_ddpmpp"))
+    config = golden_config("ve_ncsnpp")
+    config.model.name = "ncsnv2_64"
+    with pytest.raises(UserError, match="checkpoints of ncsnpp and ddpm load"):
+        import_checkpoint.load(GOLDEN / "ve_ncsnpp.pth", config)

@@ -12,7 +12,7 @@ import losses
 import run_lib
 import sde_lib
 from models import utils as mutils
-from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, quick_jit, tiny_config
+from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, tiny_config
 
 KS = [0, 0.5, 0.8, 0.9, 0.999, 1 - 1e-7, 1, 1 + 1e-7, 1.001, 1.1, 1.2, 2, 3, 8]
 SDE = sde_lib.VPSDE()
@@ -76,7 +76,7 @@ def test_golden_losses(name):
     params, _, _ = import_checkpoint.load(GOLDEN / f"{name}.pth", config)
     get = lambda field: GOLDEN_LOSSES[f"{name}.{field}"]  # noqa: E731
     sde, model = sde_lib.get_sde(config), mutils.create_model(config)
-    score_fn = quick_jit(mutils.get_score_fn(config, sde, model, params))
+    score_fn = jax.jit(mutils.get_score_fn(config, sde, model, params))
     modes = {k.split(".")[1] for k in GOLDEN_LOSSES if k.startswith(name) and k.count(".") == 2}
     assert modes >= {"variance", "likelihood"}
     for mode in modes:

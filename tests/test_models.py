@@ -15,7 +15,6 @@ from tests.helpers import (
     golden_config,
     nhwc,
     param_shapes,
-    quick_jit,
     random_params,
     tiny_config,
 )
@@ -49,9 +48,9 @@ def test_golden_scores(golden):
     # The release's float32 loses digits of the unbounded parametrisation's time.
     tolerance = 5e-4 if name == "vp_uddpmpp" else 2e-5
     for weights, field in ((params, "score"), (ema_params, "score_ema")):
-        score = quick_jit(mutils.get_score_fn(config, sde, model, weights))(x, t)
+        score = jax.jit(mutils.get_score_fn(config, sde, model, weights))(x, t)
         assert relative_error(score, nhwc(data[field])) < tolerance
-    out = quick_jit(model.apply)({"params": params}, x, jnp.asarray(data["labels"]))
+    out = jax.jit(model.apply)({"params": params}, x, jnp.asarray(data["labels"]))
     assert relative_error(out, nhwc(data["model_out"])) < 1e-5
 
 
@@ -64,9 +63,9 @@ def test_bfloat16_computes_the_same_function(golden):
     config.model.dtype = "bfloat16"
     half = mutils.create_model(config)
     args = ({"params": params}, nhwc(data["x_t"]), jnp.asarray(data["labels"]))
-    out = quick_jit(half.apply)(*args)
+    out = jax.jit(half.apply)(*args)
     assert out.dtype == jnp.float32
-    error = relative_error(out, np.asarray(quick_jit(model.apply)(*args)))
+    error = relative_error(out, np.asarray(jax.jit(model.apply)(*args)))
     assert 1e-5 < error < 0.05  # not the same computation, but the same function
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(param_shapes(config))}
     assert dtypes == {jnp.dtype("float32")}
@@ -110,7 +109,7 @@ def test_options_make_another_network_that_learns(option):
         assert score.shape == x.shape
         return jnp.mean(score**2)
 
-    gradients = quick_jit(jax.grad(loss))(params)
+    gradients = jax.jit(jax.grad(loss))(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         fixed = "GaussianFourierProjection" in str(path[0])
         assert jnp.isfinite(gradient).all()
@@ -178,7 +177,7 @@ def test_ncsnv2_is_a_score_of_any_noise_level(name):
     config.model.update(name=name, nf=8)
     model, sde = mutils.create_model(config), sde_lib.get_sde(config)
     params = random_params(config)
-    score_fn = quick_jit(mutils.get_score_fn(config, sde, model, params))
+    score_fn = jax.jit(mutils.get_score_fn(config, sde, model, params))
     x = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3))
     low, high = (score_fn(x, jnp.full(2, t)) for t in (0.2, 0.8))
     assert low.shape == x.shape and jnp.isfinite(low).all()
@@ -219,10 +218,10 @@ def test_a_ve_score_is_divided_by_sigma_in_either_embedding():
         config.model.update(embedding_type=embedding, scale_by_sigma=True)
         model = mutils.create_model(config)
         params = random_params(config)
-        divided = quick_jit(mutils.get_score_fn(config, sde, model, params))(x, t)
+        divided = jax.jit(mutils.get_score_fn(config, sde, model, params))(x, t)
         config.model.scale_by_sigma = False
         model = mutils.create_model(config)
-        plain = quick_jit(mutils.get_score_fn(config, sde, model, params))(x, t)
+        plain = jax.jit(mutils.get_score_fn(config, sde, model, params))(x, t)
         std = sde.std(t)[:, None, None, None]
         np.testing.assert_allclose(divided * std, plain, rtol=1e-5, atol=1e-6)
 

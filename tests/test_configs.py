@@ -1,0 +1,257 @@
+"""Every recipe: against the official values, built at full width, one step at a reduced one."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import datasets
+import losses
+import run_lib
+import sde_lib
+from configs.default import get_default_config, validate
+from models import utils as mutils
+from tests.helpers import GOLDEN, random_params
+
+ROOT = pathlib.Path(__file__).parent.parent
+RECIPES = sorted(
+    f"{path.parent.name}/{path.stem}"
+    for path in (ROOT / "configs").glob("*/*.py")
+    if path.stem != "__init__"
+)
+OFFICIAL = {path.stem: path for path in sorted((GOLDEN / "official_configs").glob("*.json"))}
+FOLDERS = {
+    "vpsde": "vp",
+    "vesde": "ve",
+    "reciprocal_vesde": "rve",
+    "rve-sde": "rve",  # a name that the released code does not know
+}
+
+
+def get_recipe(name):
+    return importlib.import_module(f"configs.{name.replace('/', '.')}").get_config()
+
+
+def read_official(name):
+    """The fields of an official recipe, flat."""
+    fields = json.loads(OFFICIAL[name].read_text())
+    flat = {}
+    for section, values in fields.items():
+        if isinstance(values, dict):
+            flat |= {f"{section}.{field}": value for field, value in values.items()}
+        else:
+            flat[section] = values
+    return flat
+
+
+def our_name(name):
+    """Our recipe of an official file: the SDE's folder, and its name in lower case."""
+    if name == "vp__CIFAR10__ddpmpp_nll_st":
+        return "vp/cifar10_st"
+    stem = "_".join(name.split("__")[1:]).lower().replace("-", "_")
+    return f"{FOLDERS[read_official(name)['training.sde']]}/{stem}"
+
+
+# Fields that ours does not have, and the values under which that makes no difference.
+WITHOUT = {
+    "model.attention": ([True], "attn_resolutions says where"),
+    "model.attention_type": (["ddpm"], "there is one"),
+    "model.auxiliary_resblock": ([True], "the blocks that resample are always there"),
+    "model.conditional": ([True], "ncsnpp and ddpm always are, NCSNv2 never is"),
+    "model.conv_size": ([3], "there is one"),
+    "model.nonlinearity": (["swish"], "each network has its own"),
+    "model.normalization": (["GroupNorm"], "each network has its own"),
+    "model.sigma_begin": ([90], "nothing reads it"),
+    "optim.amsgrad": ([False], "unused"),
+    "training.continuous": ([True], "all are"),
+    "training.ddpm_score": ([True], "VP networks predict noise"),
+    "training.model_mode": (["reciprocal"], "the code that reads it is dead"),
+    "training.num_train_data": ([50000, 162770, 1281149], "the data know"),
+    "training.whatever_sampling": ([False], "nothing reads it"),
+    "uncsn.threshold": (["initial", "middle"], "nothing that was released reads it"),
+    "data.uniform_dequantization": ([False], "an older name of data.dequantization"),
+    "sampling.sample_more": ([True], "as many as asked for"),
+    "eval.begin_ckpt": ([1, 9, 50], "the newest checkpoint is evaluated"),
+    "eval.end_ckpt": ([26, 96], "the newest checkpoint is evaluated"),
+    "eval.bpd_dataset": (["test"], "always"),
+    "eval.enable_loss": ([True, False], "training logs it"),
+    "eval.lambda_": ([0.0], "the ODE's likelihood"),
+    "eval.probability_flow": ([True], "the ODE's likelihood"),
+    "eval.nelbo_iter": ([0], "eval.nelbo_draws"),
+    "eval.nll_iter": ([0], "one draw"),
+    "eval.residual": ([True], "with and without are both reported"),
+}
+
+IMPORTANCE = (
+    "the release's importance sampling is that of the likelihood weighting, whatever the flag says"
+)
+RVE_TIME = (
+    "the release always draws RVE's 1/t uniformly, which is importance sampling of the likelihood "
+    "weighting"
+)
+MIXED = "the first half of a mixed batch is the importance-sampled likelihood weighting"
+
+
+def differs(name, official):
+    """The fields that differ on purpose: our value, and why."""
+    rve = FOLDERS[official["training.sde"]] == "rve"
+    fields = {
+        "eval.enable_bpd": (True, "an evaluation reports all scores"),
+        "eval.enable_sampling": (True, "an evaluation reports all scores"),
+        "training.likelihood_weighting": (True, IMPORTANCE),
+    }
+    if rve:
+        fields["training.sde"] = ("reciprocal_vesde", "rve-sde was never released")
+        fields["training.likelihood_weighting"] = (True, RVE_TIME)
+        fields["training.importance_sampling"] = (True, RVE_TIME)
+        # Of the VE SDE, where σ(1e-3) is near its end: RVE's σ is 332 of 378 there.
+        fields["sampling.truncation_time"] = (1e-5, "RVE's σ is still near its largest at 1e-3")
+    elif official.get("training.mixed"):
+        fields["training.likelihood_weighting"] = (True, MIXED)
+        fields["training.importance_sampling"] = (True, MIXED)
+    elif not official["training.importance_sampling"]:
+        del fields["training.likelihood_weighting"]
+    return fields
+
+
+def test_every_official_recipe_is_here():
+    assert len(OFFICIAL) == 33
+    assert {our_name(name) for name in OFFICIAL} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_recipe_has_the_official_values(name):
+    config, official = get_recipe(our_name(name)), read_official(name)
+    allowed, training = differs(name, official), config.training
+    soft = official.pop("training.st", False)
+    assert training.truncation == ("soft" if soft else "fixed")
+    k = official.pop("training.k", None)
+    assert not soft or k is None or training.k == k
+    wide = official.pop("model.lsgm", False)
+    dim = official.pop("model.embedding_dim", 0)
+    assert config.model.embedding_dim == (dim if wide else 0)
+    for field in ("training.eta", "uncsn.eta"):
+        assert official.pop(field, config.model.sigma_min) == config.model.sigma_min
+    for field, value in official.items():
+        if field in WITHOUT:
+            assert value in WITHOUT[field][0], field
+            continue
+        section, _, key = field.rpartition(".")
+        ours = config[section][key] if section else config[key]
+        ours = list(ours) if isinstance(ours, tuple) else ours
+        expected = allowed[field][0] if field in allowed else value
+        assert ours == expected, f"{field} is {ours}, officially {value}"
+
+
+def test_no_field_is_excused_in_vain():
+    # Each excuse is needed by a recipe, and no field that ours has is left uncompared.
+    fields = {name: read_official(name) for name in OFFICIAL}
+    assert set(WITHOUT) <= {field for official in fields.values() for field in official}
+    default = get_default_config()
+    for field in WITHOUT:
+        section, _, key = field.rpartition(".")
+        assert section not in default or key not in default[section], field
+    excused = {
+        field
+        for name, official in fields.items()
+        for field, (ours, _) in differs(name, official).items()
+        if official.get(field, ours) != ours
+    }
+    assert excused == {
+        *("eval.enable_bpd", "eval.enable_sampling", "training.sde"),
+        *("training.likelihood_weighting", "training.importance_sampling"),
+        "sampling.truncation_time",
+    }
+
+
+PARAMETERS = {
+    "vp/cifar10_st": 61_804_419,
+    "vp/celeba_uddpmpp_fid_st": 61_804_419,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_valid_and_its_network_can_be_built_at_full_width(name):
+    config = get_recipe(name)
+    validate(config, 1)
+    setup = run_lib.set_up(config)
+    count = mutils.count_params(setup.state_shape.params)
+    assert count == PARAMETERS.get(name, count)
+    assert count > (5e7 if "digits" not in name and "fashion" not in name else 1e5)
+
+
+def reduced(config):
+    """The recipe with few channels and one image, or two; everything else as it is."""
+    config.model.update(nf=4, num_res_blocks=1)
+    config.training.batch_size = 2 if config.training.mixed else 1
+    config.optim.warmup = 0
+    if config.data.dataset in ("CelebAHQ", "FFHQ"):
+        config.data.tfrecords_path = ""
+    return config
+
+
+@functools.cache
+def jitted_network(model):
+    """Compiled once for all recipes with the same network, as Flax compares modules."""
+    return jax.jit(
+        lambda variables, x, labels, keys: model.apply(
+            variables, x, labels, train=True, dropout_keys=keys
+        )
+    )
+
+
+@dataclasses.dataclass
+class JittedNetwork:
+    """A network whose step can run operation by operation, which spares compiling 40 steps."""
+
+    model: object
+
+    def apply(self, variables, x, labels, train, dropout_keys):
+        assert train
+        return jitted_network(self.model)(variables, x, labels, dropout_keys)
+
+
+@functools.cache
+def mock_images(dataset, size, category):
+    """Training images of a data set, from TFDS's mock of it where TFDS has it."""
+    import tensorflow_datasets as tfds
+
+    config = get_default_config()
+    if dataset == "FFHQ":
+        return np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    channels = 1 if dataset in ("digits", "fashion_mnist") else 3
+    config.data.update(dataset=dataset, image_size=size, category=category, num_channels=channels)
+    with tfds.testing.mock_data(num_examples=4):
+        return datasets.in_order(datasets.get_dataset(config, "train"), 2)["image"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_takes_a_training_step(name):
+    config = reduced(get_recipe(name))
+    images = mock_images(config.data.dataset, config.data.image_size, config.data.category)
+    images = images[: config.training.batch_size]
+    model, sde = JittedNetwork(mutils.create_model(config)), sde_lib.get_sde(config)
+    optimizer, params = losses.get_optimizer(config), random_params(config)
+    state = losses.TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
+    levels = datasets.get_num_levels(config)
+    step_fn = losses.get_step_fn(config, sde, model, optimizer, levels)
+    # One device under the step's axis name; nothing but the first argument is mapped.
+    mapped = jax.vmap(
+        lambda _, *args: step_fn(*args),
+        in_axes=(0, None, None, None),
+        out_axes=None,
+        axis_name="batch",
+    )
+    after, metrics = mapped(jnp.zeros(1), state, images, jnp.arange(len(images)))
+    assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0
+    assert config.training.truncation_time * (1 - 1e-6) <= metrics["tau"] <= 1
+    change = jax.tree.map(lambda new, old: jnp.abs(new - old).max(), after.params, params)
+    for path, value in jax.tree_util.tree_leaves_with_path(change):
+        fixed = "GaussianFourierProjection" in str(path[0])
+        assert (value == 0) if fixed else (0 < value < 1.1 * config.optim.lr), path
