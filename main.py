@@ -56,7 +56,7 @@ def _default_workdir() -> str:
 def main(argv: list[str]) -> None:
     """Do what the flags say."""
     del argv
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.ERROR)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     logging.getLogger("soft_truncation").setLevel(logging.INFO)
     import run_lib

@@ -549,7 +549,7 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     setup, task = set_up(config), config.sampling.task
     data = None if task == "generate" else load_data(config)
     state = _restore_latest(config, workdir, setup.state_shape)
-    log.info("%s from step %d of %s", task, int(state.step), workdir)
+    log.info("task %s with step %d of %s", task, int(state.step), workdir)
     path = workdir / "samples" / ("samples.png" if task == "generate" else f"{task}.png")
     if data is None:
         levels, _ = _sample_many(

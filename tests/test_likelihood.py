@@ -146,8 +146,8 @@ def test_likelihood_is_exact_on_every_sde(name):
 
 
 def test_the_lossless_nelbo_bounds_the_entropy_of_levels():
-    # Levels that are a discretised Gaussian: no code is shorter than their entropy. The score of the
-    # continuous Gaussian, which does not see levels, comes near it if σ(ε) is about their distance.
+    # Of a discretised Gaussian, no code is shorter than the levels' entropy. The score of the
+    # Gaussian, which does not see levels, comes near it if σ(ε) is about their distance.
     data, num_levels = Gaussian((2, 2, 1), 0.04, 0.0), 65
     cfg = config()
     cfg.data.update(dequantization="lossless")
