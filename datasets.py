@@ -286,6 +286,15 @@ def preprocess(
     return scale(x, config.data.centered)
 
 
+def to_model(images: np.ndarray, num_levels: int, config: ConfigDict) -> np.ndarray:
+    """Levels as the model sees them, without noise: where dequantisation adds some, its mean."""
+    if config.data.dequantization == "uniform":
+        x = (images.astype(np.float32) + 0.5) / num_levels
+    else:
+        x = images.astype(np.float32) / (num_levels - 1)
+    return scale(x, config.data.centered)
+
+
 def to_levels(x: Array, num_levels: int, config: ConfigDict) -> Array:
     """What `preprocess` came from: the nearest levels, uint8, of samples (N, H, W, C)."""
     x = inverse_scale(x, config.data.centered)

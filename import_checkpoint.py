@@ -6,6 +6,7 @@ checkpoint can't run code.
 
 import dataclasses
 import io
+import math
 import pathlib
 import pickle
 import pickletools
@@ -23,25 +24,43 @@ import losses
 from configs.default import UserError
 from models import utils as mutils
 
-_DTYPES = {
-    "FloatStorage": np.float32,
-    "DoubleStorage": np.float64,
-    "HalfStorage": np.float16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
+# Names of storages, and their dtypes. The names are all that a pickle can get hold of.
+_DTYPES: dict[str, np.dtype] = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
 }
 
 
-def _rebuild_tensor(
-    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class _StorageKind:
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    values: np.ndarray
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
+    plain = type(size) is tuple and type(stride) is tuple and len(size) == len(stride)
+    if not plain or type(storage) is not _Storage:
+        raise pickle.UnpicklingError("a tensor is not built as torch.save builds it")
+    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+        raise pickle.UnpicklingError("a tensor has a size that is not a whole number")
+    values = storage.values
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if offset < 0 or min((*size, *stride), default=0) < 0 or last >= max(len(storage), 1):
+    if math.prod(size) > len(values) or (math.prod(size) and last >= len(values)):
         raise pickle.UnpicklingError("a tensor reaches beyond its storage")
-    strides = [s * storage.itemsize for s in stride]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
+    if not math.prod(size):
+        return np.zeros(size, values.dtype)
+    strides = [s * values.itemsize for s in stride]
+    # A view: many tensors of one storage take no more memory than it.
+    return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)
 
 
 # What torch.save's pickles of tensors in plain containers are made of.
@@ -58,14 +77,19 @@ class _Unpickler(pickle.Unpickler):
     """Knows tensors and OrderedDict; refuses every other name, and every other opcode."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+            raise pickle.UnpicklingError("it is compressed, as torch.save's archives never are")
         data = archive.read(f"{root}/data.pkl")
-        for opcode, _, _ in pickletools.genops(data):
+        for opcode, argument, _ in pickletools.genops(data):
             if opcode.name not in _OPCODES:
                 raise pickle.UnpicklingError(
                     f"it has the pickle opcode {opcode.name}, which no checkpoint needs"
                 )
+            if opcode.name == "LONG_BINPUT" and (argument or 0) > len(data):
+                raise pickle.UnpicklingError("it numbers more objects than it can have")
         super().__init__(io.BytesIO(data))
         self._archive, self._root = archive, root
+        self._storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -73,14 +97,19 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _rebuild_tensor
         if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
+            return _StorageKind(_DTYPES[name])
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        kind, dtype, key, _, _ = pid
-        if kind != "storage" or not isinstance(key, str):
+    def persistent_load(self, pid: Any) -> _Storage:
+        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
             raise pickle.UnpicklingError("it has a reference that is not a tensor's storage")
-        return np.frombuffer(self._archive.read(f"{self._root}/data/{key}"), dtype)
+        _, kind, key, _, _ = pid
+        if type(kind) is not _StorageKind or type(key) is not str:
+            raise pickle.UnpicklingError("it has a reference that is not a tensor's storage")
+        if key not in self._storages:
+            raw = self._archive.read(f"{self._root}/data/{key}")
+            self._storages[key] = _Storage(np.frombuffer(raw, kind.dtype))
+        return self._storages[key]
 
 
 def read_pth(path: str | pathlib.Path) -> Any:
@@ -96,7 +125,8 @@ def read_pth(path: str | pathlib.Path) -> Any:
                 raise pickle.UnpicklingError("it is not an archive that torch.save wrote")
             return _Unpickler(archive, pickles[0].removesuffix("/data.pkl")).load()
     except Exception as error:  # a damaged pickle raises anything at all
-        raise UserError(f"{path} can't be read as a checkpoint: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} can't be read as a checkpoint: {reason}") from error
 
 
 def _group(state: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
@@ -182,6 +212,9 @@ def _read_official(path: str | pathlib.Path) -> _Official:
         shadow = checkpoint["ema"]["shadow_params"]
         if len(shadow) != len(trained):
             raise ValueError(f"{len(shadow)} EMA tensors for {len(trained)} parameters")
+        step = checkpoint["step"]
+        if type(step) is not int or not 0 <= step < 2**31:
+            raise ValueError(f"its step is {step!r}")
         ema_state = state | dict(zip(trained, shadow, strict=True))
         moments = checkpoint["optimizer"]["state"]
 
@@ -196,7 +229,7 @@ def _read_official(path: str | pathlib.Path) -> _Official:
             convert_state(ema_state),
             moment("exp_avg"),
             moment("exp_avg_sq"),
-            int(checkpoint["step"]),
+            step,
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(

@@ -300,7 +300,7 @@ def get_batch_loss_fn(
       loss_fn(params, key, images, index) → (loss of each image (N,), τ). `key` is the step's,
       `images` are uint8 (N, H, W, C), `index` (N,) is each image's place in the global batch.
       With `training.mixed` the images of even places are the first half, the others the second;
-      with `balanced`, the halves' ratio is that of this (micro-)batch on all devices.
+      with `balanced`, the halves' ratio is that of the batch on all devices.
     """
     training, data = config.training, config.data
     scale = 1.0 / (data.image_size**2 * data.num_channels) if training.reduce_mean else 1.0

@@ -68,6 +68,8 @@ def main(argv: list[str]) -> None:
             if not _CHECKPOINT.value:
                 raise UserError("--mode import needs --checkpoint, an official .pth file")
             run_lib.import_official(_CONFIG.value, workdir, _CHECKPOINT.value)
+        elif _CHECKPOINT.value:
+            raise UserError("--checkpoint is for --mode import")
         else:
             run[_MODE.value](_CONFIG.value, workdir)
     except UserError as error:

@@ -32,7 +32,7 @@ import losses
 import reporting
 import sampling
 import sde_lib
-from configs.default import UserError, validate
+from configs.default import UserError, get_default_config, validate
 from models import utils as mutils
 
 log = logging.getLogger("soft_truncation")
@@ -111,15 +111,17 @@ def load_data(config: ConfigDict) -> Data:
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """The first field of a config that decides what is learnt and differs."""
+    defaults = json.loads(get_default_config().to_json_best_effort())
     if old.get("seed") != new["seed"]:
         return f"seed is {old.get('seed')} there and {new['seed']} here"
     for section, fields in new.items():
         if section in _FREE_SECTIONS or not isinstance(fields, dict):
             continue
         for field, value in fields.items():
-            before = old.get(section, {}).get(field)
+            # A workdir from before a field was made has its default.
+            before = old.get(section, {}).get(field, defaults[section][field])
             if field not in _FREE_FIELDS.get(section, ()) and before != value:
-                return f"{section}.{field} is {before} there and {value} here"
+                return f"{section}.{field} is {before!r} there and {value!r} here"
     return None
 
 
@@ -449,10 +451,12 @@ def _steps(
 
 def _get_test_loss(config: ConfigDict, setup: Setup, test: datasets.Dataset) -> Any:
     """params → the objective on up to four batches of test images, with the same draws always."""
+    config = config.copy_and_resolve_references()
     if config.training.truncation == "soft":
         # The same expectation, without the luck of a single truncation for the whole batch.
-        config = config.copy_and_resolve_references()
         config.training.truncation = "equivalent_weight"
+    # What depends on τ in other ways than by the weight is left to the training loss.
+    config.training.update(reconstruction_loss=False, balanced=False)
     loss_fn = losses.get_batch_loss_fn(
         config, setup.sde, setup.model, setup.num_levels, train=False
     )
@@ -463,6 +467,7 @@ def _get_test_loss(config: ConfigDict, setup: Setup, test: datasets.Dataset) -> 
 
     def test_loss(params: Any) -> float:
         size, values = min(len(images), config.training.batch_size), []
+        size = max(size - size % 2, 1)  # `mixed` takes halves
         for start in range(0, len(images) - size + 1, size):
             key = losses.step_key(config.seed + 1, start)
             batch = images[start : start + size]
@@ -509,6 +514,7 @@ def _sample_many(
     config: ConfigDict, setup: Setup, params: Any, count: int, batch_size: int
 ) -> tuple[np.ndarray, int]:
     """`count` samples as levels, and the mean number of score evaluations for each."""
+    batch_size = min(batch_size, count)
     sample, parts, nfe = _get_sampler(config, setup, batch_size), [], []
     start, key = time.time(), jax.random.key(config.seed + 2)
     for i in range(math.ceil(count / batch_size)):
@@ -550,6 +556,7 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     data = None if task == "generate" else load_data(config)
     state = _restore_latest(config, workdir, setup.state_shape)
     log.info("task %s with step %d of %s", task, int(state.step), workdir)
+    _make_folder(workdir / "samples", "--workdir")
     path = workdir / "samples" / ("samples.png" if task == "generate" else f"{task}.png")
     if data is None:
         levels, _ = _sample_many(
@@ -605,16 +612,17 @@ def _complete(
     rows, everywhere = _mesh_shardings()
     make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
     complete = controllable_generation.get_completion_fn(config, setup.sde, make_score_fn)
-    size = -(-config.sampling.batch_size // jax.device_count()) * jax.device_count()
+    size = min(config.sampling.batch_size, count)
+    size = -(-size // jax.device_count()) * jax.device_count()
     params, parts, start = jax.device_put(params, everywhere), [], time.time()
     for i in range(0, len(originals), size):
         batch = originals[i : i + size]
         kept = len(batch)
         batch = np.pad(batch, ((0, size - kept), (0, 0), (0, 0), (0, 0)), mode="wrap")
-        x = datasets.scale(batch.astype(np.float32) / (setup.num_levels - 1), config.data.centered)
+        x = datasets.to_model(batch, setup.num_levels, config)
         key = jax.random.fold_in(jax.random.key(config.seed + 5), i)
-        x = complete(params, key, jax.device_put(x, rows), jnp.asarray(mask))
-        parts.append(np.asarray(datasets.to_levels(x, setup.num_levels, config))[:kept])
+        completed = complete(params, key, jax.device_put(x, rows), jnp.asarray(mask))
+        parts.append(np.asarray(datasets.to_levels(completed, setup.num_levels, config))[:kept])
         done = i + kept
         left = (time.time() - start) / done * (len(originals) - done)
         log.info(

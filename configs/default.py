@@ -33,7 +33,10 @@ def get_default_config() -> ConfigDict:
     data.dequantization = "uniform"  # none, uniform, or lossless (a discrete decoder)
 
     config.model = model = ConfigDict()
-    model.name = "ncsnpp"  # ncsnpp, ddpm, or ncsnv2_64, ncsnv2_128, ncsnv2_256
+    # ncsnpp; ddpm, the plain U-Net (of this section it reads dtype, nf, ch_mult, num_res_blocks,
+    # attn_resolutions, dropout, init_scale and resamp_with_conv); ncsnv2_64, ncsnv2_128 or
+    # ncsnv2_256 (they read dtype and nf).
+    model.name = "ncsnpp"
     model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are always float32
     model.nf = 128
     model.ch_mult = (1, 2, 2, 2)
@@ -82,7 +85,7 @@ def get_default_config() -> ConfigDict:
     training.importance_sampling = True  # t ~ g²/σ²; else uniform
     training.mixed = False  # half of a batch: that; the other half: λ = σ², t uniform
     training.ddpm_weight = 0.01  # the other half's weight
-    training.balanced = False  # bring the other half to the first one's size before weighting it
+    training.balanced = False  # the other half is first brought to the first one's size
     training.reconstruction_loss = False  # add the residual at τ
     training.unbounded_parametrization = False  # the network's time is γ(t): UDDPM++
     training.stabilizing_constant = 1e-3  # where γ(t) is cut off
@@ -144,6 +147,11 @@ _CHOICES = {
     "sampling.corrector": ("none", "langevin", "ald"),
     "sampling.task": ("generate", "inpaint", "colorize"),
 }
+
+_LSUN_SCENES = (
+    *("bedroom", "bridge", "church_outdoor", "classroom", "conference_room", "dining_room"),
+    *("kitchen", "living_room", "restaurant", "tower"),
+)
 
 _POSITIVE = [
     "data.image_size",
@@ -212,6 +220,9 @@ def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
     for name in ("model.ema_rate", "optim.beta1"):
         if not 0 <= get(name) < 1:
             yield f"{name} is {get(name)}; it must be in [0, 1)"
+    clip = config.optim.grad_clip
+    if math.isnan(clip) or clip == 0:
+        yield f"optim.grad_clip is {clip}; it must be positive, or negative for no clipping"
     if config.model.beta_max <= config.model.beta_min:
         yield "model.beta_max must be larger than model.beta_min"
     if config.data.num_channels not in (1, 3):
@@ -222,10 +233,23 @@ def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
         yield "data.dataset=folder needs data.path, the folder of images"
     if config.data.dataset == "FFHQ" and not (config.data.path or config.data.tfrecords_path):
         yield "data.dataset=FFHQ needs data.tfrecords_path, or data.path, a folder of images"
-    if config.data.dataset == "LSUN" and not config.data.category and not config.data.path:
-        yield "data.dataset=LSUN needs data.category, for example bedroom or church_outdoor"
+    in_tfds = config.data.dataset == "LSUN" and not config.data.path
+    if in_tfds and config.data.category not in _LSUN_SCENES:
+        yield (
+            f"data.category is {config.data.category!r}; without data.path it must be one of "
+            f"{', '.join(_LSUN_SCENES)}"
+        )
     yield from _model_problems(config)
     yield from _sampling_problems(config)
+    if config.training.balanced and config.optim.num_micro_batch > 1:
+        yield "training.balanced needs optim.num_micro_batch=1: its ratio is of the whole batch"
+    if config.training.truncation == "equivalent_weight" and (
+        config.training.balanced or config.training.reconstruction_loss
+    ):
+        yield (
+            "training.truncation=equivalent_weight has no equal of balanced or of "
+            "reconstruction_loss, which depend on τ in other ways than by the weight"
+        )
     halves = config.training.likelihood_weighting and config.training.importance_sampling
     if config.training.mixed and not halves:
         yield (
@@ -271,10 +295,10 @@ def _model_problems(config: ConfigDict) -> Iterator[str]:
             yield "model.embedding_dim is of the positional embedding; the Fourier one has nf"
     if model.scale_by_sigma and not exploding:
         yield f"model.scale_by_sigma is for VE and RVE; with {sde} the score is divided by σ anyway"
-    if model.fir and (
-        len(model.fir_kernel) < 2 or len(model.fir_kernel) % 2 or sum(model.fir_kernel) <= 0
-    ):
-        yield f"model.fir_kernel is {tuple(model.fir_kernel)}; it needs an even number of taps"
+    taps = tuple(model.fir_kernel)
+    numbers = all(isinstance(tap, int | float) and math.isfinite(tap) for tap in taps)
+    if model.fir and (not numbers or not taps or len(taps) % 2 or sum(taps) <= 0):
+        yield f"model.fir_kernel is {taps}; it must be an even number of taps with a positive sum"
     if model.name == "ddpm":
         plain = {
             "fir": False,

@@ -78,7 +78,9 @@ def _get_labels_fn(config: ConfigDict, sde: SDE) -> Callable[[Array], Array]:
         return lambda t: 999 * t
     if config.model.name in ncsnv2.NAMES or config.model.embedding_type == "fourier":
         return sde.std
-    return lambda t: 999 * (sde.T - t)  # the index among 1,000 noise scales, largest first
+    # The index among 1,000 noise scales, the largest first; equally spaced in log σ, as γ is.
+    top, bottom = sde.gamma(sde.T), sde.gamma(config.training.truncation_time)
+    return lambda t: 999 * (top - sde.gamma(t)) / (top - bottom)
 
 
 def get_score_fn(

@@ -72,6 +72,46 @@ def test_other_opcodes_and_names_are_refused(tmp_path, payload, reason):
         import_checkpoint.read_pth(tmp_path / "odd.pth")
 
 
+def rebuild(size, stride, kind=b"FloatStorage", offset=b"K\x00"):
+    """A pickle of one tensor with the given pickled size and stride, of storage 0."""
+    name = lambda text: b"X" + len(text).to_bytes(4, "little") + text  # noqa: E731
+    kind = b"ctorch\n" + kind + b"\n"
+    storage = b"(" + name(b"storage") + kind + name(b"0") + name(b"cpu") + b"K\x04tQ"
+    function = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    return b"\x80\x02" + function + b"(" + storage + offset + size + stride + b"tR."
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (rebuild(b"K\x05\x85", b"K\x01\x85"), "beyond its storage"),
+        (rebuild(b"K\x02\x85", b"K\x01\x85", offset=b"K\x03"), "beyond its storage"),
+        (rebuild(b"J\xff\xff\xff\x7f\x85", b"K\x00\x85"), "beyond its storage"),  # stride 0
+        (rebuild(b"K\x02\x85", b"J\xff\xff\xff\xff\x85"), "not a whole number"),
+        (rebuild(b"ctorch\nIntStorage\n\x85", b"K\x01\x85"), "not a whole number"),
+        (rebuild(b"ctorch\nIntStorage\n(K\x02tR\x85", b"K\x01\x85"), "not callable"),
+        (b"\x80\x02}r\xff\xff\xff\x01.", "numbers more objects"),
+    ],
+)
+def test_tensors_can_not_reach_beyond_the_file(tmp_path, payload, reason):
+    with zipfile.ZipFile(tmp_path / "odd.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", payload)
+        archive.writestr("archive/data/0", bytes(16))
+    with pytest.raises(UserError, match=reason):
+        import_checkpoint.read_pth(tmp_path / "odd.pth")
+    whole = rebuild(b"K\x02K\x02\x86", b"K\x02K\x01\x86")
+    with zipfile.ZipFile(tmp_path / "good.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", whole)
+        archive.writestr("archive/data/0", np.arange(4, dtype=np.float32).tobytes())
+    tensor = import_checkpoint.read_pth(tmp_path / "good.pth")
+    np.testing.assert_array_equal(tensor, [[0, 1], [2, 3]])
+    with zipfile.ZipFile(tmp_path / "odd.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", whole)
+        archive.writestr("archive/data/0", bytes(16))
+    with pytest.raises(UserError, match="it is compressed"):
+        import_checkpoint.read_pth(tmp_path / "odd.pth")
+
+
 def official_names(config):
     """The tensors that the release's `ddpm` has for a config, in its order: (key, shape)."""
     nf, (first, second) = config.model.nf, config.model.ch_mult

@@ -226,6 +226,15 @@ def test_a_ve_score_is_divided_by_sigma_in_either_embedding():
         np.testing.assert_allclose(divided * std, plain, rtol=1e-5, atol=1e-6)
 
 
+def test_labels_of_the_positional_embedding_follow_the_clock_of_ve_and_rve():
+    config = tiny_config(sde="vesde")
+    for name in ("vesde", "reciprocal_vesde"):
+        config.training.sde = name
+        sde = sde_lib.get_sde(config)
+        labels = mutils._get_labels_fn(config, sde)(sde.time_grid(1e-5, 10))
+        np.testing.assert_allclose(labels, np.linspace(0, 999, 10), atol=0.05)
+
+
 def test_dropout_of_an_image_depends_on_its_own_key_alone():
     config = tiny_config()
     config.model.update(dropout=0.5, init_scale=1.0)

@@ -101,6 +101,12 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path):
     assert_identical(longer, straight)
     assert (tmp_path / "run" / "training.png").stat().st_size > 5000
 
+    # A config.json from before a field was made is of the same run.
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    del recorded["data"]["category"], recorded["training"]["mixed"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(recorded))
+    assert_identical(longer, run_lib.train(tiny_config(n_iters=12), tmp_path / "run"))
+
     other = tiny_config(n_iters=12, k=0.5)
     with pytest.raises(UserError, match=r"training\.k is 1\.0 there and 0\.5 here"):
         run_lib.train(other, tmp_path / "run")
@@ -291,7 +297,15 @@ def test_a_config_that_cannot_work_is_refused(field, value, line):
         ({"sampling.task": "inpaint", "sampling.method": "heun"}, "needs sampling.method=pc"),
         ({"sampling.task": "colorize", "data.num_channels": 1}, "num_channels=3"),
         ({"data.dataset": "FFHQ"}, "needs data.tfrecords_path"),
-        ({"data.dataset": "LSUN"}, "needs data.category"),
+        ({"data.dataset": "LSUN"}, "data.category is ''"),
+        ({"data.dataset": "LSUN", "data.category": "cat"}, "must be one of bedroom"),
+        ({"optim.grad_clip": 0.0}, "negative for no clipping"),
+        ({"optim.grad_clip": float("nan")}, "negative for no clipping"),
+        ({"model.fir": True, "model.fir_kernel": ("a", "b")}, "even number of taps"),
+        (
+            {"training.truncation": "equivalent_weight", "training.reconstruction_loss": True},
+            "no equal of balanced",
+        ),
         (
             {"training.sde": "reciprocal_vesde", "sampling.truncation_time": 1e-6},
             "where reciprocal_vesde has its smallest",
