@@ -1,14 +1,11 @@
 """The loops: training, evaluation and sampling in a workdir."""
 
-import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -32,21 +29,11 @@ import losses
 import reporting
 import sampling
 import sde_lib
-from configs.default import UserError, get_default_config, validate
+import storage
+from configs.default import UserError, validate
 from models import utils as mutils
 
 log = logging.getLogger("soft_truncation")
-
-# May differ between the runs of one workdir: nothing that decides what is learnt.
-_FREE_FIELDS = {
-    "training": (
-        *("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_sampling"),
-        "snapshot_freq_for_preemption",
-    ),
-    "data": ("path", "tfds_dir", "tfrecords_path"),
-    "model": ("num_scales",),
-}
-_FREE_SECTIONS = ("sampling", "eval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,146 +96,6 @@ def load_data(config: ConfigDict) -> Data:
     return Data(*(datasets.get_dataset(config, split) for split in ("train", "test")))
 
 
-def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first field of a config that decides what is learnt and differs."""
-    defaults = json.loads(get_default_config().to_json_best_effort())
-    if old.get("seed") != new["seed"]:
-        return f"seed is {old.get('seed')} there and {new['seed']} here"
-    for section, fields in new.items():
-        if section in _FREE_SECTIONS or not isinstance(fields, dict):
-            continue
-        for field, value in fields.items():
-            # A workdir from before a field was made has its default.
-            before = old.get(section, {}).get(field, defaults[section][field])
-            if field not in _FREE_FIELDS.get(section, ()) and before != value:
-                return f"{section}.{field} is {before!r} there and {value!r} here"
-    return None
-
-
-def _make_folder(folder: pathlib.Path, option: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"{option}: {folder} can't be written to: {error.strerror}") from error
-
-
-def _claim_workdir(config: ConfigDict, workdir: pathlib.Path, record: bool) -> None:
-    """Make sure that the workdir is this config's; `record` the config in its config.json."""
-    path = workdir / "config.json"
-    fields = json.loads(config.to_json_best_effort())
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
-        difference = _first_difference(old, fields)
-        if difference:
-            raise UserError(
-                f"{workdir} belongs to another config: {difference}; "
-                "choose another --workdir, or delete this one"
-            )
-    if record:
-        _make_folder(workdir, "--workdir")
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(fields, indent=1) + "\n")
-        partial.replace(path)
-
-
-def _checkpoints(
-    config: ConfigDict, workdir: pathlib.Path, read_only: bool = False
-) -> ocp.CheckpointManager:
-    """Keeps every `snapshot_freq`-th step for good, and the last two besides.
-
-    `read_only` leaves alone what a training run may be writing there at the same time.
-    """
-    if read_only:
-        options = ocp.CheckpointManagerOptions(read_only=True)
-    else:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, keep_period=config.training.snapshot_freq, cleanup_tmp_directories=True
-        )
-    return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
-
-
-def _restore(
-    manager: ocp.CheckpointManager, shape: losses.TrainState, step: int
-) -> losses.TrainState:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shape
-    )
-    try:
-        return manager.restore(step, args=ocp.args.StandardRestore(target))
-    except Exception as error:  # whatever the files' damage makes Orbax raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the checkpoint {manager.directory / str(step)} can't be read ({reason[:200]}); "
-            "move it away to go on from the one before"
-        ) from error
-
-
-def _restore_latest(
-    config: ConfigDict, workdir: pathlib.Path, shape: losses.TrainState
-) -> losses.TrainState:
-    """The state of the newest checkpoint, for evaluation and sampling."""
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir} has no checkpoint; run --mode train first")
-    _claim_workdir(config, workdir, record=False)
-    with _checkpoints(config, workdir, read_only=True) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{workdir}/checkpoints has no checkpoint; run --mode train first")
-        return _restore(manager, shape, step)
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Silence what C++ writes to the process's stderr; exceptions pass."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-class _Metrics:
-    """One JSON object a line in metrics.jsonl, and TensorBoard where TensorFlow is installed."""
-
-    def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
-        path = workdir / "metrics.jsonl"
-        if path.exists():  # what came after the checkpoint is done anew
-            kept = [r for r in reporting.read_metrics(path) if r["step"] <= first_step]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            partial.replace(path)
-        self._file = path.open("a")
-        try:
-            with _quiet_stderr():  # TensorFlow's C++ greets whatever its log level
-                from clu import metric_writers
-
-            self._writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
-        except ImportError:
-            log.info("TensorFlow is not installed: metrics go to %s alone", path)
-            self._writer = None
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            self._writer.write_scalars(step, values)
-
-    def close(self) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-
-
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -303,18 +150,18 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainSt
     """
     workdir = pathlib.Path(workdir)
     setup, data = set_up(config), load_data(config)
-    _claim_workdir(config, workdir, record=True)
+    storage.claim_workdir(config, workdir, record=True)
     _report_start(config, setup, data, workdir)
     devices = jax.local_devices()
     num_local, num_steps = len(devices), config.training.n_iters
 
-    with _checkpoints(config, workdir) as manager:
+    with storage.checkpoints(config, workdir) as manager:
         latest = manager.latest_step()
         if latest is None:
             state = _init_state(config, setup.model, setup.optimizer)
             first_step = 0
         else:
-            state, first_step = _restore(manager, setup.state_shape, latest), latest
+            state, first_step = storage.restore(manager, setup.state_shape, latest), latest
             log.info("resumed at step %d of %d", first_step, num_steps)
         state = _replicate(state, num_local)
 
@@ -330,7 +177,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainSt
             config.seed,
             first_step,
         )
-        metrics = _Metrics(workdir, first_step)
+        metrics = storage.Metrics(workdir, first_step)
         try:
             steps = _steps(config, state, parallel_step, batches, first_step, metrics)
             for state, step in steps:
@@ -370,8 +217,8 @@ def import_official(
     state = import_checkpoint.load_state(path, config)
     if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
         raise UserError(f"{workdir} has checkpoints already; choose another --workdir")
-    _claim_workdir(config, workdir, record=True)
-    with _checkpoints(config, workdir) as manager:
+    storage.claim_workdir(config, workdir, record=True)
+    with storage.checkpoints(config, workdir) as manager:
         manager.save(int(state.step), args=ocp.args.StandardSave(state), force=True)
     log.info(
         "imported %s: %s, %s parameters, step %d, into %s",
@@ -398,7 +245,7 @@ def _steps(
     parallel_step: Any,
     batches: Iterator[dict[str, np.ndarray]],
     first_step: int,
-    metrics: _Metrics,
+    metrics: storage.Metrics,
 ) -> Iterator[tuple[losses.TrainState, int]]:
     """Train, log, and give (state, steps done) after every step.
 
@@ -554,9 +401,9 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     workdir = pathlib.Path(workdir)
     setup, task = set_up(config), config.sampling.task
     data = None if task == "generate" else load_data(config)
-    state = _restore_latest(config, workdir, setup.state_shape)
+    state = storage.restore_latest(config, workdir, setup.state_shape)
     log.info("task %s with step %d of %s", task, int(state.step), workdir)
-    _make_folder(workdir / "samples", "--workdir")
+    storage.make_folder(workdir / "samples", "--workdir")
     path = workdir / "samples" / ("samples.png" if task == "generate" else f"{task}.png")
     if data is None:
         levels, _ = _sample_many(
@@ -789,11 +636,11 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     """
     workdir = pathlib.Path(workdir)
     setup, data = set_up(config), load_data(config)
-    state = _restore_latest(config, workdir, setup.state_shape)
+    state = storage.restore_latest(config, workdir, setup.state_shape)
     log.info("evaluating step %d of %s", int(state.step), workdir)
-    _make_folder(workdir / "eval", "--workdir")
+    storage.make_folder(workdir / "eval", "--workdir")
     cache_dir = pathlib.Path(config.eval.cache_dir or evaluation.default_cache_dir())
-    _make_folder(cache_dir, "eval.cache_dir")
+    storage.make_folder(cache_dir, "eval.cache_dir")
     report: dict[str, Any] = {
         "data": data.train.name,
         "num_levels": setup.num_levels,
