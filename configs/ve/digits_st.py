@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config.data.centered = False
     config.model.update(
         embedding_type="fourier",
-        # With the release's 16, a fifth of the samples are still noise after so few steps.
+        # With the release's 16, a fifth of RVE's samples are still noise after so few steps.
         fourier_scale=1.0,
         fir=True,
         progressive_input="residual",
