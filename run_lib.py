@@ -533,11 +533,9 @@ def _bits_per_dim(
         batch = np.pad(batch, ((0, size - count), (0, 0), (0, 0), (0, 0)), mode="wrap")
         nll_key, nelbo_key = jax.random.split(jax.random.fold_in(solve_key, i))
         keys = jax.vmap(lambda n: jax.random.fold_in(data_key, n))(np.arange(i, i + size))
-        x = datasets.dequantize(batch, keys, levels)
-        plain = batch.astype(np.float32) / (levels - 1)
-        x, plain = (
-            jax.device_put(datasets.scale(v, config.data.centered), rows) for v in (x, plain)
-        )
+        x = datasets.scale(datasets.dequantize(batch, keys, levels), config.data.centered)
+        plain = datasets.to_model(batch, levels, config)  # read only if they are lossless
+        x, plain = jax.device_put((x, plain), rows)
         values = bpd_fn(params, nll_key, nelbo_key, x, plain)
         parts.append({k: np.asarray(v, np.float64)[:count] for k, v in values.items()})
         done = i + count
