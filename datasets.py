@@ -6,6 +6,7 @@ dequantisation and scaling are on the device, in `preprocess`.
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import pathlib
 from collections.abc import Iterator
@@ -237,6 +238,19 @@ def in_order(dataset: Dataset, limit: int | None = None) -> Examples:
     """The first `limit` examples, or all."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
     return dataset.source.fetch(np.arange(count))
+
+
+def batches(dataset: Dataset, size: int, limit: int | None = None) -> Iterator[Examples]:
+    """The first `limit` examples, or all, in order and `size` at a time."""
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    for start in range(0, count, size):
+        yield dataset.source.fetch(np.arange(start, min(start + size, count)))
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of some of the images, to tell data sets of one name apart."""
+    probe = dataset.source.fetch(np.linspace(0, len(dataset) - 1, 64).astype(int))
+    return hashlib.sha256(probe["image"].tobytes() + probe["label"].tobytes()).hexdigest()[:16]
 
 
 @functools.partial(jax.vmap, in_axes=(0, 0))

@@ -1,17 +1,7 @@
-"""Official PyTorch checkpoints as parameters of ours, read without PyTorch.
-
-The file is unpickled by a reader that admits tensors and plain containers and nothing else, so a
-checkpoint can't run code.
-"""
+"""Official PyTorch checkpoints as parameters of ours, read without PyTorch."""
 
 import dataclasses
-import io
-import math
 import pathlib
-import pickle
-import pickletools
-import zipfile
-from collections import OrderedDict
 from typing import Any
 
 import jax
@@ -23,110 +13,7 @@ from ml_collections import ConfigDict
 import losses
 from configs.default import UserError
 from models import utils as mutils
-
-# Names of storages, and their dtypes. The names are all that a pickle can get hold of.
-_DTYPES: dict[str, np.dtype] = {
-    "FloatStorage": np.dtype(np.float32),
-    "DoubleStorage": np.dtype(np.float64),
-    "HalfStorage": np.dtype(np.float16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class _StorageKind:
-    dtype: np.dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    values: np.ndarray
-
-
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
-    plain = type(size) is tuple and type(stride) is tuple and len(size) == len(stride)
-    if not plain or type(storage) is not _Storage:
-        raise pickle.UnpicklingError("a tensor is not built as torch.save builds it")
-    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
-        raise pickle.UnpicklingError("a tensor has a size that is not a whole number")
-    values = storage.values
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if math.prod(size) > len(values) or (math.prod(size) and last >= len(values)):
-        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
-    if not math.prod(size):
-        return np.zeros(size, values.dtype)
-    strides = [s * values.itemsize for s in stride]
-    # A view: many tensors of one storage take no more memory than it.
-    return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)
-
-
-# What torch.save's pickles of tensors in plain containers are made of.
-_OPCODES = {
-    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
-    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("BINUNICODE", "SHORT_BINUNICODE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
-    *("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
-    *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors and OrderedDict; refuses every other name, and every other opcode."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
-            raise pickle.UnpicklingError("it is compressed, as torch.save's archives never are")
-        data = archive.read(f"{root}/data.pkl")
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name not in _OPCODES:
-                raise pickle.UnpicklingError(
-                    f"it has the pickle opcode {opcode.name}, which no checkpoint needs"
-                )
-            if opcode.name == "LONG_BINPUT" and (argument or 0) > len(data):
-                raise pickle.UnpicklingError("it numbers more objects than it can have")
-        super().__init__(io.BytesIO(data))
-        self._archive, self._root = archive, root
-        self._storages: dict[str, _Storage] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if module == "torch" and name in _DTYPES:
-            return _StorageKind(_DTYPES[name])
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage":
-            raise pickle.UnpicklingError("it has a reference that is not a tensor's storage")
-        _, kind, key, _, _ = pid
-        if type(kind) is not _StorageKind or type(key) is not str:
-            raise pickle.UnpicklingError("it has a reference that is not a tensor's storage")
-        if key not in self._storages:
-            raw = self._archive.read(f"{self._root}/data/{key}")
-            self._storages[key] = _Storage(np.frombuffer(raw, kind.dtype))
-        return self._storages[key]
-
-
-def read_pth(path: str | pathlib.Path) -> Any:
-    """What `torch.save` wrote, with arrays for tensors.
-
-    Raises:
-      UserError: the file is missing, damaged, or has anything but tensors and plain containers.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise pickle.UnpicklingError("it is not an archive that torch.save wrote")
-            return _Unpickler(archive, pickles[0].removesuffix("/data.pkl")).load()
-    except Exception as error:  # a damaged pickle raises anything at all
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{path} can't be read as a checkpoint: {reason}") from error
+from pth_reader import read_pth
 
 
 def _group(state: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:

@@ -9,6 +9,7 @@ the likelihood of x_0. Without, the NLL takes x_0 itself for x_ε (the common ha
 stops at x_ε. Data without dequantisation (`lossless`) have a NELBO with a decoder of levels.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,36 @@ def known_terms(sde: SDE, eps: float, dims: int) -> Array:
     return -dims * (0.5 * sde.importance_normalizer(eps) + drift)
 
 
+def _image_keys(key: Array, count: int) -> Array:
+    """A key for each image: those given, or made from one."""
+    if key.ndim:
+        return key
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+
+
+def _draw(sample: Callable[..., Array], keys: Array, x: Array) -> Array:
+    """Noise of x's shape, each image's from its own key."""
+    return jax.vmap(lambda key: sample(key, x.shape[1:]))(keys)
+
+
+def mean_and_errors(values: np.ndarray) -> tuple[float, float, float | None]:
+    """The mean over images and draws, and how certain it is.
+
+    Args:
+      values: (draws, N), N at least 2; each column is one image, with draws of its noise.
+
+    Returns:
+      (mean; its standard error over images and draws; the part of that which is due to the draws,
+      the error where the images are all there are: None for a single draw).
+    """
+    draws, count = values.shape
+    stderr = float(values.mean(axis=0).std(ddof=1) / np.sqrt(count))
+    if draws == 1:
+        return float(values.mean()), stderr, None
+    of_draws = float(np.sqrt(values.var(axis=0, ddof=1).mean() / (draws * count)))
+    return float(values.mean()), stderr, of_draws
+
+
 def to_bits_per_dim(nats: Array, dims: int, offset: float) -> Array:
     """From -log p of scaled, dequantised data to bits/dim of their levels."""
     return nats / (dims * np.log(2)) + offset
@@ -88,7 +119,7 @@ def get_nll_fn(
     """NLL of a batch, compiled.
 
     Returns:
-      nll_fn(params, key, x), x (N, H, W, C) dequantised and scaled →
+      nll_fn(params, key, x), key one or (N,), x (N, H, W, C) dequantised and scaled →
         `nll`: bits/dim with the residual, (N,); `nll_without_residual`: without, (N,);
         `nfe`: score evaluations of one solve, `latent`: of the solve with the residual.
       The noise can be given instead of drawn: `probe`, `z_eps` and `z_residual`, of x's shape.
@@ -106,10 +137,13 @@ def get_nll_fn(
         z_residual: Array | None = None,
     ) -> dict[str, Array]:
         score_fn, dims = make_score_fn(params), int(np.prod(x.shape[1:]))
-        probe_key, eps_key, residual_key = jax.random.split(key, 3)
-        probe = jax.random.rademacher(probe_key, x.shape, x.dtype) if probe is None else probe
-        z_eps = jax.random.normal(eps_key, x.shape) if z_eps is None else z_eps
-        z_residual = jax.random.normal(residual_key, x.shape) if z_residual is None else z_residual
+        split = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)
+        probe_keys, eps_keys, residual_keys = split(_image_keys(key, len(x)))
+        rademacher = functools.partial(jax.random.rademacher, dtype=x.dtype)
+        probe = _draw(rademacher, probe_keys, x) if probe is None else probe
+        z_eps = _draw(jax.random.normal, eps_keys, x) if z_eps is None else z_eps
+        if z_residual is None:
+            z_residual = _draw(jax.random.normal, residual_keys, x)
         x_eps = losses.perturb(sde, x, fill_time(eps, x), z_eps)
         plain, _, nfe = ode_log_likelihood(sde, score_fn, x, probe, eps=eps, **tolerances)
         proper, latent, _ = ode_log_likelihood(sde, score_fn, x_eps, probe, eps=eps, **tolerances)
@@ -130,7 +164,7 @@ def get_nelbo_fn(
     """NELBO of a batch, compiled.
 
     Returns:
-      nelbo_fn(params, key, x), x (N, H, W, C) dequantised and scaled →
+      nelbo_fn(params, key, x), key one or (N,), x (N, H, W, C) dequantised and scaled →
         `nelbo`: bits/dim with the residual, (N,); `nelbo_without_residual`: without, (N,).
       With `lossless=True` x is levels, scaled without dequantisation, and it gives
         `nelbo_lossless`: bits/dim of the levels themselves, with their decoder, (N,).
@@ -142,19 +176,21 @@ def get_nelbo_fn(
 
     def nelbo_fn(params: Any, key: Array, x: Array, lossless: bool = False) -> dict[str, Array]:
         score_fn, dims = make_score_fn(params), int(np.prod(x.shape[1:]))
-        u_key, z_key, prior_key, residual_key = jax.random.split(key, 4)
-        offsets = jax.random.uniform(u_key, (len(x),))
+        split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)
+        u_keys, z_keys, prior_keys, residual_keys = split(_image_keys(key, len(x)))
+        offsets = jax.vmap(jax.random.uniform)(u_keys)
 
         def draw(i: Array, total: Array) -> Array:
             t, inverse_density = losses.draw_times(sde, (i + offsets) / draws, eps, True)
-            z = jax.random.normal(jax.random.fold_in(z_key, i), x.shape)
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(z_keys)
+            z = _draw(jax.random.normal, keys, x)
             return total + diffusion_term(sde, score_fn, x, t, z, inverse_density)
 
         diffusion = jax.lax.fori_loop(0, draws, draw, jnp.zeros(len(x))) / draws
-        z_prior = jax.random.normal(prior_key, x.shape)
+        z_prior = _draw(jax.random.normal, prior_keys, x)
         prior = -sde.prior_logp(losses.perturb(sde, x, fill_time(sde.T, x), z_prior))
         bound = prior + diffusion + known_terms(sde, eps, dims)
-        z_residual = jax.random.normal(residual_key, x.shape)
+        z_residual = _draw(jax.random.normal, residual_keys, x)
         if lossless:
             decoder = losses.discrete_decoder_loss(score_fn, sde, x, eps, z_residual, *grid)
             log_std = dims * (jnp.log(sde.std(eps)) + 0.5 * np.log(2 * np.pi))

@@ -1,4 +1,4 @@
-"""Train, evaluate, sample, import: python main.py --config configs/vp/digits_st.py --mode train."""
+"""Train, evaluate, sample, …: python main.py --config configs/vp/digits_st.py --mode train."""
 
 import logging
 import os
@@ -16,7 +16,9 @@ from configs.default import UserError
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe; --config.section.field=value overrides a field.", lock_config=True
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "sample", "import"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "sample", "stats", "import"], "What to do."
+)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "--mode import: an official .pth file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/<config's folder>/<its name>.")
 
@@ -61,7 +63,12 @@ def main(argv: list[str]) -> None:
     logging.getLogger("soft_truncation").setLevel(logging.INFO)
     import run_lib
 
-    run = {"train": run_lib.train, "eval": run_lib.evaluate, "sample": run_lib.sample}
+    run = {
+        "train": run_lib.train,
+        "eval": run_lib.evaluate,
+        "sample": run_lib.sample,
+        "stats": run_lib.make_statistics,
+    }
     workdir = _WORKDIR.value or _default_workdir()
     try:
         if _MODE.value == "import":

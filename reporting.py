@@ -1,27 +1,71 @@
 """What a run shows a person: grids of images, curves and the report."""
 
 import json
+import logging
 import pathlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-# Name in the report, what it says, unit. The order is the table's.
+log = logging.getLogger("soft_truncation")
+
+# Name in the report, what it says, unit, and 1 if less is better, -1 if more is; 0: a yardstick.
+# The order is the table's.
 _ROWS = (
-    ("nll", "NLL, with residual (a bound on the likelihood)", "bits/dim"),
-    ("nll_without_residual", "NLL, without residual", "bits/dim"),
-    ("nelbo", "NELBO, with residual", "bits/dim"),
-    ("nelbo_without_residual", "NELBO, without residual", "bits/dim"),
-    ("nelbo_lossless", "NELBO of the levels, with their decoder", "bits/dim"),
-    ("nll_untrained_network", "NLL of the untrained network", "bits/dim"),
-    ("nll_gaussian", "NLL of a Gaussian fitted to the training images", "bits/dim"),
-    ("fd_classifier", "Fréchet distance, samples to training images (not FID)", ""),
-    ("fd_classifier_of_test_images", "the same of real test images, for scale", ""),
-    ("kid_classifier", "kernel distance (not KID on Inception)", ""),
-    ("precision_classifier", "precision, on classifier features", ""),
-    ("recall_classifier", "recall, on classifier features", ""),
+    ("nll", "NLL, with residual (a bound on the likelihood)", "bits/dim", 1),
+    ("nll_without_residual", "NLL, without residual", "bits/dim", 1),
+    ("nelbo", "NELBO, with residual", "bits/dim", 1),
+    ("nelbo_without_residual", "NELBO, without residual", "bits/dim", 1),
+    ("nelbo_lossless", "NELBO of the levels, with their decoder", "bits/dim", 1),
+    ("nll_untrained_network", "NLL of the untrained network", "bits/dim", 0),
+    ("nll_gaussian", "NLL of a Gaussian fitted to the training images", "bits/dim", 0),
+    ("fid", "Fréchet distance on Inception, samples to training images", "", 1),
+    ("kid", "kernel distance on Inception", "", 1),
+    ("inception_score", "Inception score", "", -1),
+    ("precision", "precision, on Inception", "", -1),
+    ("recall", "recall, on Inception", "", -1),
+    ("fd_classifier", "Fréchet distance, samples to training images (not FID)", "", 1),
+    ("fd_classifier_of_test_images", "the same of real test images, for scale", "", 0),
+    ("kid_classifier", "kernel distance (not KID on Inception)", "", 1),
+    ("precision_classifier", "precision, on classifier features", "", -1),
+    ("recall_classifier", "recall, on classifier features", "", -1),
 )
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class Progress:
+    """A bar, rate and time left of a long part, logged a line at a time."""
+
+    def __init__(self, name: str, total: int, every: float = 5.0) -> None:
+        """`total` images are to be done; a line comes every so many seconds, and at the end."""
+        self._name, self._total, self._every = name, total, every
+        self._done = self._fresh = 0
+        self._start = self._last = time.time()
+
+    def advance(self, count: int, note: str = "", fresh: bool = True) -> None:
+        """`count` more images are done; not `fresh`: by an earlier run."""
+        self._done += count
+        self._fresh += count if fresh else 0
+        now = time.time()
+        if self._done < self._total and now - self._last < self._every:
+            return
+        self._last = now
+        share = self._done / self._total
+        bar = "█" * int(16 * share) + "░" * (16 - int(16 * share))
+        parts = [self._name, f"{bar} {share:4.0%}", f"{self._done}/{self._total} images"]
+        if self._fresh:
+            rate = self._fresh / max(now - self._start, 1e-9)
+            parts += [f"{rate:.3g} images/s", f"{clock((self._total - self._done) / rate)} left"]
+        log.info("%s", " | ".join(parts + ([note] if note else [])))
 
 
 def save_grid(images: np.ndarray, path: pathlib.Path, columns: int = 0) -> None:
@@ -81,47 +125,128 @@ def plot_training(metrics: pathlib.Path, path: pathlib.Path) -> None:
     plt.close(figure)
 
 
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:.3g}"
+
+
 def table(report: dict[str, Any]) -> str:
     """The scores of a report as a Markdown table."""
     lines = ["| score | value | standard error | unit |", "|---|---|---|---|"]
-    for name, label, unit in _ROWS:
+    for name, label, unit, _ in _ROWS:
         if report.get(name) is not None:
-            error = report.get(f"{name}_stderr")
-            shown = "" if error is None else f"{error:.4f}"
-            lines.append(f"| `{name}`: {label} | {report[name]:.4f} | {shown} | {unit} |")
+            error, of_draws = (report.get(f"{name}_{x}") for x in ("stderr", "stderr_of_draws"))
+            shown = "" if error is None else _shown(error)
+            shown += "" if of_draws is None else f" ({_shown(of_draws)} of draws)"
+            lines.append(f"| `{name}`: {label} | {_shown(report[name])} | {shown} | {unit} |")
     return "\n".join(lines)
 
 
-def write_report(report: dict[str, Any], folder: pathlib.Path) -> None:
-    """Write report.json and report.md into `folder`; pictures are expected beside them."""
-    text = [f"# {report['data']}, step {report['step']}", "", table(report), ""]
+def _remarks(report: dict[str, Any]) -> Iterator[str]:
+    """What the scores are of, a sentence or two each."""
     for name, label in (("untrained_network", "the untrained network"), ("gaussian", "a Gaussian")):
         if report.get(f"nll_{name}") is not None:
             gain = report[f"nll_{name}"] - report["nll"]
             verb = "beats" if gain > 0 else "does NOT beat"
-            text.append(
-                f"- Training {verb} {label} by {abs(gain):.3f} bits/dim on the test images "
+            yield (
+                f"Training {verb} {label} by {abs(gain):.3f} bits/dim on the test images "
                 "(NLL with residual)."
             )
     if "nll" in report:
-        text.append(
-            f"- Bits/dim: {report['num_test_images']} test images of {report['num_levels']} "
-            f"levels, uniformly dequantised; {report['nll_nfe']:.0f} score evaluations a solve. "
-            "The standard error is over images."
+        draws = report["num_draws"]
+        yield (
+            f"Bits/dim: {report['num_test_images']} test images of {report['num_levels']} levels, "
+            f"uniformly dequantised, {draws} draw{'s' if draws > 1 else ''} each; "
+            f"{report['nll_nfe']:.0f} score evaluations a solve. "
+            f"The standard error is over images{' and draws' if draws > 1 else ''}."
         )
-    if "num_samples" in report:
-        text.append(
-            f"- Samples: {report['num_samples']}, {report['sampling_nfe']} score evaluations each."
+    if "samples" in report:
+        yield f"Samples: {report['num_samples']} of {report['samples']}."
+    elif "num_samples" in report:
+        yield f"Samples: {report['num_samples']}, {report['sampling_nfe']} score evaluations each."
+    if "fid" in report:
+        published = report["inception_is_published"]
+        yield (
+            f"Inception: {'the published' if published else 'OTHER'} weights "
+            f"({report['inception_weights'][:16]}){'' if published else ', not comparable'}; "
+            f"against {report['num_reference'] or 'an unknown number of'} training images. The "
+            "Inception score is the mean over 10 splits, KID over disjoint subsets; their standard "
+            "errors are over these."
         )
     if "fd_classifier" in report:
-        text.append(
-            "- Features: 64 units of a classifier trained on the labels "
+        yield (
+            "Classifier: 64 units before the logits of a network trained on the labels "
             f"(test accuracy {report['classifier_accuracy']:.3f}, weights "
-            f"{report['classifier_weights']})."
+            f"{report['classifier_weights'][:16]})."
         )
+
+
+def write_report(report: dict[str, Any], folder: pathlib.Path) -> None:
+    """Write report.json and report.md into `folder`; pictures are expected beside them."""
+    title = f"{report['data']}, step {report['step']}" if "step" in report else report["data"]
+    text = [f"# {title}", "", table(report), ""]
+    text += [f"- {remark}" for remark in _remarks(report)]
     for name in ("samples", "training"):
         if (folder / f"{name}.png").exists():
             text += ["", f"![{name}]({name}.png)"]
+    _write(report, text, folder)
+
+
+def write_sweep(reports: list[dict[str, Any]], folder: pathlib.Path) -> dict[str, Any]:
+    """Write the report of several checkpoints: a row each, the best by each score, curves.
+
+    Returns:
+      `checkpoints`, the reports, and `best`: the step by each score.
+    """
+    rows = [row for row in _ROWS if row[3] and all(r.get(row[0]) is not None for r in reports)]
+    best: dict[str, int] = {}
+    for name, _, _, sign in rows:
+        best[name] = min(reports, key=lambda r: sign * r[name])["step"]
+    head = ["step", *(f"`{name}`" for name, *_ in rows)]
+    text = [f"# {reports[0]['data']}, {len(reports)} checkpoints", ""]
+    text += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for report in reports:
+        cells = [f"[{report['step']}](step_{report['step']:08}/report.md)"]
+        for name, *_ in rows:
+            value = _shown(report[name])
+            if report.get(f"{name}_stderr") is not None:
+                value += f" ± {_shown(report[f'{name}_stderr'])}"
+            cells.append(f"**{value}**" if best[name] == report["step"] else value)
+        text.append(f"| {' | '.join(cells)} |")
+    text += ["", "The best value of each score is bold.", ""]
+    text += [f"- `{name}`: {label}{f' [{unit}]' if unit else ''}." for name, label, unit, _ in rows]
+    _plot_sweep(reports, [name for name, *_ in rows], folder / "scores.png")
+    text += ["", "![scores](scores.png)"]
+    sweep = {"data": reports[0]["data"], "checkpoints": reports, "best": best}
+    _write(sweep, text, folder)
+    return sweep
+
+
+def _plot_sweep(reports: list[dict[str, Any]], names: list[str], path: pathlib.Path) -> None:
+    """Draw each score over the steps, with twice its standard error, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(4 * columns, 2.6 * rows), layout="constrained", squeeze=False
+    )
+    steps = [report["step"] for report in reports]
+    for axes, name in zip(grid.flat, names, strict=False):
+        errors = [2 * report.get(f"{name}_stderr", 0) for report in reports]
+        axes.errorbar(steps, [r[name] for r in reports], yerr=errors, marker=".", capsize=2)
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+    for axes in grid.flat[len(names) :]:
+        axes.axis("off")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _write(report: dict[str, Any], text: list[str], folder: pathlib.Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text("\n".join(text) + "\n")
     partial = folder / "report.json.partial"
     partial.write_text(json.dumps(report, indent=1) + "\n")

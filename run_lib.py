@@ -1,105 +1,44 @@
-"""The loops: training, evaluation and sampling in a workdir."""
+"""The loops: training, import and sampling in a workdir; eval_lib.py has the evaluation."""
 
-import dataclasses
 import functools
 import logging
 import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
-from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from PIL import Image
 
 import controllable_generation
 import datasets
-import evaluation
 import import_checkpoint
-import likelihood
 import losses
 import reporting
-import sampling
-import sde_lib
 import storage
-from configs.default import UserError, validate
+from configs.default import UserError
+from eval_lib import evaluate, make_statistics
 from models import utils as mutils
+from session import (
+    Data,
+    Setup,
+    get_sampler,
+    init_state,
+    load_data,
+    mesh_shardings,
+    sample_batches,
+    set_up,
+)
+
+__all__ = ["evaluate", "import_official", "make_statistics", "sample", "train"]
 
 log = logging.getLogger("soft_truncation")
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What a config names, but for its data; checked, and nothing is compiled yet."""
-
-    sde: sde_lib.SDE
-    model: mutils.Model
-    optimizer: optax.GradientTransformation
-    num_levels: int  # of the data
-    state_shape: losses.TrainState  # of jax.ShapeDtypeStruct
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The images that a config names."""
-
-    train: datasets.Dataset
-    test: datasets.Dataset
-
-
-def _init_state(
-    config: ConfigDict, model: mutils.Model, optimizer: optax.GradientTransformation
-) -> losses.TrainState:
-    params = mutils.init_params(config, model, jax.random.key(config.seed))
-    return losses.TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        ema_params=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer.init(params),
-    )
-
-
-def set_up(config: ConfigDict) -> Setup:
-    """Check a config.
-
-    Raises:
-      UserError: one line that says what is wrong with it.
-    """
-    validate(config, jax.device_count())
-    if jax.process_count() > 1:
-        raise UserError(
-            f"this is one of {jax.process_count()} processes; a run uses all devices of one"
-        )
-    sde, model = sde_lib.get_sde(config), mutils.create_model(config)
-    optimizer = losses.get_optimizer(config)
-    try:
-        shape = jax.eval_shape(lambda: _init_state(config, model, optimizer))
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"config.model: no network can be built: {error}") from error
-    return Setup(sde, model, optimizer, datasets.get_num_levels(config), shape)
-
-
-def load_data(config: ConfigDict) -> Data:
-    """The data of a config.
-
-    Raises:
-      UserError: they are not there, or not as the config says.
-    """
-    return Data(*(datasets.get_dataset(config, split) for split in ("train", "test")))
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def _report_start(config: ConfigDict, setup: Setup, data: Data, workdir: pathlib.Path) -> None:
@@ -158,7 +97,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainSt
     with storage.checkpoints(config, workdir) as manager:
         latest = manager.latest_step()
         if latest is None:
-            state = _init_state(config, setup.model, setup.optimizer)
+            state = init_state(config, setup.model, setup.optimizer)
             first_step = 0
         else:
             state, first_step = storage.restore(manager, setup.state_shape, latest), latest
@@ -280,7 +219,7 @@ def _steps(
                 row = {"loss": mean, "grad_norm": norm, "tau": float(_first(values["tau"]))}
                 metrics.write(step, {**row, "images_per_second": rate} if compiled else row)
             if compiled:
-                left = _clock((num_steps - step) * seconds / window_steps)
+                left = reporting.clock((num_steps - step) * seconds / window_steps)
                 log.info(
                     "step %d/%d | %.0f images/s | loss %.4g | %s left",
                     *(step, num_steps, rate, mean, left),
@@ -324,62 +263,9 @@ def _get_test_loss(config: ConfigDict, setup: Setup, test: datasets.Dataset) -> 
     return test_loss
 
 
-def _mesh_shardings() -> tuple[NamedSharding, NamedSharding]:
-    """(rows over all devices, the same on all devices)."""
-    mesh = Mesh(np.array(jax.devices()), ("batch",))
-    return NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
-
-
-def _get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
-    """(params, key) → (levels (batch_size, H, W, C) uint8, nfe), over all devices."""
-    full = -(-batch_size // jax.device_count()) * jax.device_count()
-    rows, everywhere = _mesh_shardings()
-    make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
-    sample_fn = sampling.get_sampling_fn(config, setup.sde, make_score_fn, full)
-
-    def sample_levels(params: Any, key: Array) -> tuple[Array, Array, Array]:
-        x, nfe = sample_fn(params, key)
-        broken = jnp.sum(~jnp.isfinite(x).all(axis=(1, 2, 3)))
-        return datasets.to_levels(x, setup.num_levels, config), nfe, broken
-
-    compiled = jax.jit(sample_levels, out_shardings=(rows, everywhere, everywhere))
-
-    def sample(params: Any, key: Array) -> tuple[np.ndarray, int]:
-        levels, nfe, broken = compiled(jax.device_put(params, everywhere), key)
-        if broken:
-            log.warning(
-                "%d of %d samples are not finite and come out black: the weights are broken, or "
-                "the sampler failed",
-                *(broken, full),
-            )
-        return np.asarray(levels)[:batch_size], int(nfe)
-
-    return sample
-
-
-def _sample_many(
-    config: ConfigDict, setup: Setup, params: Any, count: int, batch_size: int
-) -> tuple[np.ndarray, int]:
-    """`count` samples as levels, and the mean number of score evaluations for each."""
-    batch_size = min(batch_size, count)
-    sample, parts, nfe = _get_sampler(config, setup, batch_size), [], []
-    start, key = time.time(), jax.random.key(config.seed + 2)
-    for i in range(math.ceil(count / batch_size)):
-        levels, evaluations = sample(params, jax.random.fold_in(key, i))
-        parts.append(levels)
-        nfe.append(evaluations)
-        done = min((i + 1) * batch_size, count)
-        left = (time.time() - start) / (i + 1) * (math.ceil(count / batch_size) - i - 1)
-        log.info(
-            "sampling | %d/%d images | %d evaluations | %s left",
-            *(done, count, evaluations, _clock(left)),
-        )
-    return np.concatenate(parts)[:count], round(float(np.mean(nfe)))
-
-
 def _get_grid_fn(config: ConfigDict, setup: Setup, workdir: pathlib.Path) -> Any:
     """(params, file name) → path of a grid of samples, the same noise every time."""
-    sample = _get_sampler(config, setup, config.sampling.batch_size)
+    sample = get_sampler(config, setup, config.sampling.batch_size)
 
     def draw(params: Any, name: str) -> pathlib.Path:
         levels, _ = sample(params, jax.random.key(config.seed + 3))
@@ -406,10 +292,14 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     storage.make_folder(workdir / "samples", "--workdir")
     path = workdir / "samples" / ("samples.png" if task == "generate" else f"{task}.png")
     if data is None:
-        levels, _ = _sample_many(
-            config, setup, state.ema_params, config.sampling.n_images, config.sampling.batch_size
-        )
-        images = datasets.levels_to_uint8(levels, setup.num_levels)
+        count, parts = config.sampling.n_images, []
+        progress = reporting.Progress("sampling", count)
+        size = min(config.sampling.batch_size, count)
+        sampler = get_sampler(config, setup, size)
+        for levels, nfe in sample_batches(sampler, state.ema_params, config.seed, count, size):
+            parts.append(datasets.levels_to_uint8(levels, setup.num_levels))
+            progress.advance(len(levels), f"{nfe} evaluations")
+        images = np.concatenate(parts)
         arrays = {"samples": images}
         reporting.save_grid(images, path)
     else:
@@ -456,12 +346,13 @@ def _complete(
     chosen = np.random.default_rng(config.seed).permutation(len(test))[: -(-count // _PER_IMAGE)]
     originals = test.source.fetch(np.sort(chosen))["image"].repeat(_PER_IMAGE, axis=0)[:count]
     mask = np.zeros(1, np.float32) if config.sampling.task == "colorize" else _read_mask(config)
-    rows, everywhere = _mesh_shardings()
+    rows, everywhere = mesh_shardings()
     make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
     complete = controllable_generation.get_completion_fn(config, setup.sde, make_score_fn)
     size = min(config.sampling.batch_size, count)
     size = -(-size // jax.device_count()) * jax.device_count()
-    params, parts, start = jax.device_put(params, everywhere), [], time.time()
+    params, parts = jax.device_put(params, everywhere), []
+    progress = reporting.Progress(config.sampling.task, len(originals))
     for i in range(0, len(originals), size):
         batch = originals[i : i + size]
         kept = len(batch)
@@ -470,12 +361,7 @@ def _complete(
         key = jax.random.fold_in(jax.random.key(config.seed + 5), i)
         completed = complete(params, key, jax.device_put(x, rows), jnp.asarray(mask))
         parts.append(np.asarray(datasets.to_levels(completed, setup.num_levels, config))[:kept])
-        done = i + kept
-        left = (time.time() - start) / done * (len(originals) - done)
-        log.info(
-            "%s | %d/%d images | %s left",
-            *(config.sampling.task, done, len(originals), _clock(left)),
-        )
+        progress.advance(kept)
     if config.sampling.task == "colorize":
         known = originals.mean(axis=-1, keepdims=True).repeat(3, axis=-1).astype(np.uint8)
     else:
@@ -491,167 +377,3 @@ def _completion_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
         cells += [arrays["originals"][i], arrays["known"][i]]
         cells += list(arrays["samples"][i : i + _PER_IMAGE])
     return np.stack(cells)
-
-
-def _get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Array]]:
-    """(params, nll_key, nelbo_key, x, levels) → NLL, NELBO, evaluations of a solve, (N,) each.
-
-    x is dequantised, `levels` is not; both are scaled.
-    """
-    make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
-    num_levels = setup.num_levels
-    nll_fn = likelihood.get_nll_fn(config, setup.sde, make_score_fn, num_levels)
-    nelbo_fn = likelihood.get_nelbo_fn(config, setup.sde, make_score_fn, num_levels)
-
-    def bpd_fn(
-        params: Any, nll_key: Array, nelbo_key: Array, x: Array, levels: Array
-    ) -> dict[str, Array]:
-        values = {k: v for k, v in nll_fn(params, nll_key, x).items() if k != "latent"}
-        values["nfe"] = jnp.broadcast_to(values["nfe"], len(x))
-        values |= nelbo_fn(params, nelbo_key, x)
-        if config.data.dequantization == "lossless":
-            values |= nelbo_fn(params, nelbo_key, levels, lossless=True)
-        return values
-
-    return bpd_fn
-
-
-def _bits_per_dim(
-    config: ConfigDict, setup: Setup, bpd_fn: Any, params: Any, images: np.ndarray, name: str
-) -> dict[str, np.ndarray]:
-    """What `bpd_fn` gives for each of many images, (N,) each."""
-    levels = setup.num_levels
-    rows, everywhere = _mesh_shardings()
-    params = jax.device_put(params, everywhere)
-    size = -(-config.eval.batch_size // jax.device_count()) * jax.device_count()
-    data_key, solve_key = jax.random.split(jax.random.key(config.seed + 4))
-    parts: list[dict[str, np.ndarray]] = []
-    start = time.time()
-    for i in range(0, len(images), size):
-        batch = images[i : i + size]
-        count = len(batch)
-        batch = np.pad(batch, ((0, size - count), (0, 0), (0, 0), (0, 0)), mode="wrap")
-        nll_key, nelbo_key = jax.random.split(jax.random.fold_in(solve_key, i))
-        keys = jax.vmap(lambda n: jax.random.fold_in(data_key, n))(np.arange(i, i + size))
-        x = datasets.scale(datasets.dequantize(batch, keys, levels), config.data.centered)
-        plain = datasets.to_model(batch, levels, config)  # read only if they are lossless
-        x, plain = jax.device_put((x, plain), rows)
-        values = bpd_fn(params, nll_key, nelbo_key, x, plain)
-        parts.append({k: np.asarray(v, np.float64)[:count] for k, v in values.items()})
-        done = i + count
-        left = (time.time() - start) / done * (len(images) - done)
-        log.info(
-            "bits/dim, %s | %d/%d images | NLL %.3f | %s left",
-            *(name, done, len(images), np.mean([p["nll"].mean() for p in parts]), _clock(left)),
-        )
-    values = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-    for key_name in ("nll", "nelbo"):
-        if not np.isfinite(values[key_name]).all():
-            raise UserError(
-                f"{key_name} of {name} is not finite for some images: the weights are broken, or "
-                "the solver failed; try a smaller eval.rtol and eval.atol"
-            )
-    return values
-
-
-def _gaussian_baseline(
-    config: ConfigDict, train: datasets.Dataset, images: np.ndarray
-) -> float | None:
-    """Bits/dim of the test images under a normal distribution fitted to the training images."""
-    dims = math.prod(images.shape[1:])
-    count = min(len(train), 50_000)
-    if dims > 4096 or count < 2 * dims:
-        log.info("no Gaussian baseline: it needs 2 × %d training images, at most 4096 dims", dims)
-        return None
-
-    def prepare(images: np.ndarray, seed: int) -> np.ndarray:
-        noise = np.random.default_rng(seed).random(images.shape)
-        x = datasets.scale((images + noise) / train.num_levels, config.data.centered)
-        return x.reshape(len(x), -1)
-
-    train_images = datasets.in_order(train, count)["image"]
-    return evaluation.gaussian_bits_per_dim(
-        prepare(train_images, config.seed),
-        prepare(images, config.seed + 1),
-        datasets.bits_offset(train.num_levels, config.data.centered),
-    )
-
-
-def _evaluate_bpd(
-    config: ConfigDict, setup: Setup, data: Data, state: losses.TrainState
-) -> dict[str, Any]:
-    images = datasets.in_order(data.test, config.eval.num_test_data)["image"]
-    bpd_fn = _get_bpd_fn(config, setup)
-    values = _bits_per_dim(config, setup, bpd_fn, state.ema_params, images, "trained network")
-    untrained = _init_state(config, setup.model, setup.optimizer).params
-    # One batch says it: such a network costs the same on every image, to a hundredth of a bit.
-    few = images[: config.eval.batch_size]
-    baseline = _bits_per_dim(config, setup, bpd_fn, untrained, few, "untrained network")
-    report: dict[str, Any] = {"num_test_images": len(images)}
-    for name in sorted(values.keys() - {"nfe"}):
-        report[name] = float(values[name].mean())
-        report[f"{name}_stderr"] = float(values[name].std(ddof=1) / np.sqrt(len(images)))
-    report["nll_nfe"] = float(values["nfe"].mean())
-    report["nll_untrained_network"] = float(baseline["nll"].mean())
-    report["nll_gaussian"] = _gaussian_baseline(config, data.train, images)
-    return report
-
-
-def _evaluate_samples(
-    config: ConfigDict,
-    setup: Setup,
-    data: Data,
-    state: losses.TrainState,
-    workdir: pathlib.Path,
-    cache_dir: pathlib.Path,
-) -> dict[str, Any]:
-    levels, nfe = _sample_many(
-        config, setup, state.ema_params, config.eval.num_samples, config.eval.batch_size
-    )
-    grid = datasets.levels_to_uint8(levels[:64], setup.num_levels)
-    reporting.save_grid(grid, workdir / "eval" / "samples.png")
-    sampled = {"num_samples": len(levels), "sampling_nfe": nfe}
-    if not data.train.num_classes or min(len(data.train), len(data.test)) < 4:
-        log.warning("%s has no labels, or too few images: no fd_classifier", data.train.name)
-        return sampled
-    features, facts = evaluation.get_classifier(data.train, data.test, cache_dir)
-    real = features(datasets.in_order(data.train, 50_000)["image"])
-    held_out = features(datasets.in_order(data.test, 50_000)["image"])
-    return {
-        **evaluation.compare_features(real, features(levels), "classifier"),
-        "fd_classifier_of_test_images": evaluation.frechet_distance(real, held_out),
-        **sampled,
-        "classifier_accuracy": facts["accuracy"],
-        "classifier_weights": facts["weights"],
-    }
-
-
-def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Score the newest checkpoint's EMA weights; writes eval/report.json and eval/report.md.
-
-    Returns:
-      The report.
-    """
-    workdir = pathlib.Path(workdir)
-    setup, data = set_up(config), load_data(config)
-    state = storage.restore_latest(config, workdir, setup.state_shape)
-    log.info("evaluating step %d of %s", int(state.step), workdir)
-    storage.make_folder(workdir / "eval", "--workdir")
-    cache_dir = pathlib.Path(config.eval.cache_dir or evaluation.default_cache_dir())
-    storage.make_folder(cache_dir, "eval.cache_dir")
-    report: dict[str, Any] = {
-        "data": data.train.name,
-        "num_levels": setup.num_levels,
-        "step": int(state.step),
-        "truncation": config.training.truncation,
-    }
-    if config.eval.enable_bpd:
-        report |= _evaluate_bpd(config, setup, data, state)
-    if config.eval.enable_sampling:
-        report |= _evaluate_samples(config, setup, data, state, workdir, cache_dir)
-    reporting.plot_training(workdir / "metrics.jsonl", workdir / "eval" / "training.png")
-    reporting.write_report(report, workdir / "eval")
-    for line in reporting.table(report).splitlines():
-        log.info("%s", line)
-    log.info("report in %s", workdir / "eval" / "report.md")
-    return report

@@ -5,7 +5,7 @@ import gzip
 import pathlib
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,7 +73,7 @@ class FolderSource:
 
     files: Sequence[pathlib.Path]
     labels: np.ndarray
-    fit: Fit
+    fit: Callable[[Image.Image], np.ndarray]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -218,6 +218,50 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
 def image_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """All images below a folder, in the order of their names."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def load_samples(path: pathlib.Path, size: int, channels: int) -> Source:
+    """Images that anyone sampled, as they are: a folder of them, or an .npz.
+
+    Args:
+      path: a folder of image files, or an .npz with an array `samples` or `arr_0` (or one array
+        only) of (N, H, W, C) uint8 grey values.
+      size, channels: that they must have.
+
+    Raises:
+      UserError: there are none, or not of this size.
+    """
+
+    def as_it_is(image: Image.Image) -> np.ndarray:
+        array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        if array.shape[:2] != (size, size):
+            raise ValueError(f"it is {image.width}×{image.height}, not {size}×{size} pixels")
+        return array.reshape(size, size, channels)
+
+    if path.is_dir():
+        files = image_files(path)
+        if len(files) < 4:
+            raise UserError(f"eval.samples: {path} has {len(files)} images; 4 or more are needed")
+        return FolderSource(files, np.zeros(len(files), int), as_it_is)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it is not an .npz")
+            known = [name for name in ("samples", "arr_0") if name in file.files] or file.files
+            if len(known) > 1 and known == file.files:
+                raise ValueError(f"it has the arrays {', '.join(known)}, and none named samples")
+            images = file[known[0]]
+    except FileNotFoundError as error:
+        raise UserError(f"eval.samples: there is no file or folder {path}") from error
+    except Exception as error:  # a damaged archive raises anything at all
+        raise UserError(f"eval.samples: {path} can't be read: {error}") from error
+    expected = ("N ≥ 4", size, size, channels)
+    if images.shape[1:] != expected[1:] or images.dtype != np.uint8 or len(images) < 4:
+        raise UserError(
+            f"eval.samples: {path} has {images.dtype} of shape {images.shape}; uint8 of "
+            f"{expected} is needed"
+        )
+    return ArraySource(images, np.zeros(len(images), int))
 
 
 def pad_images(images: np.ndarray, size: int, name: str) -> np.ndarray:

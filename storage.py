@@ -1,15 +1,20 @@
 """What a run keeps in its workdir: its config, its checkpoints and its metrics."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import pathlib
+import shutil
 import sys
-from collections.abc import Iterator
-from typing import Any
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
@@ -113,18 +118,100 @@ def restore(
         ) from error
 
 
+def steps_to_evaluate(config: ConfigDict, workdir: pathlib.Path) -> list[int]:
+    """The steps of checkpoints from eval.begin_ckpt to eval.end_ckpt; of the newest, if both are 0.
+
+    Raises:
+      UserError: there are none.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} has no checkpoint; run --mode train first")
+    with checkpoints(config, workdir, read_only=True) as manager:
+        steps = sorted(manager.all_steps())
+    if not steps:
+        raise UserError(f"{workdir}/checkpoints has no checkpoint; run --mode train first")
+    if not config.eval.end_ckpt:
+        return steps[-1:]
+    bounds = (config.eval.begin_ckpt, config.eval.end_ckpt)
+    first, last = (number * config.training.snapshot_freq for number in bounds)
+    chosen = [step for step in steps if first <= step <= last]
+    if not chosen:
+        raise UserError(
+            f"{workdir} has no checkpoint from step {first} to {last} (eval.begin_ckpt and "
+            f"end_ckpt times training.snapshot_freq); it has {', '.join(map(str, steps))}"
+        )
+    return chosen
+
+
+def restore_step(
+    config: ConfigDict, workdir: pathlib.Path, shape: losses.TrainState, step: int
+) -> losses.TrainState:
+    """The state of a checkpoint, for evaluation and sampling."""
+    claim_workdir(config, workdir, record=False)
+    with checkpoints(config, workdir, read_only=True) as manager:
+        return restore(manager, shape, step)
+
+
 def restore_latest(
     config: ConfigDict, workdir: pathlib.Path, shape: losses.TrainState
 ) -> losses.TrainState:
-    """The state of the newest checkpoint, for evaluation and sampling."""
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir} has no checkpoint; run --mode train first")
-    claim_workdir(config, workdir, record=False)
-    with checkpoints(config, workdir, read_only=True) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{workdir}/checkpoints has no checkpoint; run --mode train first")
-        return restore(manager, shape, step)
+    """The state of the newest checkpoint."""
+    config = config.copy_and_resolve_references()
+    config.eval.update(begin_ckpt=0, end_ckpt=0)
+    return restore_step(config, workdir, shape, *steps_to_evaluate(config, workdir))
+
+
+def digest(*what: Any) -> str:
+    """A hash that names what is given: trees of arrays, and what JSON can write."""
+    whole = hashlib.sha256()
+    for item in what:
+        if isinstance(item, ConfigDict):
+            whole.update(item.to_json_best_effort().encode())
+            continue
+        for path, leaf in jax.tree_util.tree_leaves_with_path(item):
+            whole.update(jax.tree_util.keystr(path).encode())
+            array = isinstance(leaf, jax.Array | np.ndarray)
+            whole.update(np.asarray(leaf).tobytes() if array else repr(leaf).encode())
+    return whole.hexdigest()[:16]
+
+
+class Parts:
+    """Results of a long loop, a file each, so that it can go on where it was cut off."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        """Keep them below `folder`, which needs not be there."""
+        self._folder = folder
+        self.recalled = False  # whether the last `get` found what an earlier run left
+
+    def get(self, name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """What compute() gives, from disk if it was computed before."""
+        path = self._folder / f"{name}.npz"
+        self.recalled = False
+        if path.exists():
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    values = {key: file[key] for key in file.files}
+                self.recalled = True
+                return values
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+                log.warning("%s is damaged and is made anew", path)
+        values = compute()
+        partial = path.with_suffix(f".{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                np.savez(file, **cast(Any, values))
+            partial.replace(path)
+        except OSError as error:
+            raise UserError(
+                f"{path} can't be written ({error.strerror}); mend that and run it again: it goes "
+                "on from here"
+            ) from error
+        return values
+
+    def discard(self) -> None:
+        """Delete them all: the whole is done."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -114,15 +114,24 @@ def get_default_config() -> ConfigDict:
     sampling.n_images = 64  # --mode sample
 
     config.eval = evaluation = ConfigDict()
+    # Checkpoints to score, numbered by training.snapshot_freq steps; both 0: the newest.
+    evaluation.begin_ckpt = 0
+    evaluation.end_ckpt = 0
+    evaluation.samples = ""  # a folder of images or an .npz to score instead of a checkpoint
     evaluation.batch_size = 200
     evaluation.enable_sampling = True
     evaluation.enable_bpd = True
+    evaluation.enable_fid = True  # of samples, on Inception: FID, KID, its score, precision, recall
     evaluation.num_samples = 50_000
+    evaluation.num_reference = 0  # training images that samples are compared with; 0: all
+    evaluation.inception_path = ""  # Inception's weights; empty: downloaded once into the cache
+    evaluation.stats_path = ""  # statistics of the training images; empty: in the cache
     evaluation.num_test_data = 10_000
-    evaluation.nelbo_draws = 4  # times drawn for each image
+    evaluation.num_draws = 1  # of dequantisation and noise for each test image
+    evaluation.nelbo_draws = 4  # times drawn for each of these
     evaluation.rtol = 1e-5
     evaluation.atol = 1e-5
-    evaluation.cache_dir = ""  # for the classifier; empty: the user's cache folder
+    evaluation.cache_dir = ""  # for extractors and statistics; empty: the user's cache folder
     return config.lock()  # a recipe's misspelt field is an error
 
 
@@ -187,6 +196,7 @@ _POSITIVE = [
     "eval.batch_size",
     "eval.num_samples",
     "eval.num_test_data",
+    "eval.num_draws",
     "eval.nelbo_draws",
     "eval.rtol",
     "eval.atol",
@@ -195,6 +205,7 @@ _POSITIVE = [
 _NOT_NEGATIVE = (
     *("model.dropout", "model.init_scale", "model.beta_min", "model.embedding_dim"),
     *("optim.weight_decay", "optim.warmup"),
+    *("eval.begin_ckpt", "eval.end_ckpt", "eval.num_reference"),
 )
 
 
@@ -229,6 +240,20 @@ def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
         yield f"data.num_channels is {config.data.num_channels}; it must be 1 (grey) or 3 (RGB)"
     if 0 < config.eval.num_samples < 4:
         yield f"eval.num_samples is {config.eval.num_samples}; precision and recall need 4 or more"
+    if config.eval.num_test_data == 1:
+        yield "eval.num_test_data is 1; a standard error needs 2 or more"
+    if 0 < config.eval.num_reference < 4:
+        yield (
+            f"eval.num_reference is {config.eval.num_reference}; precision and recall need 4 or "
+            "more, and 0 takes all training images"
+        )
+    if config.eval.begin_ckpt > config.eval.end_ckpt:
+        yield (
+            f"eval.begin_ckpt is {config.eval.begin_ckpt} and eval.end_ckpt "
+            f"{config.eval.end_ckpt}; the end must not be below the beginning"
+        )
+    if config.eval.samples and not config.eval.enable_sampling:
+        yield "eval.samples is given, and eval.enable_sampling=False: nothing would be scored"
     if config.data.dataset == "folder" and not config.data.path:
         yield "data.dataset=folder needs data.path, the folder of images"
     if config.data.dataset == "FFHQ" and not (config.data.path or config.data.tfrecords_path):

@@ -1,7 +1,9 @@
 """What several tests share: golden data, small configs, a Gaussian whose score is known."""
 
+import ast
 import json
 import pathlib
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,68 @@ def random_params(config):
         return 1 + 0.1 * noise if "scale" in str(path[-1]) else 0.1 * noise
 
     return jax.tree_util.tree_map_with_path(draw, param_shapes(config))
+
+
+def inception_state():
+    """The weights of the golden Inception, as golden/README.md says to make them, by their key."""
+    golden, state = np.load(GOLDEN / "inception.npz"), {}
+    for key, shape in zip(golden["keys"].tolist(), golden["shapes"], strict=True):
+        shape = ast.literal_eval(str(shape))
+        noise = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
+        noise = np.asarray(noise, np.float32)
+        if key.endswith("running_var"):
+            state[key] = 1 + 0.1 * np.abs(noise)
+        elif key.endswith("bn.weight"):
+            state[key] = 1 + 0.1 * noise
+        elif key.endswith(("bias", "running_mean")):
+            state[key] = 0.1 * noise
+        else:
+            state[key] = noise * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+    return {key: np.asarray(value) for key, value in state.items()}
+
+
+class Mixture:
+    """Two Gaussians of one covariance, v·I, with means ±m·(1, …, 1)/√D, and its diffused score."""
+
+    def __init__(self, shape, variance, mean):
+        self.shape, self.dims = shape, int(np.prod(shape))
+        self.variance, self.mean = variance, mean
+
+    def sample(self, count, seed=1):
+        rng = np.random.default_rng(seed)
+        side = rng.choice([-1, 1], (count, 1)) * self.mean / np.sqrt(self.dims)
+        x = side + np.sqrt(self.variance) * rng.standard_normal((count, self.dims))
+        return jnp.asarray(x.reshape(count, *self.shape), jnp.float32)
+
+    def nats(self, x):
+        """Exact -log p of each row."""
+        x = np.asarray(x, float).reshape(len(x), -1)
+        along = x.sum(axis=1) * self.mean / np.sqrt(self.dims) / self.variance
+        squares = (np.sum(x**2, axis=1) + self.mean**2) / (2 * self.variance)
+        log_norm = 0.5 * self.dims * np.log(2 * np.pi * self.variance) + np.log(2)
+        return squares + log_norm - np.logaddexp(along, -along)
+
+    def entropy(self):
+        """Expected -log p in nats: that of the mixture along its axis, and of a normal across."""
+        y, step = np.linspace(-12, 12, 200_001, retstep=True)
+        density = lambda side: np.exp(  # noqa: E731
+            -((y - side * self.mean) ** 2) / (2 * self.variance)
+        )
+        p = (density(1) + density(-1)) / (2 * np.sqrt(2 * np.pi * self.variance))
+        along = -np.sum(p * np.log(np.maximum(p, 1e-300))) * step
+        return along + 0.5 * (self.dims - 1) * np.log(2 * np.pi * np.e * self.variance)
+
+    def score_fn(self, sde):
+        """∇ log p_t in closed form."""
+
+        def score(x, t):
+            alpha, std = sde.mean_coeff(t)[:, None], sde.std(t)[:, None]
+            flat, var = x.reshape(len(x), -1), alpha**2 * self.variance + std**2
+            mean = alpha * self.mean / np.sqrt(self.dims)
+            side = jnp.tanh(jnp.sum(flat, axis=1, keepdims=True) * mean / var)
+            return ((mean * side - flat) / var).reshape(x.shape)
+
+        return score
 
 
 class Gaussian:

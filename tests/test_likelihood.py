@@ -12,7 +12,7 @@ import likelihood
 import losses
 import sde_lib
 from models import utils as mutils
-from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, tiny_config
+from tests.helpers import GOLDEN, Gaussian, Mixture, golden_config, nhwc, tiny_config
 
 SDE = sde_lib.VPSDE()
 DATA = Gaussian((2, 2, 1), [0.02, 0.1, 0.3, 0.6], [0.5, -0.3, 0.0, 0.2])
@@ -143,6 +143,74 @@ def test_likelihood_is_exact_on_every_sde(name):
     assert abs(nll["nll"].mean() - exact_bits(x).mean()) < 0.01
     gap = np.asarray(nelbo["nelbo"], np.float64) - exact_bits(x)
     assert abs(gap.mean()) < 4 * gap.std() / np.sqrt(len(gap)) + 0.005
+
+
+@pytest.fixture(scope="module", params=["gaussian", "mixture"])
+def known_density(request):
+    """Values of 100 repetitions of 40 images with 3 draws, and the exact expectation in bits."""
+    data = {
+        "gaussian": Gaussian((2, 2, 1), [0.02, 0.1, 0.3, 0.6], [0.5, -0.3, 0.0, 0.2]),
+        "mixture": Mixture((2, 2, 1), 0.05, 0.7),
+    }[request.param]
+    x = data.sample(4000, seed=7)
+    make_score_fn = lambda _: data.score_fn(SDE)  # noqa: E731
+    nll_fn = likelihood.get_nll_fn(config(), SDE, make_score_fn)
+    nelbo_fn = likelihood.get_nelbo_fn(config(), SDE, make_score_fn)
+    draws = []
+    for i in range(3):
+        key = jax.random.key(i)
+        draws.append(nll_fn(None, key, x) | nelbo_fn(None, key, x))
+    values = {
+        name: np.stack([np.asarray(draw[name], float) for draw in draws])
+        for name in ("nll", "nll_without_residual", "nelbo")
+    }
+    if request.param == "mixture":
+        entropy = data.entropy()
+    else:
+        entropy = 0.5 * np.sum(np.log(2 * np.pi * np.e * data.variances))
+    return values, data.nats(x) / (4 * np.log(2)) + 7, entropy / (4 * np.log(2)) + 7
+
+
+def test_bits_of_a_known_density_are_exact(known_density):
+    values, exact, _ = known_density
+    for name in ("nll", "nll_without_residual"):
+        assert abs(values[name].mean() - exact.mean()) < 0.01
+    # The bound is not below the truth, by more than its own noise.
+    mean, _, of_draws = likelihood.mean_and_errors(values["nelbo"] - exact)
+    assert mean > -3 * of_draws
+
+
+@pytest.mark.parametrize("name", ["nll", "nelbo"])
+def test_standard_errors_cover_the_truth_at_their_rate(known_density, name):
+    values, exact, expected = known_density
+    covered, covered_by_draws = 0, 0
+    for i in range(100):
+        part = np.s_[:, 40 * i : 40 * (i + 1)]
+        mean, stderr, of_draws = likelihood.mean_and_errors(values[name][part])
+        covered += abs(mean - expected) < 1.96 * stderr
+        # Of these very images the value is known, and only the draws are uncertain.
+        covered_by_draws += abs(mean - exact[part[1]].mean()) < 1.96 * of_draws
+    # 95 of 100 are expected; a binomial count is within 86 … 100 but once in 1,000 times.
+    assert 86 <= covered <= 100
+    assert 86 <= covered_by_draws <= 100
+
+
+def test_the_error_of_a_mean_over_images_and_draws():
+    rng = np.random.default_rng(0)
+    reps = 3 * rng.standard_normal((2000, 1, 20)) + rng.standard_normal((2000, 5, 20))
+    means, errors, of_draws = np.array([likelihood.mean_and_errors(v) for v in reps]).T
+    np.testing.assert_allclose(np.sqrt(np.mean(errors**2)), means.std(), rtol=0.05)
+    np.testing.assert_allclose(np.sqrt(np.mean(of_draws**2)), 1 / np.sqrt(100), rtol=0.05)
+    assert likelihood.mean_and_errors(reps[0, :1])[2] is None
+
+
+def test_an_image_has_the_same_draws_in_any_batch():
+    x, keys = DATA.sample(6), jax.random.split(jax.random.key(3), 6)
+    nelbo_fn = likelihood.get_nelbo_fn(config(), SDE, make_score_fn)
+    whole = nelbo_fn(None, keys, x)["nelbo"]
+    halves = [nelbo_fn(None, keys[part], x[part])["nelbo"] for part in (np.s_[:3], np.s_[3:])]
+    np.testing.assert_allclose(whole, np.concatenate(halves), rtol=1e-5)
+    assert len(np.unique(whole)) == 6
 
 
 def test_the_lossless_nelbo_bounds_the_entropy_of_levels():

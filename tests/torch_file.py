@@ -29,15 +29,16 @@ _FLOATS = _stand_in("torch", "FloatStorage", type("FloatStorage", (), {}))
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file, storages):
+    def __init__(self, file, storages, row=False):
         super().__init__(file, protocol=2)
-        self.storages = storages
+        self.storages, self.row = storages, row
 
     def persistent_id(self, obj):
         if isinstance(obj, _Storage):
             key = str(len(self.storages))
             self.storages[key] = obj.array
-            return ("storage", _FLOATS, key, "cpu", obj.array.size)
+            reference = ("storage", _FLOATS, key, "cpu", obj.array.size)
+            return (*reference, None) if self.row else reference
         return None
 
     def reducer_override(self, obj):
@@ -48,8 +49,8 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def save(tree, path):
-    """Write dicts, lists, numbers and arrays (as float tensors) to `path`."""
+def _dump(tree, row):
+    """(pickle, storages by their key)."""
     modules = {"torch": types.ModuleType("torch"), "torch._utils": types.ModuleType("torch._utils")}
     modules["torch"].FloatStorage = _FLOATS
     modules["torch._utils"]._rebuild_tensor_v2 = _rebuild
@@ -57,14 +58,32 @@ def save(tree, path):
     before = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)
     try:
-        _Pickler(payload, storages).dump(tree)
+        _Pickler(payload, storages, row).dump(tree)
     finally:
         for name, module in before.items():
             if module is None:
                 del sys.modules[name]
             else:
                 sys.modules[name] = module
+    return payload.getvalue(), storages
+
+
+def save(tree, path):
+    """Write dicts, lists, numbers and arrays (as float tensors) to `path`."""
+    payload, storages = _dump(tree, row=False)
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", payload.getvalue())
+        archive.writestr("archive/data.pkl", payload)
         for key, array in storages.items():
             archive.writestr(f"archive/data/{key}", array.tobytes())
+
+
+def save_row(tree, path):
+    """The same in the layout before PyTorch 1.6."""
+    payload, storages = _dump(tree, row=True)
+    machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
+    head = [pickle.dumps(x, protocol=2) for x in (0x1950A86A20F9469CFC6C, 1001, machine)]
+    keys = pickle.dumps(sorted(storages), protocol=2)
+    with open(path, "wb") as file:
+        file.write(b"".join([*head, payload, keys]))
+        for key in sorted(storages):
+            file.write(storages[key].size.to_bytes(8, "little") + storages[key].tobytes())

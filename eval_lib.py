@@ -1,0 +1,495 @@
+"""The loops of --mode eval and --mode stats: scores of checkpoints, and of samples by anyone.
+
+What takes long is kept below <workdir>/eval/parts until the report is written, so that an
+evaluation that was cut off goes on where it was. A part's name tells weights, data and options
+apart.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+import datasets
+import evaluation
+import features
+import likelihood
+import reporting
+import sources
+import storage
+from configs.default import UserError
+from features import Extractor, Statistics
+from models import utils as mutils
+from session import (
+    Data,
+    Setup,
+    get_sampler,
+    init_state,
+    load_data,
+    mesh_shardings,
+    sample_batches,
+    set_up,
+)
+
+log = logging.getLogger("soft_truncation")
+
+_FEATURE_BATCH = 100  # images a part of features
+
+
+def _get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Array]]:
+    """(params, keys, x, levels) → NLL, NELBO, evaluations of a solve, (N,) each.
+
+    x is dequantised, `levels` is not; both are scaled.
+    """
+    make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
+    num_levels = setup.num_levels
+    nll_fn = likelihood.get_nll_fn(config, setup.sde, make_score_fn, num_levels)
+    nelbo_fn = likelihood.get_nelbo_fn(config, setup.sde, make_score_fn, num_levels)
+
+    def bpd_fn(params: Any, keys: Array, x: Array, levels: Array) -> dict[str, Array]:
+        nll_keys, nelbo_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        values = {k: v for k, v in nll_fn(params, nll_keys, x).items() if k != "latent"}
+        values["nfe"] = jnp.broadcast_to(values["nfe"], len(x))
+        values |= nelbo_fn(params, nelbo_keys, x)
+        if config.data.dequantization == "lossless":
+            values |= nelbo_fn(params, nelbo_keys, levels, lossless=True)
+        return values
+
+    return bpd_fn
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What an evaluation has for all checkpoints; each function compiles once."""
+
+    config: ConfigDict
+    setup: Setup
+    data: Data
+    parts: storage.Parts
+    bpd_fn: Callable[..., dict[str, Array]]
+    sample: Any  # of session.get_sampler
+    scorers: list["_Scorer"]
+
+    @property
+    def num_test(self) -> int:
+        """How many test images are scored."""
+        return min(self.config.eval.num_test_data, len(self.data.test))
+
+
+def _bits_of_batch(
+    run: _Run, params: Any, images: np.ndarray, keys: Array
+) -> dict[str, np.ndarray]:
+    """Bits/dim of levels (N, H, W, C) with a key each, float64; N must fill the devices."""
+    rows, _ = mesh_shardings()
+    data_keys, keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    x = datasets.dequantize(images, data_keys, run.setup.num_levels)
+    x = datasets.scale(x, run.config.data.centered)
+    # Read only if they are lossless.
+    plain = datasets.to_model(images, run.setup.num_levels, run.config)
+    bits = run.bpd_fn(params, keys, *jax.device_put((x, plain), rows))
+    values = {name: np.asarray(value, np.float64) for name, value in bits.items()}
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"{name} is not finite for some images: the weights are broken, or the solver "
+                "failed; try a smaller eval.rtol and eval.atol"
+            )
+    return values
+
+
+def _bits_per_dim(
+    run: _Run, params: Any, count: int, num_draws: int, name: str
+) -> dict[str, np.ndarray]:
+    """NLL, NELBO and evaluations of the first `count` test images, (num_draws, count) each."""
+    config, test = run.config, run.data.test
+    _, everywhere = mesh_shardings()
+    params = jax.device_put(params, everywhere)
+    key, devices = jax.random.key(config.seed + 4), jax.device_count()
+    full = -(-min(config.eval.batch_size, count) // devices) * devices
+    solver = {k: config.eval[k] for k in ("batch_size", "nelbo_draws", "rtol", "atol")}
+    digest = storage.digest(params, *_network_fields(config), solver, datasets.fingerprint(test))
+    progress, drawn = reporting.Progress(f"bits/dim, {name}", count * num_draws), []
+
+    def batch(draw: int, start: int, size: int) -> dict[str, np.ndarray]:
+        images = test.source.fetch(np.arange(start, start + size))["image"]
+        # Filled up, so that all batches have one shape, and one program.
+        images = np.pad(images, ((0, full - size), (0, 0), (0, 0), (0, 0)), mode="wrap")
+        number = jnp.arange(start, start + full)
+        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n), draw))(number)
+        values = _bits_of_batch(run, params, images, keys)
+        return {name: value[:size] for name, value in values.items()}
+
+    for draw in range(num_draws):
+        row = []
+        for start in range(0, count, config.eval.batch_size):
+            size = min(config.eval.batch_size, count - start)
+            label = f"{digest}/bpd_{draw}_{start:08}_{size}"
+            row.append(run.parts.get(label, functools.partial(batch, draw, start, size)))
+            mean = np.mean(np.concatenate([part["nll"] for part in row]))
+            progress.advance(size, f"NLL {mean:.3f}", fresh=not run.parts.recalled)
+        drawn.append({name: np.concatenate([part[name] for part in row]) for name in row[0]})
+    return {name: np.stack([values[name] for values in drawn]) for name in drawn[0]}
+
+
+def _network_fields(config: ConfigDict) -> tuple[Any, ...]:
+    """The fields that decide what a network computes on which data."""
+    training = config.training
+    names = ("sde", "truncation_time", "unbounded_parametrization", "stabilizing_constant")
+    return config.seed, config.data, config.model, {name: training[name] for name in names}
+
+
+def _gaussian_baseline(config: ConfigDict, data: Data, count: int) -> float | None:
+    """Bits/dim of the test images under a normal distribution fitted to the training images."""
+    size, channels = config.data.image_size, config.data.num_channels
+    dims, num_train = size * size * channels, min(len(data.train), 50_000)
+    if dims > 4096 or num_train < 2 * dims:
+        log.info("no Gaussian baseline: it needs 2 × %d training images, at most 4096 dims", dims)
+        return None
+    levels, rng = data.train.num_levels, np.random.default_rng(config.seed)
+
+    def prepare(images: np.ndarray) -> np.ndarray:
+        x = (images + rng.random(images.shape)) / levels
+        return datasets.scale(x, config.data.centered).reshape(len(x), -1)
+
+    moments = evaluation.Moments()
+    for batch in datasets.batches(data.train, 1000, num_train):
+        moments.add(prepare(batch["image"]))
+    return evaluation.gaussian_bits_per_dim(
+        moments,
+        prepare(datasets.in_order(data.test, count)["image"]),
+        datasets.bits_offset(levels, config.data.centered),
+    )
+
+
+def _evaluate_bpd(run: _Run, params: Any) -> dict[str, Any]:
+    count, draws = run.num_test, run.config.eval.num_draws
+    values = _bits_per_dim(run, params, count, draws, "trained network")
+    report: dict[str, Any] = {"num_test_images": count, "num_draws": draws}
+    report["nll_nfe"] = float(values.pop("nfe").mean())
+    for name in sorted(values):
+        mean, stderr, of_draws = likelihood.mean_and_errors(values[name])
+        report |= {name: mean, f"{name}_stderr": stderr}
+        if of_draws is not None:
+            report[f"{name}_stderr_of_draws"] = of_draws
+    return report
+
+
+def _evaluate_baselines(run: _Run) -> dict[str, Any]:
+    """NLL of an untrained network, and of a Gaussian."""
+    untrained = init_state(run.config, run.setup.model, run.setup.optimizer).params
+    # One batch says it: such a network costs the same on every image, to a hundredth of a bit.
+    few = min(run.num_test, run.config.eval.batch_size)
+    values = _bits_per_dim(run, untrained, few, 1, "untrained network")
+    return {
+        "nll_untrained_network": float(values["nll"].mean()),
+        "nll_gaussian": _gaussian_baseline(run.config, run.data, run.num_test),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    """What samples are scored with: features, and those of the training images."""
+
+    extractor: Extractor
+    reference: Statistics
+    facts: dict[str, Any]  # for the report
+
+
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """Images to be scored, that can be gone through more than once."""
+
+    count: int
+    digest: str  # names them
+    batches: Callable[[], Iterator[np.ndarray]]  # levels (n, H, W, C) uint8
+
+
+def _kept_features(
+    extractor: Extractor, images: _Images, parts: storage.Parts, name: str
+) -> Iterator[dict[str, np.ndarray]]:
+    """`features` and `logits` of images, part by part."""
+    progress = reporting.Progress(f"{extractor.name} features, {name}", images.count)
+    folder = f"{images.digest}_{extractor.name}_{extractor.weights[:16]}"
+    start = 0
+    for batch in images.batches():
+        for i in range(0, len(batch), _FEATURE_BATCH):
+            levels = batch[i : i + _FEATURE_BATCH]
+            label = f"{folder}/{start:08}_{len(levels)}"
+            part = parts.get(label, functools.partial(extractor.fn, levels))
+            progress.advance(len(levels), fresh=not parts.recalled)
+            start += len(levels)
+            yield part
+
+
+def _of_dataset(dataset: datasets.Dataset, limit: int | None = None) -> _Images:
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    name = storage.digest(dataset.name, datasets.fingerprint(dataset), len(dataset))
+
+    def batches() -> Iterator[np.ndarray]:
+        for batch in datasets.batches(dataset, _FEATURE_BATCH, count):
+            yield batch["image"]
+
+    return _Images(count, name, batches)
+
+
+def _features_only(parts: Iterable[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
+    for part in parts:
+        yield part["features"]
+
+
+def _cache_dir(config: ConfigDict) -> pathlib.Path:
+    cache_dir = pathlib.Path(config.eval.cache_dir or features.default_cache_dir())
+    storage.make_folder(cache_dir, "eval.cache_dir")
+    return cache_dir
+
+
+def _reference_facts(
+    config: ConfigDict, extractor: Extractor, train: datasets.Dataset
+) -> dict[str, Any]:
+    return {
+        "extractor": extractor.name,
+        "weights": extractor.weights,
+        "dataset": train.name,
+        "fingerprint": datasets.fingerprint(train),
+        "split": "train",
+        "image_size": config.data.image_size,
+        "num_channels": config.data.num_channels,
+        "num_images": min(len(train), config.eval.num_reference or len(train)),
+    }
+
+
+def _inception_statistics(
+    config: ConfigDict, extractor: Extractor, train: datasets.Dataset, make: bool
+) -> tuple[Statistics, pathlib.Path]:
+    """Those of `eval.stats_path`, which are made if `make`; or of the cache, made if need be."""
+    facts = _reference_facts(config, extractor, train)
+    name = f"{train.name}_{config.data.image_size}_{storage.digest(facts)}.npz"
+    path = pathlib.Path(config.eval.stats_path or _cache_dir(config) / "stats" / name)
+    if path.exists():
+        log.info("statistics of the training images: %s", path)
+        return features.load_statistics(path, facts), path
+    if config.eval.stats_path and not make:
+        raise UserError(f"eval.stats_path: there is no file {path}; --mode stats makes it")
+    storage.make_folder(path.parent, "eval.stats_path")
+    parts = storage.Parts(path.with_suffix(".parts"))
+    images = _of_dataset(train, facts["num_images"])
+    rows = _features_only(_kept_features(extractor, images, parts, "training images"))
+    statistics = features.summarize(facts, rows, images.count)
+    features.save_statistics(statistics, path)
+    parts.discard()
+    log.info("statistics of %d training images in %s", images.count, path)
+    return statistics, path
+
+
+def _get_scorers(config: ConfigDict, data: Data, parts: storage.Parts) -> list[_Scorer]:
+    """All that this data set and this machine can have.
+
+    Raises:
+      UserError: weights or statistics are not what they should be.
+    """
+    scorers, cache_dir = [], _cache_dir(config)
+    if config.eval.enable_fid:
+        extractor = features.get_inception(
+            config.eval.inception_path, cache_dir, data.train.num_levels
+        )
+        if extractor:
+            statistics, path = _inception_statistics(config, extractor, data.train, make=False)
+            facts = {
+                "inception_weights": extractor.weights,
+                "inception_is_published": extractor.weights == features.INCEPTION_SHA256,
+                "num_reference": statistics.facts.get("num_images"),
+                "statistics": str(path),
+            }
+            scorers.append(_Scorer(extractor, statistics, facts))
+    if not data.train.num_classes or min(len(data.train), len(data.test)) < 4:
+        log.warning("%s has no labels, or too few images: no fd_classifier", data.train.name)
+        return scorers
+    extractor, accuracy = features.get_classifier(data.train, data.test, cache_dir)
+
+    def statistics_of(images: _Images, name: str) -> Statistics:
+        rows = _features_only(_kept_features(extractor, images, parts, name))
+        return features.summarize({}, rows, images.count)
+
+    reference = statistics_of(
+        _of_dataset(data.train, config.eval.num_reference or 50_000), "training images"
+    )
+    test = statistics_of(_of_dataset(data.test, 50_000), "test images")
+    facts = {
+        "fd_classifier_of_test_images": evaluation.frechet_distance_of_moments(
+            reference.mean, reference.cov, test.mean, test.cov
+        ),
+        "classifier_accuracy": accuracy,
+        "classifier_weights": extractor.weights,
+    }
+    return [*scorers, _Scorer(extractor, reference, facts)]
+
+
+def _score(scorer: _Scorer, images: _Images, parts: storage.Parts) -> dict[str, Any]:
+    """All distances of images to the training images, each under its extractor's name."""
+    logits = []
+
+    def rows() -> Iterator[np.ndarray]:
+        for part in _kept_features(scorer.extractor, images, parts, "samples"):
+            logits.append(part["logits"])
+            yield part["features"]
+
+    real, fake = scorer.reference, features.summarize({}, rows(), images.count)
+    inception = scorer.extractor.name == "inception"
+    suffix = "" if inception else f"_{scorer.extractor.name}"
+    distance = evaluation.frechet_distance_of_moments(real.mean, real.cov, fake.mean, fake.cov)
+    report: dict[str, Any] = {"fid" if inception else f"fd{suffix}": distance}
+    if inception:
+        score = evaluation.split_inception_score(np.concatenate(logits))
+        report |= {"inception_score": score.value, "inception_score_stderr": score.stderr}
+    if len(real.features):
+        kernel = evaluation.split_kernel_distance(real.features, fake.features)
+        precision, recall = evaluation.precision_recall(real.features, fake.features)
+        report |= {
+            f"kid{suffix}": kernel.value,
+            f"kid{suffix}_stderr": kernel.stderr,
+            f"precision{suffix}": precision,
+            f"recall{suffix}": recall,
+        }
+    else:
+        log.warning("these statistics hold no features: no KID, precision and recall")
+    return report | scorer.facts
+
+
+def _sample_size(config: ConfigDict) -> int:
+    return min(config.eval.batch_size, config.eval.num_samples)
+
+
+def _samples_of_network(run: _Run, params: Any) -> tuple[_Images, dict[str, Any]]:
+    """Sample; (the samples, what the report says of them)."""
+    config, parts = run.config, run.parts
+    count, size = config.eval.num_samples, _sample_size(config)
+    digest = storage.digest(params, *_network_fields(config), config.sampling, size)
+    keep = lambda name, compute: parts.get(f"{digest}/{name}", compute)  # noqa: E731
+    batches = functools.partial(sample_batches, run.sample, params, config.seed, count, size, keep)
+    progress, evaluations = reporting.Progress("sampling", count), []
+    for levels, nfe in batches():
+        evaluations.append(nfe)
+        progress.advance(len(levels), f"{nfe} evaluations", fresh=not parts.recalled)
+    images = _Images(count, digest, lambda: (levels for levels, _ in batches()))
+    return images, {"num_samples": count, "sampling_nfe": round(float(np.mean(evaluations)))}
+
+
+def _given_samples(config: ConfigDict, num_levels: int) -> tuple[_Images, dict[str, Any]]:
+    """The images of `eval.samples`; (the images, what the report says of them)."""
+    path = pathlib.Path(config.eval.samples)
+    source = sources.load_samples(path, config.data.image_size, config.data.num_channels)
+    dataset = datasets.Dataset(path.stem, source, 256, 0)
+    images = _of_dataset(dataset)
+
+    def batches() -> Iterator[np.ndarray]:
+        for grey in images.batches():
+            yield np.round(grey * ((num_levels - 1) / 255)).astype(np.uint8)
+
+    report = {"samples": config.eval.samples, "num_samples": len(dataset)}
+    return dataclasses.replace(images, batches=batches), report
+
+
+def _evaluate_samples(run: _Run, images: _Images, folder: pathlib.Path) -> dict[str, Any]:
+    few = next(images.batches())[:64]
+    grid = datasets.levels_to_uint8(few, run.setup.num_levels)
+    reporting.save_grid(grid, folder / "samples.png")
+    report: dict[str, Any] = {}
+    for scorer in run.scorers:
+        report |= _score(scorer, images, run.parts)
+    return report
+
+
+def _evaluate_checkpoint(
+    run: _Run, workdir: pathlib.Path, step: int, folder: pathlib.Path
+) -> dict[str, Any]:
+    config = run.config
+    log.info("evaluating step %d of %s", step, workdir)
+    params = storage.restore_step(config, workdir, run.setup.state_shape, step).ema_params
+    report: dict[str, Any] = {"step": step, "truncation": config.training.truncation}
+    if config.eval.enable_bpd:
+        report |= _evaluate_bpd(run, params)
+    if config.eval.enable_sampling:
+        images, facts = _samples_of_network(run, params)
+        report |= facts | _evaluate_samples(run, images, folder)
+    return report
+
+
+def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Score checkpoints' EMA weights, or `eval.samples`; writes report.json and report.md.
+
+    The report is in eval/ for one checkpoint and for a sweep, and in eval/samples_<name>/ for given
+    samples. A sweep has each checkpoint's own report in eval/step_<number>/.
+
+    Returns:
+      The report; of a sweep: `checkpoints`, a report each, and `best`, the step by each score.
+
+    Raises:
+      UserError: config, data, weights, statistics or checkpoints can't be used.
+    """
+    workdir = pathlib.Path(workdir)
+    setup, data = set_up(config), load_data(config)
+    given = _given_samples(config, setup.num_levels) if config.eval.samples else None
+    steps = [] if given else storage.steps_to_evaluate(config, workdir)
+    storage.claim_workdir(config, workdir, record=False)
+    folder = workdir / "eval"
+    storage.make_folder(folder, "--workdir")
+    parts = storage.Parts(folder / "parts")
+    scorers = _get_scorers(config, data, parts) if config.eval.enable_sampling else []
+    bpd_fn = _get_bpd_fn(config, setup)
+    sample = get_sampler(config, setup, _sample_size(config))
+    run = _Run(config, setup, data, parts, bpd_fn, sample, scorers)
+    about: dict[str, Any] = {"data": data.train.name, "num_levels": setup.num_levels}
+    if given:
+        images, facts = given
+        folder = folder / f"samples_{pathlib.Path(config.eval.samples).stem}"
+        log.info("evaluating %d images of %s", images.count, config.eval.samples)
+        report = about | facts | _evaluate_samples(run, images, folder)
+        reporting.write_report(report, folder)
+    elif config.eval.enable_bpd:
+        about |= _evaluate_baselines(run)
+    reports = []
+    for step in steps:
+        of_step = folder / f"step_{step:08}" if len(steps) > 1 else folder
+        report = about | _evaluate_checkpoint(run, workdir, step, of_step)
+        reports.append(report)
+        reporting.plot_training(workdir / "metrics.jsonl", of_step / "training.png")
+        reporting.write_report(report, of_step)
+    if len(reports) > 1:
+        report = reporting.write_sweep(reports, folder)
+    parts.discard()
+    for line in (folder / "report.md").read_text().splitlines():
+        if line.startswith("|"):
+            log.info("%s", line)
+    log.info("report in %s", folder / "report.md")
+    return report
+
+
+def make_statistics(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """Make the statistics of the training images that FID compares samples with.
+
+    Returns:
+      Their path: `eval.stats_path`, or one in the cache.
+
+    Raises:
+      UserError: there are no Inception weights, or the path has statistics of something else.
+    """
+    del workdir  # they belong to the data, not to a run
+    set_up(config)
+    train = datasets.get_dataset(config, "train")
+    extractor = features.get_inception(
+        config.eval.inception_path, _cache_dir(config), train.num_levels
+    )
+    if not extractor:
+        raise UserError("no Inception weights, hence no statistics; the line above says more")
+    statistics, path = _inception_statistics(config, extractor, train, make=True)
+    log.info("%s: %s", path, statistics.facts)
+    return path

@@ -1,0 +1,180 @@
+"""What `torch.save` wrote, without PyTorch, by a reader that can't run code.
+
+It unpickles tensors and plain containers and nothing else. Both layouts are read: the zip archive
+(since PyTorch 1.6), and the one before, a row of pickles with the storages behind them.
+"""
+
+import dataclasses
+import io
+import math
+import pathlib
+import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from configs.default import UserError
+
+# Names of storages, and their dtypes. The names are all that a pickle can get hold of.
+_DTYPES: dict[str, np.dtype] = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _StorageKind:
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    values: np.ndarray
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
+    plain = type(size) is tuple and type(stride) is tuple and len(size) == len(stride)
+    if not plain or type(storage) is not _Storage:
+        raise pickle.UnpicklingError("a tensor is not built as torch.save builds it")
+    if any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+        raise pickle.UnpicklingError("a tensor has a size that is not a whole number")
+    values = storage.values
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if math.prod(size) > len(values) or (math.prod(size) and last >= len(values)):
+        raise pickle.UnpicklingError("a tensor reaches beyond its storage")
+    if not math.prod(size):
+        return np.zeros(size, values.dtype)
+    strides = [s * values.itemsize for s in stride]
+    # A view: many tensors of one storage take no more memory than it.
+    return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)
+
+
+# What torch.save's pickles of tensors in plain containers are made of.
+_OPCODES = {
+    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("BINUNICODE", "SHORT_BINUNICODE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
+    *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+}
+
+# (dtype, the storage's name in the file, number of values) → the storage
+_FindStorage = Callable[[np.dtype, str, int], _Storage]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows tensors and OrderedDict; refuses every other name, and every other opcode."""
+
+    def __init__(self, file: io.BytesIO, find_storage: _FindStorage) -> None:
+        start, size = file.tell(), len(file.getbuffer())
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name not in _OPCODES:
+                raise pickle.UnpicklingError(
+                    f"it has the pickle opcode {opcode.name}, which no checkpoint needs"
+                )
+            if opcode.name == "LONG_BINPUT" and (argument or 0) > size:
+                raise pickle.UnpicklingError("it numbers more objects than it can have")
+        file.seek(start)
+        super().__init__(file)
+        self._find_storage = find_storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if module == "torch" and name in _DTYPES:
+            return _StorageKind(_DTYPES[name])
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        # The older layout adds a view of the storage, which torch.save always leaves None.
+        plain = type(pid) is tuple and (len(pid) == 5 or (len(pid) == 6 and pid[5] is None))
+        if not plain or pid[0] != "storage":
+            raise pickle.UnpicklingError("it has a reference that is not a tensor's storage")
+        _, kind, key, _, count = pid[:5]
+        if type(kind) is not _StorageKind or type(key) is not str or type(count) is not int:
+            raise pickle.UnpicklingError("it has a reference that is not a tensor's storage")
+        return self._find_storage(kind.dtype, key, count)
+
+
+def _read_archive(path: str | pathlib.Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+            raise pickle.UnpicklingError("it is compressed, as torch.save's archives never are")
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise pickle.UnpicklingError("it is not an archive that torch.save wrote")
+        root = pickles[0].removesuffix("/data.pkl")
+        storages: dict[str, _Storage] = {}
+
+        def find_storage(dtype: np.dtype, key: str, _: int) -> _Storage:
+            if key not in storages:
+                storages[key] = _Storage(np.frombuffer(archive.read(f"{root}/data/{key}"), dtype))
+            return storages[key]
+
+        return _Unpickler(io.BytesIO(archive.read(pickles[0])), find_storage).load()
+
+
+_MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
+
+
+def _read_row(path: str | pathlib.Path) -> Any:
+    """The layout before PyTorch 1.6: magic number, version, machine, object, keys, storages."""
+    file = io.BytesIO(pathlib.Path(path).read_bytes())
+    size = len(file.getbuffer())
+    storages: dict[str, tuple[np.ndarray, np.dtype]] = {}
+
+    def refuse(*_: Any) -> _Storage:
+        raise pickle.UnpicklingError("it has a tensor where none belongs")
+
+    def find_storage(dtype: np.dtype, key: str, count: int) -> _Storage:
+        # What is in it comes later in the file: the tensor is a view, filled in then.
+        if key not in storages:
+            claimed = sum(values.nbytes for values, _ in storages.values())
+            if not 0 <= count * dtype.itemsize <= size - claimed:
+                raise pickle.UnpicklingError("its storages are longer than the file")
+            storages[key] = np.empty(count, dtype), dtype
+        return _Storage(storages[key][0])
+
+    read = lambda find: _Unpickler(file, find).load()  # noqa: E731
+    if read(refuse) != _MAGIC or read(refuse) != _VERSION:
+        raise pickle.UnpicklingError("it is not a file that torch.save wrote")
+    machine = read(refuse)
+    if type(machine) is not dict or machine.get("little_endian") is not True:
+        raise pickle.UnpicklingError("it was written on a machine of another byte order")
+    tree, keys = read(find_storage), read(refuse)
+    if type(keys) is not list or set(keys) != storages.keys() or len(keys) != len(storages):
+        raise pickle.UnpicklingError("its storages are not those of its tensors")
+    for key in keys:
+        values, dtype = storages[key]
+        count = int.from_bytes(file.read(8), "little")
+        raw = file.read(values.nbytes)
+        if count != len(values) or len(raw) != values.nbytes:
+            raise pickle.UnpicklingError(f"it ends within storage {key}")
+        values[:] = np.frombuffer(raw, dtype)
+    return tree
+
+
+def read_pth(path: str | pathlib.Path) -> Any:
+    """What `torch.save` wrote, with arrays for tensors.
+
+    Raises:
+      UserError: the file is missing, damaged, or has anything but tensors and plain containers.
+    """
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        return _read_archive(path) if zipped else _read_row(path)
+    except Exception as error:  # a damaged pickle raises anything at all
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} can't be read as a checkpoint: {reason}") from error

@@ -1,0 +1,148 @@
+"""What a config names, made ready: SDE, network, optimiser, data, devices, sampler."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+import datasets
+import losses
+import sampling
+import sde_lib
+from configs.default import UserError, validate
+from models import utils as mutils
+
+log = logging.getLogger("soft_truncation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a config names, but for its data; checked, and nothing is compiled yet."""
+
+    sde: sde_lib.SDE
+    model: mutils.Model
+    optimizer: optax.GradientTransformation
+    num_levels: int  # of the data
+    state_shape: losses.TrainState  # of jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The images that a config names."""
+
+    train: datasets.Dataset
+    test: datasets.Dataset
+
+
+def init_state(
+    config: ConfigDict, model: mutils.Model, optimizer: optax.GradientTransformation
+) -> losses.TrainState:
+    """The state before the first step, a function of the config's seed."""
+    params = mutils.init_params(config, model, jax.random.key(config.seed))
+    return losses.TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def set_up(config: ConfigDict) -> Setup:
+    """Check a config.
+
+    Raises:
+      UserError: one line that says what is wrong with it.
+    """
+    validate(config, jax.device_count())
+    if jax.process_count() > 1:
+        raise UserError(
+            f"this is one of {jax.process_count()} processes; a run uses all devices of one"
+        )
+    sde, model = sde_lib.get_sde(config), mutils.create_model(config)
+    optimizer = losses.get_optimizer(config)
+    try:
+        shape = jax.eval_shape(lambda: init_state(config, model, optimizer))
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"config.model: no network can be built: {error}") from error
+    return Setup(sde, model, optimizer, datasets.get_num_levels(config), shape)
+
+
+def load_data(config: ConfigDict) -> Data:
+    """The data of a config.
+
+    Raises:
+      UserError: they are not there, or not as the config says.
+    """
+    return Data(*(datasets.get_dataset(config, split) for split in ("train", "test")))
+
+
+def mesh_shardings() -> tuple[NamedSharding, NamedSharding]:
+    """(rows over all devices, the same on all devices)."""
+    mesh = Mesh(np.array(jax.devices()), ("batch",))
+    return NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+
+
+def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
+    """(params, key) → (levels (batch_size, H, W, C) uint8, nfe), over all devices."""
+    full = -(-batch_size // jax.device_count()) * jax.device_count()
+    rows, everywhere = mesh_shardings()
+    make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
+    sample_fn = sampling.get_sampling_fn(config, setup.sde, make_score_fn, full)
+
+    def sample_levels(params: Any, key: Array) -> tuple[Array, Array, Array]:
+        x, nfe = sample_fn(params, key)
+        broken = jnp.sum(~jnp.isfinite(x).all(axis=(1, 2, 3)))
+        return datasets.to_levels(x, setup.num_levels, config), nfe, broken
+
+    compiled = jax.jit(sample_levels, out_shardings=(rows, everywhere, everywhere))
+
+    def sample(params: Any, key: Array) -> tuple[np.ndarray, int]:
+        levels, nfe, broken = compiled(jax.device_put(params, everywhere), key)
+        if broken:
+            log.warning(
+                "%d of %d samples are not finite and come out black: the weights are broken, or "
+                "the sampler failed",
+                *(broken, full),
+            )
+        return np.asarray(levels)[:batch_size], int(nfe)
+
+    return sample
+
+
+# (name, compute) → what compute() gives, or gave when that name was last asked for
+Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
+
+
+def sample_batches(
+    sample: Any, params: Any, seed: int, count: int, batch_size: int, keep: Keep | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Samples in batches, each a function of (seed, its number).
+
+    Args:
+      sample: of `get_sampler`, for this batch size.
+      params: of the network.
+      seed: of the config.
+      count, batch_size: how many samples, and how many at a time.
+      keep: recalls what was sampled before; None: nothing is kept.
+
+    Yields:
+      (levels (n, H, W, C) uint8, score evaluations).
+    """
+    key = jax.random.key(seed + 2)
+    for i, start in enumerate(range(0, count, batch_size)):
+
+        def draw(i: int = i) -> dict[str, np.ndarray]:
+            levels, nfe = sample(params, jax.random.fold_in(key, i))
+            return {"levels": levels, "nfe": np.array(nfe)}
+
+        part = keep(f"samples_{start:08}", draw) if keep else draw()
+        yield part["levels"][: count - start], int(part["nfe"])
