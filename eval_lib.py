@@ -42,8 +42,6 @@ from session import (
 
 log = logging.getLogger("soft_truncation")
 
-_FEATURE_BATCH = 100  # images a part of features
-
 
 def _get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Array]]:
     """(params, keys, x, levels) → NLL, NELBO, evaluations of a solve, (N,) each.
@@ -220,14 +218,24 @@ def _kept_features(
     progress = reporting.Progress(f"{extractor.name} features, {name}", images.count)
     folder = f"{images.digest}_{extractor.name}_{extractor.weights[:16]}"
     start = 0
-    for batch in images.batches():
-        for i in range(0, len(batch), _FEATURE_BATCH):
-            levels = batch[i : i + _FEATURE_BATCH]
-            label = f"{folder}/{start:08}_{len(levels)}"
-            part = parts.get(label, functools.partial(extractor.fn, levels))
-            progress.advance(len(levels), fresh=not parts.recalled)
-            start += len(levels)
-            yield part
+    for levels in _regrouped(images.batches(), extractor.batch_size):
+        label = f"{folder}/{start:08}_{len(levels)}"
+        part = parts.get(label, functools.partial(extractor.fn, levels))
+        progress.advance(len(levels), fresh=not parts.recalled)
+        start += len(levels)
+        yield part
+
+
+def _regrouped(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same rows, `size` at a time."""
+    waiting = np.zeros(0)
+    for batch in batches:
+        waiting = np.concatenate([waiting, batch]) if len(waiting) else batch
+        while len(waiting) >= size:
+            yield waiting[:size]
+            waiting = waiting[size:]
+    if len(waiting):
+        yield waiting
 
 
 def _of_dataset(dataset: datasets.Dataset, limit: int | None = None) -> _Images:
@@ -235,7 +243,7 @@ def _of_dataset(dataset: datasets.Dataset, limit: int | None = None) -> _Images:
     name = storage.digest(dataset.name, datasets.fingerprint(dataset), len(dataset))
 
     def batches() -> Iterator[np.ndarray]:
-        for batch in datasets.batches(dataset, _FEATURE_BATCH, count):
+        for batch in datasets.batches(dataset, 100, count):
             yield batch["image"]
 
     return _Images(count, name, batches)

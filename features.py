@@ -26,6 +26,7 @@ from jax import Array
 
 import datasets
 import evaluation
+import reporting
 from configs.default import UserError
 from models import inception
 from pth_reader import read_pth
@@ -51,11 +52,13 @@ class Extractor:
       name: `inception` or `classifier`.
       weights: the SHA-256 of its weights, which tells features of one from another's.
       fn: levels (N, H, W, C) uint8 → `features` (N, D) and `logits` (N, K), float32.
+      batch_size: a number of images that it does without filling up a batch.
     """
 
     name: str
     weights: str
     fn: Callable[[np.ndarray], dict[str, np.ndarray]]
+    batch_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,16 +168,6 @@ def apply_batched(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _cpu_options() -> dict[str, str] | None:
-    """What makes XLA's CPU convolutions twice as fast in jaxlib 0.10, where XLA knows of it."""
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
 def _download(path: pathlib.Path) -> bool:
     """Fetch Inception's published weights; False, with a line that says why, where that fails."""
     log.info("downloading Inception's weights for FID into %s", path)
@@ -227,13 +220,11 @@ def get_inception(path: str, cache_dir: pathlib.Path, num_levels: int) -> Extrac
         log.warning("%s is not the published file: figures are not comparable with others'", file)
 
     rows, everywhere = mesh_shardings()
-    on_cpu = jax.default_backend() == "cpu"
     params = jax.device_put(params, everywhere)
     model = inception.InceptionV3()
     apply = jax.jit(
         lambda params, images: model.apply({"params": params}, inception.prepare(images)),
         out_shardings=rows,
-        compiler_options=_cpu_options() if on_cpu else None,
     )
 
     def network(levels: np.ndarray) -> dict[str, Array]:
@@ -241,8 +232,9 @@ def get_inception(path: str, cache_dir: pathlib.Path, num_levels: int) -> Extrac
         values = apply(params, images)
         return {"features": values["pool_3"], "logits": values["logits_unbiased"]}
 
-    size = (16 if on_cpu else 128) * jax.device_count()
-    return Extractor("inception", weights, lambda levels: apply_batched(network, levels, size))
+    size = (16 if jax.default_backend() == "cpu" else 128) * jax.device_count()
+    fn = lambda levels: apply_batched(network, levels, size)  # noqa: E731
+    return Extractor("inception", weights, fn, max(size, 128))
 
 
 class Classifier(nn.Module):
@@ -280,7 +272,9 @@ def _train_classifier(
 
     opt_state = optimizer.init(params)
     rng = np.random.default_rng(0)
+    progress = reporting.Progress(f"training {train.name}'s classifier", steps * batch_size)
     for _ in range(steps):
+        progress.advance(batch_size)
         batch = train.source.fetch(rng.integers(len(train), size=batch_size))
         params, opt_state = step(params, opt_state, batch["image"], batch["label"])
     return params
@@ -316,7 +310,6 @@ def get_classifier(
     except (OSError, ValueError, KeyError, TypeError) as error:
         if path.exists():
             log.warning("%s is damaged (%s) and is made anew", path, error)
-        log.info("Training the classifier of %s for the features of fd_classifier", train.name)
         params = _train_classifier(model, params, train, steps, batch_size)
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
@@ -331,7 +324,8 @@ def get_classifier(
 
     leaves = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
     weights = hashlib.sha256(leaves).hexdigest()
-    extractor = Extractor("classifier", weights, lambda levels: apply_batched(network, levels, 500))
+    fn = lambda levels: apply_batched(network, levels, 500)  # noqa: E731
+    extractor = Extractor("classifier", weights, fn, 500)
     correct = [
         extractor.fn(batch["image"])["logits"].argmax(-1) == batch["label"]
         for batch in datasets.batches(test, 500, limit=10_000)

@@ -5,6 +5,7 @@ import tempfile
 
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=4"
+    " --xla_cpu_experimental_ynn_fusion_type="  # as main.py
     " --xla_backend_optimization_level=1"  # most programs here run once: compile time counts
 )
 os.environ["JAX_PLATFORMS"] = "cpu"

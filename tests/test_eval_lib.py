@@ -48,7 +48,7 @@ def inception(monkeypatch):
         rows = np.tanh(levels.reshape(len(levels), -1).astype(np.float32) / 16 @ projection)
         return {"features": rows, "logits": rows[:, :1008]}
 
-    extractor = features.Extractor("inception", "abc", fn)
+    extractor = features.Extractor("inception", "abc", fn, 7)
     monkeypatch.setattr(features, "get_inception", lambda *_: extractor)
     return extractor
 

@@ -9,8 +9,8 @@ import scipy.stats
 import datasets
 import import_checkpoint
 import losses
-import run_lib
 import sde_lib
+import session
 from models import utils as mutils
 from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, tiny_config
 
@@ -167,10 +167,10 @@ def test_soft_truncation_equals_the_equivalent_weight_in_expectation(k, importan
 
 
 def pmapped_step(config, num_devices):
-    setup, data = run_lib.set_up(config), run_lib.load_data(config)
+    setup, data = session.set_up(config), session.load_data(config)
     step_fn = losses.get_step_fn(config, setup.sde, setup.model, setup.optimizer, 17)
     devices = jax.devices()[:num_devices]
-    state = run_lib._init_state(config, setup.model, setup.optimizer)
+    state = session.init_state(config, setup.model, setup.optimizer)
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), state)
     batches = datasets.train_batches(data.train, config.training.batch_size, config.seed)
     return state, jax.pmap(step_fn, axis_name="batch", devices=devices), batches

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import run_lib
+import session
 import storage
 from configs.default import UserError, get_default_config, validate
 from tests.helpers import GOLDEN, tiny_config
@@ -48,7 +49,7 @@ def losses_of(workdir):
 
 
 def state_of(config, workdir):
-    setup = run_lib.set_up(config)
+    setup = session.set_up(config)
     return storage.restore_latest(config, workdir, setup.state_shape)
 
 
