@@ -214,43 +214,56 @@ def train_batches(
       batch_size: of the global batch, over all processes.
       seed: of the order; every epoch has its own.
       start_step: the first step to give a batch for.
-      process_index, process_count: this process takes every process_count-th image.
+      process_index, process_count: this process takes the process_index-th part of each batch.
 
     Yields:
       `image` (n, H, W, C) uint8 and `index` (n,) int32, each image's place in the global batch,
       with n = batch_size / process_count.
     """
-    index = np.arange(process_index, batch_size, process_count, dtype=np.int32)
+    share = batch_size // process_count
+    index = np.arange(process_index * share, (process_index + 1) * share, dtype=np.int32)
     stream = (
         grain.MapDataset.range(len(dataset))
         .shuffle(seed=seed)
         .repeat()
-        .slice(slice(start_step * batch_size + process_index, None, process_count))
-        .batch(len(index), drop_remainder=True)
-        .map(dataset.source.fetch)
+        .batch(batch_size, drop_remainder=True)
+        .slice(slice(start_step, None))
+        .map(lambda chosen: dataset.source.fetch(chosen[index]))
     )
     threads = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     for examples in stream.to_iter_dataset(threads):
         yield {"image": examples["image"], "index": index}
 
 
+def subset(dataset: Dataset, limit: int | None = None) -> np.ndarray:
+    """The places of `limit` examples drawn at random, in order; of all, if there are no more.
+
+    The same ones always. The first ones would not do: folders and sets can be sorted by class.
+    """
+    if limit is None or limit >= len(dataset):
+        return np.arange(len(dataset))
+    return np.sort(np.random.default_rng(0).permutation(len(dataset))[:limit])
+
+
 def in_order(dataset: Dataset, limit: int | None = None) -> Examples:
-    """The first `limit` examples, or all."""
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    return dataset.source.fetch(np.arange(count))
+    """All examples, or those of `subset`."""
+    return dataset.source.fetch(subset(dataset, limit))
 
 
 def batches(dataset: Dataset, size: int, limit: int | None = None) -> Iterator[Examples]:
-    """The first `limit` examples, or all, in order and `size` at a time."""
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    for start in range(0, count, size):
-        yield dataset.source.fetch(np.arange(start, min(start + size, count)))
+    """All examples, or those of `subset`, in order and `size` at a time."""
+    chosen = subset(dataset, limit)
+    for start in range(0, len(chosen), size):
+        yield dataset.source.fetch(chosen[start : start + size])
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A hash of some of the images, to tell data sets of one name apart."""
+    """A hash that tells data sets of one name apart."""
     probe = dataset.source.fetch(np.linspace(0, len(dataset) - 1, 64).astype(int))
-    return hashlib.sha256(probe["image"].tobytes() + probe["label"].tobytes()).hexdigest()[:16]
+    whole = hashlib.sha256(f"{dataset.name} {len(dataset)}".encode())
+    for part in (probe["image"].tobytes(), probe["label"].tobytes(), dataset.source.describe()):
+        whole.update(part)
+    return whole.hexdigest()[:16]
 
 
 @functools.partial(jax.vmap, in_axes=(0, 0))

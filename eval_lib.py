@@ -5,8 +5,10 @@ evaluation that was cut off goes on where it was. A part's name tells weights, d
 apart.
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import os
 import pathlib
@@ -19,9 +21,11 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+import checkpointing
 import datasets
 import evaluation
 import features
+import hosts
 import likelihood
 import reporting
 import sources
@@ -32,12 +36,14 @@ from models import utils as mutils
 from session import (
     Data,
     Setup,
+    gather,
     get_sampler,
     init_state,
     load_data,
     mesh_shardings,
     sample_batches,
     set_up,
+    spread,
 )
 
 log = logging.getLogger("soft_truncation")
@@ -62,7 +68,7 @@ def _get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Arr
             values |= nelbo_fn(params, nelbo_keys, levels, lossless=True)
         return values
 
-    return bpd_fn
+    return jax.jit(bpd_fn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +99,8 @@ def _bits_of_batch(
     x = datasets.scale(x, run.config.data.centered)
     # Read only if they are lossless.
     plain = datasets.to_model(images, run.setup.num_levels, run.config)
-    bits = run.bpd_fn(params, keys, *jax.device_put((x, plain), rows))
-    values = {name: np.asarray(value, np.float64) for name, value in bits.items()}
+    bits = run.bpd_fn(params, *spread((keys, x, plain), rows))
+    values = {name: gather(value).astype(np.float64) for name, value in bits.items()}
     for name, value in values.items():
         if not np.isfinite(value).all():
             raise UserError(
@@ -110,18 +116,21 @@ def _bits_per_dim(
     """NLL, NELBO and evaluations of the first `count` test images, (num_draws, count) each."""
     config, test = run.config, run.data.test
     _, everywhere = mesh_shardings()
-    params = jax.device_put(params, everywhere)
+    params = spread(params, everywhere)
     key, devices = jax.random.key(config.seed + 4), jax.device_count()
     full = -(-min(config.eval.batch_size, count) // devices) * devices
     solver = {k: config.eval[k] for k in ("batch_size", "nelbo_draws", "rtol", "atol")}
     digest = storage.digest(params, *_network_fields(config), solver, datasets.fingerprint(test))
     progress, drawn = reporting.Progress(f"bits/dim, {name}", count * num_draws), []
 
+    places = datasets.subset(test, count)
+
     def batch(draw: int, start: int, size: int) -> dict[str, np.ndarray]:
-        images = test.source.fetch(np.arange(start, start + size))["image"]
+        number = places[start : start + size]
+        images = test.source.fetch(number)["image"]
         # Filled up, so that all batches have one shape, and one program.
         images = np.pad(images, ((0, full - size), (0, 0), (0, 0), (0, 0)), mode="wrap")
-        number = jnp.arange(start, start + full)
+        number = np.pad(number, (0, full - size), mode="wrap")
         keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n), draw))(number)
         values = _bits_of_batch(run, params, images, keys)
         return {name: value[:size] for name, value in values.items()}
@@ -145,8 +154,8 @@ def _network_fields(config: ConfigDict) -> tuple[Any, ...]:
     return config.seed, config.data, config.model, {name: training[name] for name in names}
 
 
-def _gaussian_baseline(config: ConfigDict, data: Data, count: int) -> float | None:
-    """Bits/dim of the test images under a normal distribution fitted to the training images."""
+def _gaussian_baseline(config: ConfigDict, data: Data, count: int) -> np.ndarray | None:
+    """Bits/dim (count,) of test images under a normal distribution fitted to training images."""
     size, channels = config.data.image_size, config.data.num_channels
     dims, num_train = size * size * channels, min(len(data.train), 50_000)
     if dims > 4096 or num_train < 2 * dims:
@@ -172,6 +181,7 @@ def _evaluate_bpd(run: _Run, params: Any) -> dict[str, Any]:
     count, draws = run.num_test, run.config.eval.num_draws
     values = _bits_per_dim(run, params, count, draws, "trained network")
     report: dict[str, Any] = {"num_test_images": count, "num_draws": draws}
+    report |= {name: run.config.eval[name] for name in ("nelbo_draws", "rtol", "atol")}
     report["nll_nfe"] = float(values.pop("nfe").mean())
     for name in sorted(values):
         mean, stderr, of_draws = likelihood.mean_and_errors(values[name])
@@ -187,10 +197,14 @@ def _evaluate_baselines(run: _Run) -> dict[str, Any]:
     # One batch says it: such a network costs the same on every image, to a hundredth of a bit.
     few = min(run.num_test, run.config.eval.batch_size)
     values = _bits_per_dim(run, untrained, few, 1, "untrained network")
-    return {
-        "nll_untrained_network": float(values["nll"].mean()),
-        "nll_gaussian": _gaussian_baseline(run.config, run.data, run.num_test),
-    }
+    gaussian = _gaussian_baseline(run.config, run.data, run.num_test)
+    report: dict[str, Any] = {"num_images_untrained_network": few}
+    for name, bits in (("untrained_network", values["nll"][0]), ("gaussian", gaussian)):
+        if bits is not None:
+            estimate = evaluation.Estimate.of(bits)
+            report[f"nll_{name}"] = estimate.value
+            report[f"nll_{name}_stderr"] = estimate.stderr
+    return report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,15 +226,21 @@ class _Images:
 
 
 def _kept_features(
-    extractor: Extractor, images: _Images, parts: storage.Parts, name: str
+    extractor: Extractor, images: _Images, parts: storage.Parts, name: str, logits: bool = False
 ) -> Iterator[dict[str, np.ndarray]]:
-    """`features` and `logits` of images, part by part."""
+    """`features` of images, and `logits` if asked, part by part."""
     progress = reporting.Progress(f"{extractor.name} features, {name}", images.count)
     folder = f"{images.digest}_{extractor.name}_{extractor.weights[:16]}"
+    wanted = ("features", "logits") if logits else ("features",)
+
+    def compute(levels: np.ndarray) -> dict[str, np.ndarray]:
+        values = extractor.fn(levels)
+        return {name: values[name] for name in wanted}
+
     start = 0
     for levels in _regrouped(images.batches(), extractor.batch_size):
         label = f"{folder}/{start:08}_{len(levels)}"
-        part = parts.get(label, functools.partial(extractor.fn, levels))
+        part = parts.get(label, functools.partial(compute, levels))
         progress.advance(len(levels), fresh=not parts.recalled)
         start += len(levels)
         yield part
@@ -240,7 +260,7 @@ def _regrouped(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]
 
 def _of_dataset(dataset: datasets.Dataset, limit: int | None = None) -> _Images:
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    name = storage.digest(dataset.name, datasets.fingerprint(dataset), len(dataset))
+    name = storage.digest(datasets.fingerprint(dataset), count)
 
     def batches() -> Iterator[np.ndarray]:
         for batch in datasets.batches(dataset, 100, count):
@@ -255,9 +275,7 @@ def _features_only(parts: Iterable[dict[str, np.ndarray]]) -> Iterator[np.ndarra
 
 
 def _cache_dir(config: ConfigDict) -> pathlib.Path:
-    cache_dir = pathlib.Path(config.eval.cache_dir or features.default_cache_dir())
-    storage.make_folder(cache_dir, "eval.cache_dir")
-    return cache_dir
+    return pathlib.Path(config.eval.cache_dir or features.default_cache_dir())
 
 
 def _reference_facts(
@@ -282,18 +300,24 @@ def _inception_statistics(
     facts = _reference_facts(config, extractor, train)
     name = f"{train.name}_{config.data.image_size}_{storage.digest(facts)}.npz"
     path = pathlib.Path(config.eval.stats_path or _cache_dir(config) / "stats" / name)
-    if path.exists():
+    if hosts.on_main(path.exists):
         log.info("statistics of the training images: %s", path)
-        return features.load_statistics(path, facts), path
+        try:
+            return hosts.on_main(lambda: features.load_statistics(path, facts)), path
+        except UserError as error:
+            if config.eval.stats_path:
+                raise
+            log.warning("%s; they are made anew", error)
     if config.eval.stats_path and not make:
         raise UserError(f"eval.stats_path: there is no file {path}; --mode stats makes it")
-    storage.make_folder(path.parent, "eval.stats_path")
+    option = "eval.stats_path" if config.eval.stats_path else "eval.cache_dir"
+    hosts.on_main(lambda: storage.make_folder(path.parent, option))
     parts = storage.Parts(path.with_suffix(".parts"))
     images = _of_dataset(train, facts["num_images"])
     rows = _features_only(_kept_features(extractor, images, parts, "training images"))
     statistics = features.summarize(facts, rows, images.count)
-    features.save_statistics(statistics, path)
-    parts.discard()
+    hosts.on_main(lambda: features.save_statistics(statistics, path))
+    hosts.on_main(lambda: parts.discard(parts.used))
     log.info("statistics of %d training images in %s", images.count, path)
     return statistics, path
 
@@ -314,7 +338,7 @@ def _get_scorers(config: ConfigDict, data: Data, parts: storage.Parts) -> list[_
             facts = {
                 "inception_weights": extractor.weights,
                 "inception_is_published": extractor.weights == features.INCEPTION_SHA256,
-                "num_reference": statistics.facts.get("num_images"),
+                "num_reference": statistics.facts.get("num_images", statistics.count or None),
                 "statistics": str(path),
             }
             scorers.append(_Scorer(extractor, statistics, facts))
@@ -335,6 +359,8 @@ def _get_scorers(config: ConfigDict, data: Data, parts: storage.Parts) -> list[_
         "fd_classifier_of_test_images": evaluation.frechet_distance_of_moments(
             reference.mean, reference.cov, test.mean, test.cov
         ),
+        "num_test_images_for_scale": test.count,
+        "num_reference_classifier": reference.count,
         "classifier_accuracy": accuracy,
         "classifier_weights": extractor.weights,
     }
@@ -346,11 +372,12 @@ def _score(scorer: _Scorer, images: _Images, parts: storage.Parts) -> dict[str, 
     logits = []
 
     def rows() -> Iterator[np.ndarray]:
-        for part in _kept_features(scorer.extractor, images, parts, "samples"):
+        for part in _kept_features(scorer.extractor, images, parts, "samples", logits=True):
             logits.append(part["logits"])
             yield part["features"]
 
-    real, fake = scorer.reference, features.summarize({}, rows(), images.count)
+    # Another seed: the rows of both must not go together.
+    real, fake = scorer.reference, features.summarize({}, rows(), images.count, seed=1)
     inception = scorer.extractor.name == "inception"
     suffix = "" if inception else f"_{scorer.extractor.name}"
     distance = evaluation.frechet_distance_of_moments(real.mean, real.cov, fake.mean, fake.cov)
@@ -362,6 +389,7 @@ def _score(scorer: _Scorer, images: _Images, parts: storage.Parts) -> dict[str, 
         kernel = evaluation.split_kernel_distance(real.features, fake.features)
         precision, recall = evaluation.precision_recall(real.features, fake.features)
         report |= {
+            f"num_rows_kid{suffix}": min(len(real.features), len(fake.features)),
             f"kid{suffix}": kernel.value,
             f"kid{suffix}_stderr": kernel.stderr,
             f"precision{suffix}": precision,
@@ -383,12 +411,15 @@ def _samples_of_network(run: _Run, params: Any) -> tuple[_Images, dict[str, Any]
     digest = storage.digest(params, *_network_fields(config), config.sampling, size)
     keep = lambda name, compute: parts.get(f"{digest}/{name}", compute)  # noqa: E731
     batches = functools.partial(sample_batches, run.sample, params, config.seed, count, size, keep)
-    progress, evaluations = reporting.Progress("sampling", count), []
-    for levels, nfe in batches():
-        evaluations.append(nfe)
-        progress.advance(len(levels), f"{nfe} evaluations", fresh=not parts.recalled)
-    images = _Images(count, digest, lambda: (levels for levels, _ in batches()))
-    return images, {"num_samples": count, "sampling_nfe": round(float(np.mean(evaluations)))}
+    progress, evaluations, broken = reporting.Progress("sampling", count), [], 0
+    for part in batches():
+        evaluations.append(part.nfe)
+        broken += part.num_broken
+        note = f"{part.nfe} evaluations"
+        progress.advance(len(part.levels), note, fresh=not parts.recalled)
+    images = _Images(count, digest, lambda: (part.levels for part in batches()))
+    nfe = round(float(np.mean(evaluations)))
+    return images, {"num_samples": count, "sampling_nfe": nfe, "num_broken_samples": broken}
 
 
 def _given_samples(config: ConfigDict, num_levels: int) -> tuple[_Images, dict[str, Any]]:
@@ -407,9 +438,9 @@ def _given_samples(config: ConfigDict, num_levels: int) -> tuple[_Images, dict[s
 
 
 def _evaluate_samples(run: _Run, images: _Images, folder: pathlib.Path) -> dict[str, Any]:
-    few = next(images.batches())[:64]
+    few = next(_regrouped(images.batches(), 64))
     grid = datasets.levels_to_uint8(few, run.setup.num_levels)
-    reporting.save_grid(grid, folder / "samples.png")
+    hosts.on_main(lambda: reporting.save_grid(grid, folder / "samples.png"))
     report: dict[str, Any] = {}
     for scorer in run.scorers:
         report |= _score(scorer, images, run.parts)
@@ -419,15 +450,27 @@ def _evaluate_samples(run: _Run, images: _Images, folder: pathlib.Path) -> dict[
 def _evaluate_checkpoint(
     run: _Run, workdir: pathlib.Path, step: int, folder: pathlib.Path
 ) -> dict[str, Any]:
-    config = run.config
+    config, parts = run.config, run.parts
     log.info("evaluating step %d of %s", step, workdir)
-    params = storage.restore_step(config, workdir, run.setup.state_shape, step).ema_params
-    report: dict[str, Any] = {"step": step, "truncation": config.training.truncation}
-    if config.eval.enable_bpd:
-        report |= _evaluate_bpd(run, params)
-    if config.eval.enable_sampling:
-        images, facts = _samples_of_network(run, params)
-        report |= facts | _evaluate_samples(run, images, folder)
+    params = checkpointing.restore_step(config, workdir, run.setup.state_shape, step).ema_params
+    before = set(parts.used)
+
+    def score() -> dict[str, np.ndarray]:
+        hosts.on_main(lambda: reporting.clear(folder))
+        report: dict[str, Any] = {"step": step, "truncation": config.training.truncation}
+        report |= {"weights": "EMA", "weights_digest": storage.digest(params)}
+        if config.eval.enable_bpd:
+            report |= _evaluate_bpd(run, params)
+        if config.eval.enable_sampling:
+            images, facts = _samples_of_network(run, params)
+            report |= facts | _evaluate_samples(run, images, folder)
+        return {"json": np.array(json.dumps(report))}
+
+    # Of a sweep that was cut off, checkpoints that were done are not done again, and their samples
+    # need not wait on the disk for the others.
+    name = storage.digest(params, config, step)
+    report = json.loads(str(parts.get(f"{name}/report", score)["json"]))
+    hosts.on_main(lambda: parts.discard(parts.used - before - {name}))
     return report
 
 
@@ -446,42 +489,88 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     workdir = pathlib.Path(workdir)
     setup, data = set_up(config), load_data(config)
     given = _given_samples(config, setup.num_levels) if config.eval.samples else None
-    steps = [] if given else storage.steps_to_evaluate(config, workdir)
+    with contextlib.ExitStack() as stack:
+        steps = hosts.on_main(lambda: _take_hold(config, workdir, stack))
+        return _evaluate(config, setup, data, workdir, given, steps)
+
+
+def _take_hold(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitStack) -> list[int]:
+    """Lock eval/; the steps to evaluate."""
+    steps = [] if config.eval.samples else checkpointing.steps_to_evaluate(config, workdir)
     storage.claim_workdir(config, workdir, record=False)
+    storage.make_folder(workdir / "eval", "--workdir")
+    stack.enter_context(storage.locked(workdir / "eval"))
+    return steps
+
+
+def _evaluate(
+    config: ConfigDict,
+    setup: Setup,
+    data: Data,
+    workdir: pathlib.Path,
+    given: tuple[_Images, dict[str, Any]] | None,
+    steps: list[int],
+) -> dict[str, Any]:
     folder = workdir / "eval"
-    storage.make_folder(folder, "--workdir")
     parts = storage.Parts(folder / "parts")
     scorers = _get_scorers(config, data, parts) if config.eval.enable_sampling else []
+    if not scorers and (given or not config.eval.enable_bpd):
+        raise UserError("nothing would be scored; see the lines above, and the eval.enable_ fields")
     bpd_fn = _get_bpd_fn(config, setup)
     sample = get_sampler(config, setup, _sample_size(config))
     run = _Run(config, setup, data, parts, bpd_fn, sample, scorers)
+    if config.eval.enable_bpd and not given and run.num_test < 2:
+        raise UserError(f"{data.test.name} has one test image; a standard error needs 2 or more")
     about: dict[str, Any] = {"data": data.train.name, "num_levels": setup.num_levels}
     if given:
         images, facts = given
-        folder = folder / f"samples_{pathlib.Path(config.eval.samples).stem}"
+        name = pathlib.Path(config.eval.samples).resolve().name
+        folder = folder / f"samples_{name}_{images.digest[:8]}"
         log.info("evaluating %d images of %s", images.count, config.eval.samples)
         report = about | facts | _evaluate_samples(run, images, folder)
-        reporting.write_report(report, folder)
-    elif config.eval.enable_bpd:
-        about |= _evaluate_baselines(run)
-    reports = []
+        hosts.on_main(functools.partial(reporting.write_report, report, folder))
+    else:
+        about |= _evaluate_baselines(run) if config.eval.enable_bpd else {}
+        report = _evaluate_steps(run, workdir, steps, about)
+    hosts.on_main(lambda: _finish(parts, folder))
+    return report
+
+
+def _evaluate_steps(
+    run: _Run, workdir: pathlib.Path, steps: list[int], about: dict[str, Any]
+) -> dict[str, Any]:
+    """A report for each step, and of them all if there are several."""
+    reports, folder = [], workdir / "eval"
     for step in steps:
         of_step = folder / f"step_{step:08}" if len(steps) > 1 else folder
-        report = about | _evaluate_checkpoint(run, workdir, step, of_step)
+        try:
+            report = about | _evaluate_checkpoint(run, workdir, step, of_step)
+        except UserError as error:
+            if len(steps) == 1:
+                raise
+            log.warning("step %d is left out: %s", step, error)
+            continue
         reports.append(report)
-        reporting.plot_training(workdir / "metrics.jsonl", of_step / "training.png")
-        reporting.write_report(report, of_step)
-    if len(reports) > 1:
-        report = reporting.write_sweep(reports, folder)
-    parts.discard()
+        curve = workdir / "metrics.jsonl", of_step / "training.png"
+        hosts.on_main(functools.partial(reporting.plot_training, *curve))
+        hosts.on_main(functools.partial(reporting.write_report, report, of_step))
+    if not reports:
+        raise UserError("no checkpoint could be scored; the lines above say why")
+    if len(steps) > 1:
+        return hosts.on_main(lambda: reporting.write_sweep(reports, folder))
+    return report
+
+
+def _finish(parts: storage.Parts, folder: pathlib.Path) -> None:
+    """Show the report's table; what was kept for a second try is not needed any more."""
+    parts.discard(parts.used)
     for line in (folder / "report.md").read_text().splitlines():
         if line.startswith("|"):
             log.info("%s", line)
     log.info("report in %s", folder / "report.md")
-    return report
 
 
-def make_statistics(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
+def make_statistics(config: ConfigDict) -> pathlib.Path:
     """Make the statistics of the training images that FID compares samples with.
 
     Returns:
@@ -490,7 +579,6 @@ def make_statistics(config: ConfigDict, workdir: str | os.PathLike[str]) -> path
     Raises:
       UserError: there are no Inception weights, or the path has statistics of something else.
     """
-    del workdir  # they belong to the data, not to a run
     set_up(config)
     train = datasets.get_dataset(config, "train")
     extractor = features.get_inception(

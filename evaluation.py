@@ -83,17 +83,17 @@ def inception_score(logits: np.ndarray) -> float:
     """exp(E KL(p(y|x) ‖ p(y))) of classifier logits (N, K) (arXiv 1606.03498), one split."""
     logits = np.asarray(logits, np.float64)
     log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    p = np.exp(log_p)
-    return float(np.exp(np.mean(np.sum(p * (log_p - np.log(p.mean(0))), axis=1))))
+    log_mean = np.logaddexp.reduce(log_p, axis=0) - np.log(len(log_p))
+    return float(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_mean), axis=1))))
 
 
-def _shuffled(rows: np.ndarray) -> np.ndarray:
+def _shuffled(rows: np.ndarray, seed: int = 0) -> np.ndarray:
     """In an order of its own: files of a folder may come class by class."""
-    return rows[np.random.default_rng(0).permutation(len(rows))]
+    return rows[np.random.default_rng(seed).permutation(len(rows))]
 
 
 def split_inception_score(logits: np.ndarray, splits: int = 10) -> Estimate:
-    """The mean score over `splits` disjoint parts of the samples, as papers report it."""
+    """The mean score over `splits` disjoint parts of logits (N, K), as papers report it."""
     parts = np.array_split(_shuffled(logits), min(splits, len(logits)))
     return Estimate.of(np.array([inception_score(part) for part in parts]))
 
@@ -116,13 +116,14 @@ def kernel_inception_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def split_kernel_distance(a: np.ndarray, b: np.ndarray, size: int = 1000) -> Estimate:
-    """The mean kernel distance over disjoint subsets, at most `size` rows each, ten or more.
+    """The mean kernel distance of (N, D) and (M, D) over disjoint subsets, ten or more.
 
-    Subsets that share no row are independent, so that their scatter is an honest standard error.
+    Each has at most `size` rows. Subsets that share no row are independent, so that their scatter
+    is an honest standard error.
     """
     count = min(len(a), len(b))
     size = max(2, min(size, count // 10))
-    a, b = _shuffled(a), _shuffled(b)
+    a, b = _shuffled(a, 0), _shuffled(b, 1)
     starts = range(0, count - size + 1, size)
     return Estimate.of(
         np.array([kernel_inception_distance(a[i : i + size], b[i : i + size]) for i in starts])
@@ -155,16 +156,28 @@ def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[fl
         raise ValueError(f"precision and recall with k={k} need more than {k} rows in each set")
     centre = real.mean(axis=0)  # distances stay, and products lose fewer digits
     real, fake = real - centre, fake - centre
-    # Column k of a sorted row is the k-th neighbour; column 0 is the point itself.
-    radius = lambda x: np.partition(_squared_distances(x, x), k, axis=1)[:, k]  # noqa: E731
-    across = _squared_distances(real, fake)
-    precision = np.mean((across <= radius(real)[:, None]).any(axis=0))
-    recall = np.mean((across <= radius(fake)[None, :]).any(axis=1))
-    return float(precision), float(recall)
+
+    def squared_radius(x: np.ndarray) -> np.ndarray:
+        # Column k of a sorted row is the k-th neighbour; column 0 is the point itself.
+        return np.concatenate(
+            [np.partition(_squared_distances(rows, x), k, axis=1)[:, k] for rows in _chunks(x)]
+        )
+
+    def share_within(x: np.ndarray, others: np.ndarray) -> float:
+        radius = squared_radius(others)
+        within = [(_squared_distances(rows, others) <= radius).any(axis=1) for rows in _chunks(x)]
+        return float(np.mean(np.concatenate(within)))
+
+    return share_within(fake, real), share_within(real, fake)
 
 
-def gaussian_bits_per_dim(fitted: Moments, test: np.ndarray, offset: float) -> float:
-    """Bits/dim of `test` (M, D) under the normal distribution with the moments of training data.
+def _chunks(rows: np.ndarray) -> list[np.ndarray]:
+    """Some thousand rows at a time: all distances at once would fill the memory."""
+    return np.array_split(rows, -(-len(rows) // 2000))
+
+
+def gaussian_bits_per_dim(fitted: Moments, test: np.ndarray, offset: float) -> np.ndarray:
+    """Bits/dim (M,) of `test` (M, D) under the normal distribution of training data's moments.
 
     Both are dequantised and scaled. The fit is by maximum likelihood, with the full covariance.
     """
@@ -173,5 +186,5 @@ def gaussian_bits_per_dim(fitted: Moments, test: np.ndarray, offset: float) -> f
     factor = np.linalg.cholesky(cov)
     white = np.linalg.solve(factor, (test - fitted.mean).T)
     log_det = 2 * np.log(np.diag(factor)).sum()
-    nats = 0.5 * (np.mean(np.sum(white**2, axis=0)) + log_det + dims * np.log(2 * np.pi))
-    return float(nats / (dims * np.log(2)) + offset)
+    nats = 0.5 * (np.sum(white**2, axis=0) + log_det + dims * np.log(2 * np.pi))
+    return nats / (dims * np.log(2)) + offset

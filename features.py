@@ -7,11 +7,11 @@ as in `fd_classifier`, and are no FID.
 
 import dataclasses
 import hashlib
+import http.client
 import json
 import logging
 import os
 import pathlib
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,11 +26,12 @@ from jax import Array
 
 import datasets
 import evaluation
+import hosts
 import reporting
 from configs.default import UserError
 from models import inception
 from pth_reader import read_pth
-from session import mesh_shardings
+from session import gather, mesh_shardings, spread
 
 log = logging.getLogger("soft_truncation")
 
@@ -67,40 +68,51 @@ class Statistics:
 
     Attributes:
       facts: what they are of: extractor, weights, data set, image size, number, split.
+      count: of the images, 0 if that is not known.
       mean, cov: (D,), (D, D) float64.
       features: of a random subset, (n, D) float32; none: (0, D).
     """
 
     facts: dict[str, Any]
+    count: int
     mean: np.ndarray
     cov: np.ndarray
     features: np.ndarray
 
 
-def summarize(facts: dict[str, Any], batches: Iterable[np.ndarray], total: int) -> Statistics:
-    """The statistics of `total` rows of features that come batch by batch."""
+def summarize(
+    facts: dict[str, Any], batches: Iterable[np.ndarray], total: int, seed: int = 0
+) -> Statistics:
+    """The statistics of `total` rows of features that come in batches (n, D).
+
+    Sets that are compared need seeds of their own: if rows of one place in both went together,
+    and were of the same images, their kernel distance would not be unbiased.
+    """
     chosen = np.zeros(total, bool)
-    chosen[np.random.default_rng(0).permutation(total)[:SUBSET]] = True
+    chosen[np.random.default_rng(seed).permutation(total)[:SUBSET]] = True
     moments, kept, start = evaluation.Moments(), [], 0
     for batch in batches:
         moments.add(batch)
         kept.append(batch[chosen[start : start + len(batch)]])
         start += len(batch)
-    return Statistics(facts, moments.mean, moments.cov, np.concatenate(kept))
+    return Statistics(facts, moments.count, moments.mean, moments.cov, np.concatenate(kept))
 
 
 def save_statistics(statistics: Statistics, path: pathlib.Path) -> None:
     """Write an .npz with `mu` and `sigma`, as pytorch-fid has them, `features` and `facts`."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            mu=statistics.mean,
-            sigma=statistics.cov,
-            features=statistics.features,
-            facts=np.array(json.dumps(statistics.facts)),
-        )
-    partial.replace(path)
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            np.savez(
+                file,
+                mu=statistics.mean,
+                sigma=statistics.cov,
+                features=statistics.features,
+                facts=np.array(json.dumps(statistics.facts)),
+            )
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from error
 
 
 def load_statistics(path: pathlib.Path, facts: dict[str, Any]) -> Statistics:
@@ -121,12 +133,17 @@ def load_statistics(path: pathlib.Path, facts: dict[str, Any]) -> Statistics:
             mean, cov = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
             kept = arrays.get("features", np.zeros((0, *mean.shape), np.float32))
             recorded = json.loads(str(arrays["facts"])) if "facts" in arrays else {}
-            statistics = Statistics(recorded, mean, cov, kept)
-        dims = statistics.mean.size
+            number = recorded.get("num_images", 0) if isinstance(recorded, dict) else 0
+            statistics = Statistics(recorded, number, mean, cov, kept)
+        dims, rows = statistics.mean.size, statistics.features
         if statistics.mean.shape != (dims,) or statistics.cov.shape != (dims, dims):
             raise ValueError("mean and covariance do not belong together")
         if not (np.isfinite(statistics.mean).all() and np.isfinite(statistics.cov).all()):
             raise ValueError("its values are not finite")
+        if rows.shape[1:] != (dims,) or 0 < len(rows) < 4 or not np.isfinite(rows).all():
+            raise ValueError("its features do not belong to its mean")
+        if type(statistics.facts) is not dict:
+            raise ValueError("its facts are no facts")
         if dims != 2048:
             raise ValueError(f"it has {dims} features, and Inception's are 2048")
     except Exception as error:  # a damaged archive raises anything at all
@@ -134,8 +151,8 @@ def load_statistics(path: pathlib.Path, facts: dict[str, Any]) -> Statistics:
         raise UserError(f"{path} can't be read as statistics: {reason}") from error
     if not statistics.facts:
         log.warning("%s does not say what it is of; make sure that it is of the same images", path)
-    for name, ours in facts.items():
-        theirs = statistics.facts.get(name, ours)
+    for name, ours in facts.items() if statistics.facts else ():
+        theirs = statistics.facts.get(name)
         if theirs != ours:
             raise UserError(
                 f"{path} has {name} {theirs}, and here it is {ours}; name another file in "
@@ -158,7 +175,7 @@ def _batches(images: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def apply_batched(
-    fn: Callable[[np.ndarray], dict[str, Array]], images: np.ndarray, batch_size: int
+    fn: Callable[[np.ndarray], dict[str, Any]], images: np.ndarray, batch_size: int
 ) -> dict[str, np.ndarray]:
     """`fn` over `images` in batches of one size, the last one filled up and cut."""
     parts = [
@@ -180,7 +197,7 @@ def _download(path: pathlib.Path) -> bool:
             raise ValueError("what came is not the published file")
         partial.write_bytes(data)
         partial.replace(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         log.warning(
             "no FID: Inception's weights can't be downloaded (%s); get %s on another machine, and "
             "put it at %s or name it in eval.inception_path",
@@ -188,6 +205,26 @@ def _download(path: pathlib.Path) -> bool:
         )
         return False
     return True
+
+
+def _read_inception(file: pathlib.Path, given: bool) -> tuple[Any, str] | None:
+    """(parameters, SHA-256) of a file that is `given` or, if not, downloaded; None if it can't."""
+    if not given and not file.exists() and not _download(file):
+        return None
+    weights = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+    if not given and weights != INCEPTION_SHA256:
+        raise UserError(f"{file} is not the published file; delete it to download it again")
+    state = read_pth(file)
+    if not isinstance(state, dict):
+        raise UserError(f"{file} does not hold the weights of FID's Inception, or of any network")
+    try:
+        params = inception.convert_state(state)
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{file} does not hold the weights of FID's Inception: {reason}") from error
+    if weights != INCEPTION_SHA256:
+        log.warning("%s is not the published file: figures are not comparable with others'", file)
+    return params, weights
 
 
 def get_inception(path: str, cache_dir: pathlib.Path, num_levels: int) -> Extractor | None:
@@ -205,32 +242,22 @@ def get_inception(path: str, cache_dir: pathlib.Path, num_levels: int) -> Extrac
       UserError: `path` can't be read, or is not Inception's.
     """
     file = pathlib.Path(path) if path else cache_dir / INCEPTION_URL.rsplit("/", 1)[1]
-    if not path and not file.exists() and not _download(file):
+    found = hosts.on_main(lambda: _read_inception(file, bool(path)))
+    if not found:
         return None
-    state = read_pth(file)
-    weights = hashlib.sha256(file.read_bytes()).hexdigest()
-    try:
-        params = inception.convert_state(state)
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{file} does not hold the weights of FID's Inception: {reason}") from error
-    if weights != INCEPTION_SHA256:
-        if not path:
-            raise UserError(f"{file} is not the published file; delete it to download it again")
-        log.warning("%s is not the published file: figures are not comparable with others'", file)
-
+    params, weights = found
     rows, everywhere = mesh_shardings()
-    params = jax.device_put(params, everywhere)
+    params = spread(params, everywhere)
     model = inception.InceptionV3()
     apply = jax.jit(
         lambda params, images: model.apply({"params": params}, inception.prepare(images)),
         out_shardings=rows,
     )
 
-    def network(levels: np.ndarray) -> dict[str, Array]:
-        images = jax.device_put(datasets.levels_to_uint8(levels, num_levels), rows)
+    def network(levels: np.ndarray) -> dict[str, np.ndarray]:
+        images = spread(datasets.levels_to_uint8(levels, num_levels), rows)
         values = apply(params, images)
-        return {"features": values["pool_3"], "logits": values["logits_unbiased"]}
+        return {"features": gather(values["pool_3"]), "logits": gather(values["logits_unbiased"])}
 
     size = (16 if jax.default_backend() == "cpu" else 128) * jax.device_count()
     fn = lambda levels: apply_batched(network, levels, size)  # noqa: E731

@@ -291,6 +291,38 @@ def draw_truncation(key: Array, config: ConfigDict) -> Array:
     return prior.icdf(jax.random.uniform(key))
 
 
+def _image_keys(image_key: Array, i: Array) -> Array:
+    """Keys of an image's data, time, noise, dropout, and noise at the truncation."""
+    return jax.random.split(jax.random.fold_in(image_key, i), 5)
+
+
+def _times_and_weights(
+    config: ConfigDict, sde: SDE, u: Array, index: Array, tau: Array
+) -> tuple[Array, Array]:
+    """Times of images, and the weight of each one's loss, from uniform numbers; (N,) each."""
+    training = config.training
+    t, inverse_density = draw_times(sde, u, tau, training.importance_sampling)
+    weight = weighting(sde, t, training.likelihood_weighting) * inverse_density
+    if training.mixed:
+        other_t, other_inverse = draw_times(sde, u, tau, importance_sampling=False)
+        other_weight = weighting(sde, other_t, likelihood=False) * other_inverse
+        first = index % 2 == 0
+        t = jnp.where(first, t, other_t)
+        weight = jnp.where(first, weight, other_weight)
+    if training.truncation == "equivalent_weight":
+        prior = TruncationPrior(training.k, training.truncation_time)
+        weight = weight * prior.cdf(t)
+    return t, weight
+
+
+def times_of_step(config: ConfigDict, sde: SDE, step: int) -> tuple[Array, Array]:
+    """The truncation and the times (batch,) that the step after `step` steps trains at."""
+    tau_key, image_key = jax.random.split(step_key(config.seed, step))
+    tau, index = draw_truncation(tau_key, config), jnp.arange(config.training.batch_size)
+    u = jax.vmap(lambda i: jax.random.uniform(_image_keys(image_key, i)[1]))(index)
+    return tau, _times_and_weights(config, sde, u, index, tau)[0]
+
+
 def get_batch_loss_fn(
     config: ConfigDict, sde: SDE, model: mutils.Model, num_levels: int, train: bool
 ) -> Callable[[Any, Array, Array, Array], tuple[Array, Array]]:
@@ -304,7 +336,6 @@ def get_batch_loss_fn(
     """
     training, data = config.training, config.data
     scale = 1.0 / (data.image_size**2 * data.num_channels) if training.reduce_mean else 1.0
-    prior = TruncationPrior(training.k, training.truncation_time)
     lowest, width = datasets.level_grid(num_levels, data.centered)
 
     def loss_fn(params: Any, key: Array, images: Array, index: Array) -> tuple[Array, Array]:
@@ -312,30 +343,19 @@ def get_batch_loss_fn(
         tau = draw_truncation(tau_key, config)
 
         def draw(i: Array) -> tuple[Array, Array, Array, Array, Array]:
-            data_key, t_key, z_key, dropout_key, z_tau_key = jax.random.split(
-                jax.random.fold_in(image_key, i), 5
-            )
+            data_key, t_key, z_key, dropout_key, z_tau_key = _image_keys(image_key, i)
             z, z_tau = (jax.random.normal(k, images.shape[1:]) for k in (z_key, z_tau_key))
             return data_key, jax.random.uniform(t_key), z, dropout_key, z_tau
 
         data_keys, u, z, dropout_keys, z_tau = jax.vmap(draw)(index)
         x0 = datasets.preprocess(images, data_keys, num_levels, config, flip=train)
-        t, inverse_density = draw_times(sde, u, tau, training.importance_sampling)
-        weight = weighting(sde, t, training.likelihood_weighting) * inverse_density
-        if training.mixed:
-            other_t, other_inverse = draw_times(sde, u, tau, importance_sampling=False)
-            other_weight = weighting(sde, other_t, likelihood=False) * other_inverse
-            first = index % 2 == 0
-            t = jnp.where(first, t, other_t)
-            weight = jnp.where(first, weight, other_weight)
-        if training.truncation == "equivalent_weight":
-            weight = weight * prior.cdf(t)
+        t, weight = _times_and_weights(config, sde, u, index, tau)
         score_fn = mutils.get_score_fn(config, sde, model, params, train=train)
         if train:
             score_fn = lambda x, t, score=score_fn: score(x, t, dropout_keys)  # noqa: E731
         losses = score_matching_loss(score_fn, sde, x0, t, z, weight)
         if training.mixed:
-            ratio = jnp.ones(())
+            ratio, first = jnp.ones(()), index % 2 == 0
             if training.balanced:
                 ratio = _mean_ratio(losses, first, "batch" if train else None)
             losses = losses * jnp.where(first, 2, 2 * training.ddpm_weight * ratio)
@@ -369,6 +389,7 @@ def get_step_fn(
       step_fn(state, images, index) → (state, metrics): `images` (n, H, W, C) uint8 is this
       device's share of the global batch, `index` (n,) the places of its images in it. Metrics are
       scalars: the loss and the gradient's norm are of the global batch, `tau` is this device's.
+      If one of the first two is not finite, `skipped` is 1 and all but the state's step stays.
     """
     batch_loss_fn = get_batch_loss_fn(config, sde, model, num_levels, train=True)
     num_micro = config.optim.num_micro_batch
@@ -406,7 +427,14 @@ def get_step_fn(
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(config.model.ema_rate, state.step + 1)
         ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tau": tau}
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        params, ema_params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, ema_params, opt_state),
+            (state.params, state.ema_params, state.opt_state),
+        )
+        metrics = {"loss": loss, "grad_norm": grad_norm, "tau": tau, "skipped": 1 - finite}
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     return step_fn

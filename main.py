@@ -1,5 +1,6 @@
 """Train, evaluate, sample, …: python main.py --config configs/vp/digits_st.py --mode train."""
 
+import errno
 import importlib.metadata
 import logging
 import os
@@ -28,6 +29,13 @@ _MODE = flags.DEFINE_enum(
 )
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "--mode import: an official .pth file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/<config's folder>/<its name>.")
+_OVERRIDE = flags.DEFINE_bool("override", False, "--mode train: go on in another config's workdir.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "Several processes: host:port of process 0; README.md says more."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Ask SLURM, Open MPI or the TPU for these.")
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -65,29 +73,39 @@ def _default_workdir() -> str:
 def main(argv: list[str]) -> None:
     """Do what the flags say."""
     del argv
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would show a traceback for a full disk
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    logging.getLogger("soft_truncation").setLevel(logging.INFO)
-    import run_lib
-
-    run = {
-        "train": run_lib.train,
-        "eval": run_lib.evaluate,
-        "sample": run_lib.sample,
-        "stats": run_lib.make_statistics,
-    }
-    workdir = _WORKDIR.value or _default_workdir()
+    config, workdir = _CONFIG.value, _WORKDIR.value or _default_workdir()
     try:
-        if _MODE.value == "import":
-            if not _CHECKPOINT.value:
-                raise UserError("--mode import needs --checkpoint, an official .pth file")
-            run_lib.import_official(_CONFIG.value, workdir, _CHECKPOINT.value)
-        elif _CHECKPOINT.value:
+        import hosts
+
+        hosts.initialize(
+            *(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
+        )
+        import run_lib
+
+        level = logging.INFO if hosts.is_main() else logging.ERROR
+        logging.getLogger("soft_truncation").setLevel(level)
+        if _CHECKPOINT.value and _MODE.value != "import":
             raise UserError("--checkpoint is for --mode import")
+        if _MODE.value == "train":
+            run_lib.train(config, workdir, override=_OVERRIDE.value)
+        elif _MODE.value == "eval":
+            run_lib.evaluate(config, workdir)
+        elif _MODE.value == "sample":
+            run_lib.sample(config, workdir)
+        elif _MODE.value == "stats":
+            run_lib.make_statistics(config)
+        elif not _CHECKPOINT.value:
+            raise UserError("--mode import needs --checkpoint, an official .pth file")
         else:
-            run[_MODE.value](_CONFIG.value, workdir)
+            run_lib.import_official(config, workdir, _CHECKPOINT.value)
     except UserError as error:
         _fail(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        _fail(UserError(f"{error.filename or workdir} can't be written: {error.strerror}"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ It unpickles tensors and plain containers and nothing else. Both layouts are rea
 (since PyTorch 1.6), and the one before, a row of pickles with the storages behind them.
 """
 
-import dataclasses
 import io
 import math
 import pathlib
@@ -13,7 +12,7 @@ import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,13 +30,12 @@ _DTYPES: dict[str, np.dtype] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _StorageKind:
+# Tuples, which nothing in a pickle can change.
+class _StorageKind(NamedTuple):
     dtype: np.dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
     values: np.ndarray
 
 
@@ -71,21 +69,71 @@ _OPCODES = {
 _FindStorage = Callable[[np.dtype, str, int], _Storage]
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors and OrderedDict; refuses every other name, and every other opcode."""
+class _Dispatch(dict[int, Callable[[Any], None]]):
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        name = next((op.name for op in pickletools.opcodes if ord(op.code) == code), hex(code))
+        raise pickle.UnpicklingError(f"it has the pickle opcode {name}, which no checkpoint needs")
+
+
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Knows tensors and OrderedDict; refuses every other name, and every other opcode.
+
+    It is pickle's own in Python, whose operations can be taken away one by one.
+    """
+
+    stack: list[Any]  # of the base, as is this:
+    pop_mark: Callable[[], list[Any]]
+    dispatch = _Dispatch(
+        (ord(op.code), pickle._Unpickler.dispatch[ord(op.code)])  # type: ignore[attr-defined]
+        for op in pickletools.opcodes
+        if op.name in _OPCODES
+    )
 
     def __init__(self, file: io.BytesIO, find_storage: _FindStorage) -> None:
-        start, size = file.tell(), len(file.getbuffer())
-        for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name not in _OPCODES:
-                raise pickle.UnpicklingError(
-                    f"it has the pickle opcode {opcode.name}, which no checkpoint needs"
-                )
-            if opcode.name == "LONG_BINPUT" and (argument or 0) > size:
-                raise pickle.UnpicklingError("it numbers more objects than it can have")
-        file.seek(start)
         super().__init__(file)
         self._find_storage = find_storage
+
+    def load_build(self) -> None:
+        # An OrderedDict's attributes, which hold versions; nothing else has any.
+        self.stack.pop()
+        if type(self.stack[-1]) is not OrderedDict:
+            raise pickle.UnpicklingError("it sets attributes, which no tensor has")
+
+    def load_reduce(self) -> None:
+        arguments = self.stack.pop()
+        function = self.stack[-1]
+        if function is OrderedDict and arguments == ():
+            self.stack[-1] = OrderedDict()
+        elif function is _rebuild_tensor and type(arguments) is tuple:
+            self.stack[-1] = _rebuild_tensor(*arguments)
+        else:
+            raise pickle.UnpicklingError("it calls what no checkpoint needs")
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set(self.stack[-1], items)
+
+    def _set(self, target: Any, items: list[Any]) -> None:
+        if type(target) not in (dict, OrderedDict):
+            raise pickle.UnpicklingError("it sets an item of what is no dictionary")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            # Hashing a tuple of tuples of tuples … could end the process.
+            if type(key) not in (str, int):
+                raise pickle.UnpicklingError("it has a key that is neither a name nor a number")
+            target[key] = value
+
+    dispatch.update(
+        {
+            pickle.BUILD[0]: load_build,
+            pickle.REDUCE[0]: load_reduce,
+            pickle.SETITEM[0]: load_setitem,
+            pickle.SETITEMS[0]: load_setitems,
+        }
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):

@@ -147,22 +147,28 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
         if report.get(f"nll_{name}") is not None:
             gain = report[f"nll_{name}"] - report["nll"]
             verb = "beats" if gain > 0 else "does NOT beat"
+            few = report.get(f"num_images_{name}", report["num_test_images"])
+            of = "" if few == report["num_test_images"] else f" (itself scored on {few} of them)"
             yield (
-                f"Training {verb} {label} by {abs(gain):.3f} bits/dim on the test images "
+                f"Training {verb} {label}{of} by {abs(gain):.3f} bits/dim on the test images "
                 "(NLL with residual)."
             )
     if "nll" in report:
-        draws = report["num_draws"]
+        draws, but = report["num_draws"], ", but for the lossless"
         yield (
             f"Bits/dim: {report['num_test_images']} test images of {report['num_levels']} levels, "
-            f"uniformly dequantised, {draws} draw{'s' if draws > 1 else ''} each; "
-            f"{report['nll_nfe']:.0f} score evaluations a solve. "
+            f"uniformly dequantised{but if 'nelbo_lossless' in report else ''}, "
+            f"{draws} draw{'s' if draws > 1 else ''} each; {report['nll_nfe']:.0f} score "
+            f"evaluations a solve (rtol {report['rtol']:g}, atol {report['atol']:g}), "
+            f"{report['nelbo_draws']} times an image for NELBO. "
             f"The standard error is over images{' and draws' if draws > 1 else ''}."
         )
     if "samples" in report:
         yield f"Samples: {report['num_samples']} of {report['samples']}."
     elif "num_samples" in report:
         yield f"Samples: {report['num_samples']}, {report['sampling_nfe']} score evaluations each."
+        if report["num_broken_samples"]:
+            yield f"**{report['num_broken_samples']} samples were not finite, and count as black.**"
     if "fid" in report:
         published = report["inception_is_published"]
         yield (
@@ -170,14 +176,23 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
             f"({report['inception_weights'][:16]}){'' if published else ', not comparable'}; "
             f"against {report['num_reference'] or 'an unknown number of'} training images. The "
             "Inception score is the mean over 10 splits, KID over disjoint subsets; their standard "
-            "errors are over these."
+            "errors are over these. KID, precision and recall are of "
+            f"{report.get('num_rows_kid', 0)} of each."
         )
     if "fd_classifier" in report:
         yield (
             "Classifier: 64 units before the logits of a network trained on the labels "
             f"(test accuracy {report['classifier_accuracy']:.3f}, weights "
-            f"{report['classifier_weights'][:16]})."
+            f"{report['classifier_weights'][:16]}); against {report['num_reference_classifier']} "
+            f"training images. For scale, {report['num_test_images_for_scale']} test images: fewer "
+            "images, larger distance."
         )
+
+
+def clear(folder: pathlib.Path) -> None:
+    """Take an earlier report's pictures away, lest a new one shows them."""
+    for name in ("samples", "training", "scores"):
+        (folder / f"{name}.png").unlink(missing_ok=True)
 
 
 def write_report(report: dict[str, Any], folder: pathlib.Path) -> None:
@@ -212,10 +227,13 @@ def write_sweep(reports: list[dict[str, Any]], folder: pathlib.Path) -> dict[str
                 value += f" ± {_shown(report[f'{name}_stderr'])}"
             cells.append(f"**{value}**" if best[name] == report["step"] else value)
         text.append(f"| {' | '.join(cells)} |")
-    text += ["", "The best value of each score is bold.", ""]
+    text += ["", "The best value of each score is bold. Of the last of them:", ""]
+    text += [f"- {remark}" for remark in _remarks(reports[-1])]
+    text += ["", "The scores:", ""]
     text += [f"- `{name}`: {label}{f' [{unit}]' if unit else ''}." for name, label, unit, _ in rows]
-    _plot_sweep(reports, [name for name, *_ in rows], folder / "scores.png")
-    text += ["", "![scores](scores.png)"]
+    if rows:
+        _plot_sweep(reports, [name for name, *_ in rows], folder / "scores.png")
+        text += ["", "![scores](scores.png)"]
     sweep = {"data": reports[0]["data"], "checkpoints": reports, "best": best}
     _write(sweep, text, folder)
     return sweep

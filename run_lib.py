@@ -1,23 +1,26 @@
 """The loops: training, import and sampling in a workdir; eval_lib.py has the evaluation."""
 
+import contextlib
 import functools
+import json
 import logging
-import math
 import os
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+from jax import Array
 from ml_collections import ConfigDict
 from PIL import Image
 
+import checkpointing
 import controllable_generation
 import datasets
+import hosts
 import import_checkpoint
 import losses
 import reporting
@@ -28,12 +31,14 @@ from models import utils as mutils
 from session import (
     Data,
     Setup,
+    gather,
     get_sampler,
     init_state,
     load_data,
     mesh_shardings,
     sample_batches,
     set_up,
+    spread,
 )
 
 __all__ = ["evaluate", "import_official", "make_statistics", "sample", "train"]
@@ -78,66 +83,159 @@ def _report_start(config: ConfigDict, setup: Setup, data: Data, workdir: pathlib
         log.info("with the reconstruction loss, %s data", config.data.dequantization)
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> losses.TrainState:
+def train(
+    config: ConfigDict, workdir: str | os.PathLike[str], override: bool = False
+) -> losses.TrainState:
     """Train `config` in `workdir`, or go on where an interrupted run of it left off.
 
+    On SIGTERM or SIGINT it finishes the step, saves and returns.
+
+    Args:
+      config: of the run; the same on all processes.
+      workdir: of the run; the main process alone reads and writes it.
+      override: go on in the workdir of another config.
+
     Returns:
-      The final state.
+      The last state.
 
     Raises:
-      UserError: the config, the data or the workdir can't be used, or the loss is not finite.
+      UserError: the config, the data or the workdir can't be used, or the loss or the disk stays
+        broken.
     """
     workdir = pathlib.Path(workdir)
     setup, data = set_up(config), load_data(config)
-    storage.claim_workdir(config, workdir, record=True)
-    _report_start(config, setup, data, workdir)
-    devices = jax.local_devices()
-    num_local, num_steps = len(devices), config.training.n_iters
+    files = _Files(config, workdir) if hosts.is_main() else None
+    try:
+        with hosts.Preemption() as preemption:
+            restored = hosts.on_main(lambda: files and files.open(setup.state_shape, override))
+            _report_start(config, setup, data, workdir)
+            return _train(config, setup, data, workdir, files, restored, preemption)
+    finally:
+        if files:
+            files.close()
 
-    with storage.checkpoints(config, workdir) as manager:
-        latest = manager.latest_step()
-        if latest is None:
-            state = init_state(config, setup.model, setup.optimizer)
-            first_step = 0
-        else:
-            state, first_step = storage.restore(manager, setup.state_shape, latest), latest
-            log.info("resumed at step %d of %d", first_step, num_steps)
-        state = _replicate(state, num_local)
 
-        step_fn = losses.get_step_fn(
-            config, setup.sde, setup.model, setup.optimizer, setup.num_levels
+class _Files:
+    """What the main process has open while it trains."""
+
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path) -> None:
+        self._config, self._workdir = config, workdir
+        self._stack = contextlib.ExitStack()
+
+    def open(self, shape: losses.TrainState, override: bool) -> losses.TrainState | None:
+        """Take hold of the workdir; the newest state that is there, or None."""
+        config, workdir = self._config, self._workdir
+        storage.claim_workdir(config, workdir, record=False, override=override)
+        storage.make_folder(workdir, "--workdir")
+        self._stack.enter_context(storage.locked(workdir))
+        manager = self._stack.enter_context(checkpointing.checkpoints(config, workdir))
+        state = checkpointing.restore_newest(manager, shape)
+        storage.claim_workdir(config, workdir, record=True, override=override)
+        self.saver = checkpointing.Saver(manager, config.training.max_failed_saves)
+        self.metrics = storage.Metrics(workdir, 0 if state is None else int(state.step))
+        self._stack.callback(self.metrics.close)
+        return jax.tree.map(np.asarray, state)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _train(
+    config: ConfigDict,
+    setup: Setup,
+    data: Data,
+    workdir: pathlib.Path,
+    files: _Files | None,
+    restored: losses.TrainState | None,
+    preemption: hosts.Preemption,
+) -> losses.TrainState:
+    training, num_steps = config.training, config.training.n_iters
+    first_step = 0 if restored is None else int(restored.step)
+    if restored is not None:
+        log.info("resumed at step %d of %d", first_step, num_steps)
+    first = restored or init_state(config, setup.model, setup.optimizer)
+    state = _replicate(first, jax.local_device_count())
+    step_fn = losses.get_step_fn(config, setup.sde, setup.model, setup.optimizer, setup.num_levels)
+    parallel_step = jax.pmap(step_fn, axis_name="batch", donate_argnums=0)
+    test_loss = _get_test_loss(config, setup, data.test)
+    draw_grid = _get_grid_fn(config, setup, workdir)
+    batches = datasets.train_batches(
+        data.train,
+        training.batch_size,
+        config.seed,
+        first_step,
+        *(jax.process_index(), jax.process_count()),
+    )
+    tally = _Tally()
+    steps = _steps(config, setup, state, parallel_step, batches, tally, files, workdir)
+    for state, step in steps:
+        done, stop = step == num_steps, preemption.requested(step)
+        if files and (step % training.eval_freq == 0 or done):
+            loss = test_loss(_first(state.ema_params))
+            files.metrics.write(step, {"test_loss": loss})
+            log.info("step %d | loss on test images, with EMA %.4g", step, loss)
+        if files and (_saves(config, step) or stop):
+            if tally.read()["streak"]:
+                log.warning("step %d | the loss is not finite: not saved", step)
+            else:
+                files.saver.save(step, _first(state))
+        if stop and not done:
+            break
+        if training.snapshot_sampling and (step % training.snapshot_freq == 0 or done):
+            path = draw_grid(_first(state.ema_params), f"step_{step:08d}.png")
+            log.info("step %d | samples in %s", step, path)
+    state = _first(state)
+    if files:
+        if not files.saver.settle():
+            raise UserError("the last checkpoint could not be saved; make room and run this again")
+        reporting.plot_training(workdir / "metrics.jsonl", workdir / "training.png")
+    if int(state.step) < num_steps:
+        log.info(
+            "stopped and saved at step %d of %d; the same command goes on", state.step, num_steps
         )
-        parallel_step = jax.pmap(step_fn, axis_name="batch", donate_argnums=0)
-        test_loss = _get_test_loss(config, setup, data.test)
-        draw_grid = _get_grid_fn(config, setup, workdir)
-        batches = datasets.train_batches(
-            data.train,
-            config.training.batch_size,
-            config.seed,
-            first_step,
-        )
-        metrics = storage.Metrics(workdir, first_step)
-        try:
-            steps = _steps(config, state, parallel_step, batches, first_step, metrics)
-            for state, step in steps:
-                done = step == num_steps
-                if step % config.training.eval_freq == 0 or done:
-                    loss = test_loss(_first(state.ema_params))
-                    metrics.write(step, {"test_loss": loss})
-                    log.info("step %d | loss on test images, with EMA %.4g", step, loss)
-                snapshot = step % config.training.snapshot_freq == 0 or done
-                if snapshot or step % config.training.snapshot_freq_for_preemption == 0:
-                    saved = jax.tree.map(np.asarray, _first(state))
-                    manager.save(step, args=ocp.args.StandardSave(saved), force=True)
-                if snapshot and config.training.snapshot_sampling:
-                    path = draw_grid(_first(state.ema_params), f"step_{step:08d}.png")
-                    log.info("step %d | samples in %s", step, path)
-        finally:
-            metrics.close()
-            manager.wait_until_finished()
-    reporting.plot_training(workdir / "metrics.jsonl", workdir / "training.png")
-    log.info("done: %d steps; checkpoints and curves are in %s", num_steps, workdir)
-    return _first(state)
+    else:
+        log.info("done: %d steps; checkpoints and curves are in %s", num_steps, workdir)
+    return state
+
+
+def _saves(config: ConfigDict, step: int) -> bool:
+    training = config.training
+    regular = (training.snapshot_freq, training.snapshot_freq_for_preemption)
+    return step == training.n_iters or any(step % freq == 0 for freq in regular)
+
+
+@jax.jit
+def _add(tally: dict[str, Array], values: dict[str, Array]) -> dict[str, Array]:
+    skipped = values["skipped"]
+    return {
+        "loss": tally["loss"] + jnp.where(skipped, 0, values["loss"]),
+        "steps": tally["steps"] + 1 - skipped,
+        "skipped": tally["skipped"] + skipped,
+        "streak": (tally["streak"] + 1) * skipped,
+    }
+
+
+class _Tally:
+    """Sums over steps, kept on the device so that no step waits for the host."""
+
+    def __init__(self) -> None:
+        self.reset(0)
+
+    def reset(self, streak: int) -> None:
+        """Begin a new window; `streak` steps before it were skipped."""
+        zero = np.zeros((), np.int32)
+        self._sums: dict[str, Any] = {
+            **{"loss": np.zeros((), np.float32), "steps": zero, "skipped": zero},
+            "streak": np.array(streak, np.int32),
+        }
+
+    def add(self, values: dict[str, Array]) -> None:
+        """Take in a step's metrics."""
+        self._sums = _add(self._sums, {name: values[name] for name in ("loss", "skipped")})
+
+    def read(self) -> dict[str, float]:
+        """`loss`: summed over `steps` that were not `skipped`; `streak`: skipped in a row."""
+        return {name: np.asarray(value).item() for name, value in self._sums.items()}
 
 
 def import_official(
@@ -157,8 +255,10 @@ def import_official(
     if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
         raise UserError(f"{workdir} has checkpoints already; choose another --workdir")
     storage.claim_workdir(config, workdir, record=True)
-    with storage.checkpoints(config, workdir) as manager:
-        manager.save(int(state.step), args=ocp.args.StandardSave(state), force=True)
+    with storage.locked(workdir), checkpointing.checkpoints(config, workdir) as manager:
+        saver = checkpointing.Saver(manager, max_failures=1)
+        saver.save(int(state.step), state)
+        saver.settle()
     log.info(
         "imported %s: %s, %s parameters, step %d, into %s",
         *(path, config.model.name, f"{mutils.count_params(setup.state_shape.params):,}"),
@@ -180,59 +280,88 @@ def _first(tree: Any) -> Any:
 
 def _steps(
     config: ConfigDict,
+    setup: Setup,
     state: losses.TrainState,
     parallel_step: Any,
     batches: Iterator[dict[str, np.ndarray]],
-    first_step: int,
-    metrics: storage.Metrics,
+    tally: _Tally,
+    files: _Files | None,
+    workdir: pathlib.Path,
 ) -> Iterator[tuple[losses.TrainState, int]]:
     """Train, log, and give (state, steps done) after every step.
 
     Raises:
-      UserError: loss or gradient is not finite at a step that is logged or saved.
+      UserError: loss or gradient was not finite for too many steps in a row.
     """
     training, num_local = config.training, jax.local_device_count()
-    batch_size, num_steps = training.batch_size, training.n_iters
     shard = lambda x: x.reshape(num_local, -1, *x.shape[1:])  # noqa: E731
-    window_start, window_steps, total = time.time(), 0, jnp.zeros(())
-    compiled = False
+    first_step, num_steps = int(_first(state.step)), training.n_iters
+    window_start, window_steps, compiled = time.time(), 0, False
     for step in range(first_step + 1, num_steps + 1):
         batch = next(batches)
         state, values = parallel_step(state, shard(batch["image"]), shard(batch["index"]))
-        total, window_steps = total + _first(values["loss"]), window_steps + 1
-        saves = step % training.snapshot_freq_for_preemption == 0 or step == num_steps
-        saves = saves or step % training.snapshot_freq == 0
-        logs = step % training.log_freq == 0 or step == num_steps or not compiled
-        if saves or logs:
-            loss, norm = float(_first(values["loss"])), float(_first(values["grad_norm"]))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                tau = float(_first(values["tau"]))
-                raise UserError(
-                    f"the loss is {loss} and its gradient's norm {norm} at step {step} "
-                    f"(τ = {tau:.3g}); training stops, and the last checkpoint is kept"
-                )
-        if logs:
+        values = _first(values)
+        tally.add(values)
+        window_steps += 1
+        logs = step % training.log_freq == 0 or step == num_steps
+        if logs or not compiled or _saves(config, step):
+            sums = tally.read()
+            if sums["streak"] >= training.max_skipped_steps:
+                _give_up(config, setup, step, sums["streak"], values, files, workdir)
+        if logs or not compiled:
             seconds = time.time() - window_start
-            rate = batch_size * window_steps / seconds
-            mean = float(total) / window_steps
-            if compiled or step % training.log_freq == 0 or step == num_steps:
-                row = {"loss": mean, "grad_norm": norm, "tau": float(_first(values["tau"]))}
-                metrics.write(step, {**row, "images_per_second": rate} if compiled else row)
+            rate = training.batch_size * window_steps / seconds
+            mean = sums["loss"] / max(sums["steps"], 1)
+            if logs and files and sums["steps"]:
+                row = {"loss": mean, "tau": float(values["tau"])}
+                if not values["skipped"]:
+                    row["grad_norm"] = float(values["grad_norm"])
+                row |= {"images_per_second": rate} if compiled else {}
+                row |= {"skipped": sums["skipped"]} if sums["skipped"] else {}
+                files.metrics.write(step, row)
+            skipped = f" | {sums['skipped']} steps skipped" if sums["skipped"] else ""
             if compiled:
                 left = reporting.clock((num_steps - step) * seconds / window_steps)
                 log.info(
-                    "step %d/%d | %.0f images/s | loss %.4g | %s left",
-                    *(step, num_steps, rate, mean, left),
+                    "step %d/%d | %.0f images/s | loss %.4g%s | %s left",
+                    *(step, num_steps, rate, mean, skipped, left),
                 )
             else:
                 log.info(
-                    "step %d/%d | compiled in %.0f s | loss %.4g", step, num_steps, seconds, mean
+                    "step %d/%d | compiled in %.0f s | loss %.4g%s",
+                    *(step, num_steps, seconds, mean, skipped),
                 )
+            if logs or not compiled:
+                tally.reset(int(sums["streak"]))
             compiled = True
-            window_start, window_steps, total = time.time(), 0, jnp.zeros(())
+            window_start, window_steps = time.time(), 0
         before = time.time()
         yield state, step
         window_start += time.time() - before  # what is done between steps is not training
+
+
+def _give_up(
+    config: ConfigDict,
+    setup: Setup,
+    step: int,
+    streak: float,
+    values: dict[str, Array],
+    files: _Files | None,
+    workdir: pathlib.Path,
+) -> NoReturn:
+    """Stop a run whose loss stays not finite, and leave what it was at."""
+    tau, t = losses.times_of_step(config, setup.sde, step - 1)
+    path = workdir / "not_finite.json"
+    numbers = {name: repr(float(values[name])) for name in ("loss", "grad_norm")}
+    facts = {"step": step, **numbers, "tau": float(tau), "t": np.asarray(t, float).tolist()}
+    if files:
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+    raise UserError(
+        f"the loss is {numbers['loss']} and its gradient's norm {numbers['grad_norm']} at step "
+        f"{step} (τ = {float(tau):.3g}, t from {float(t.min()):.3g} to {float(t.max()):.3g}), not "
+        f"finite for {streak} steps in a row; training stops, the last good checkpoint is kept, "
+        f"and {path} has all times"
+    )
 
 
 def _get_test_loss(config: ConfigDict, setup: Setup, test: datasets.Dataset) -> Any:
@@ -268,9 +397,10 @@ def _get_grid_fn(config: ConfigDict, setup: Setup, workdir: pathlib.Path) -> Any
     sample = get_sampler(config, setup, config.sampling.batch_size)
 
     def draw(params: Any, name: str) -> pathlib.Path:
-        levels, _ = sample(params, jax.random.key(config.seed + 3))
+        levels = sample(params, jax.random.key(config.seed + 3)).levels
         path = workdir / "samples" / name
-        reporting.save_grid(datasets.levels_to_uint8(levels, setup.num_levels), path)
+        if hosts.is_main():
+            reporting.save_grid(datasets.levels_to_uint8(levels, setup.num_levels), path)
         return path
 
     return draw
@@ -287,26 +417,27 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     workdir = pathlib.Path(workdir)
     setup, task = set_up(config), config.sampling.task
     data = None if task == "generate" else load_data(config)
-    state = storage.restore_latest(config, workdir, setup.state_shape)
+    state = checkpointing.restore_latest(config, workdir, setup.state_shape)
     log.info("task %s with step %d of %s", task, int(state.step), workdir)
-    storage.make_folder(workdir / "samples", "--workdir")
+    hosts.on_main(lambda: storage.make_folder(workdir / "samples", "--workdir"))
     path = workdir / "samples" / ("samples.png" if task == "generate" else f"{task}.png")
     if data is None:
         count, parts = config.sampling.n_images, []
         progress = reporting.Progress("sampling", count)
         size = min(config.sampling.batch_size, count)
         sampler = get_sampler(config, setup, size)
-        for levels, nfe in sample_batches(sampler, state.ema_params, config.seed, count, size):
-            parts.append(datasets.levels_to_uint8(levels, setup.num_levels))
-            progress.advance(len(levels), f"{nfe} evaluations")
+        for part in sample_batches(sampler, state.ema_params, config.seed, count, size):
+            parts.append(datasets.levels_to_uint8(part.levels, setup.num_levels))
+            progress.advance(len(part.levels), f"{part.nfe} evaluations")
         images = np.concatenate(parts)
-        arrays = {"samples": images}
-        reporting.save_grid(images, path)
+        arrays, columns, grid = {"samples": images}, 0, images
     else:
         arrays = _complete(config, setup, data.test, state.ema_params)
         images = arrays["samples"]
-        reporting.save_grid(_completion_rows(arrays), path, columns=_PER_IMAGE + 2)
-    np.savez_compressed(path.with_suffix(".npz"), **cast(Any, arrays))
+        columns, grid = _PER_IMAGE + 2, _completion_rows(arrays)
+    if hosts.is_main():
+        reporting.save_grid(grid, path, columns)
+        np.savez_compressed(path.with_suffix(".npz"), **cast(Any, arrays))
     log.info("%d images in %s and %s", len(images), path, path.with_suffix(".npz"))
     return path
 
@@ -351,7 +482,7 @@ def _complete(
     complete = controllable_generation.get_completion_fn(config, setup.sde, make_score_fn)
     size = min(config.sampling.batch_size, count)
     size = -(-size // jax.device_count()) * jax.device_count()
-    params, parts = jax.device_put(params, everywhere), []
+    params, parts = spread(params, everywhere), []
     progress = reporting.Progress(config.sampling.task, len(originals))
     for i in range(0, len(originals), size):
         batch = originals[i : i + size]
@@ -359,7 +490,8 @@ def _complete(
         batch = np.pad(batch, ((0, size - kept), (0, 0), (0, 0), (0, 0)), mode="wrap")
         x = datasets.to_model(batch, setup.num_levels, config)
         key = jax.random.fold_in(jax.random.key(config.seed + 5), i)
-        completed = complete(params, key, jax.device_put(x, rows), jnp.asarray(mask))
+        shared = spread((key, jnp.asarray(mask)), everywhere)
+        completed = jnp.asarray(gather(complete(params, shared[0], spread(x, rows), shared[1])))
         parts.append(np.asarray(datasets.to_levels(completed, setup.num_levels, config))[:kept])
         progress.advance(kept)
     if config.sampling.task == "colorize":

@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -63,10 +64,6 @@ def set_up(config: ConfigDict) -> Setup:
       UserError: one line that says what is wrong with it.
     """
     validate(config, jax.device_count())
-    if jax.process_count() > 1:
-        raise UserError(
-            f"this is one of {jax.process_count()} processes; a run uses all devices of one"
-        )
     sde, model = sde_lib.get_sde(config), mutils.create_model(config)
     optimizer = losses.get_optimizer(config)
     try:
@@ -91,8 +88,39 @@ def mesh_shardings() -> tuple[NamedSharding, NamedSharding]:
     return NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
 
 
+def spread(tree: Any, sharding: NamedSharding) -> Any:
+    """Arrays that all processes have alike, laid out over the devices of all."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def place(x: Any) -> Array:
+        if isinstance(x, Array) and not x.is_fully_addressable:
+            return x  # it is laid out already
+        if isinstance(x, Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(x)))
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+
+    return jax.tree.map(place, tree)
+
+
+def gather(x: Array) -> np.ndarray:
+    """An array that is laid out over the devices of all processes, whole, on each of them."""
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+class Samples(NamedTuple):
+    """A batch of samples."""
+
+    levels: np.ndarray  # (n, H, W, C) uint8
+    nfe: int  # score evaluations for each
+    num_broken: int  # of those that are not finite
+
+
 def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
-    """(params, key) → (levels (batch_size, H, W, C) uint8, nfe), over all devices."""
+    """(params, key) → `batch_size` Samples, over all devices."""
     full = -(-batch_size // jax.device_count()) * jax.device_count()
     rows, everywhere = mesh_shardings()
     make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
@@ -100,20 +128,21 @@ def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
 
     def sample_levels(params: Any, key: Array) -> tuple[Array, Array, Array]:
         x, nfe = sample_fn(params, key)
-        broken = jnp.sum(~jnp.isfinite(x).all(axis=(1, 2, 3)))
+        broken = ~jnp.isfinite(x).all(axis=(1, 2, 3))
         return datasets.to_levels(x, setup.num_levels, config), nfe, broken
 
-    compiled = jax.jit(sample_levels, out_shardings=(rows, everywhere, everywhere))
+    compiled = jax.jit(sample_levels, out_shardings=(rows, everywhere, rows))
 
-    def sample(params: Any, key: Array) -> tuple[np.ndarray, int]:
-        levels, nfe, broken = compiled(jax.device_put(params, everywhere), key)
+    def sample(params: Any, key: Array) -> Samples:
+        levels, nfe, broken = compiled(*spread((params, key), everywhere))
+        broken = gather(broken)[:batch_size].sum()
         if broken:
             log.warning(
                 "%d of %d samples are not finite and come out black: the weights are broken, or "
                 "the sampler failed",
-                *(broken, full),
+                *(broken, batch_size),
             )
-        return np.asarray(levels)[:batch_size], int(nfe)
+        return Samples(gather(levels)[:batch_size], int(nfe), int(broken))
 
     return sample
 
@@ -124,7 +153,7 @@ Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray
 
 def sample_batches(
     sample: Any, params: Any, seed: int, count: int, batch_size: int, keep: Keep | None = None
-) -> Iterator[tuple[np.ndarray, int]]:
+) -> Iterator[Samples]:
     """Samples in batches, each a function of (seed, its number).
 
     Args:
@@ -134,15 +163,14 @@ def sample_batches(
       count, batch_size: how many samples, and how many at a time.
       keep: recalls what was sampled before; None: nothing is kept.
 
-    Yields:
-      (levels (n, H, W, C) uint8, score evaluations).
     """
     key = jax.random.key(seed + 2)
     for i, start in enumerate(range(0, count, batch_size)):
 
         def draw(i: int = i) -> dict[str, np.ndarray]:
-            levels, nfe = sample(params, jax.random.fold_in(key, i))
-            return {"levels": levels, "nfe": np.array(nfe)}
+            drawn = sample(params, jax.random.fold_in(key, i))
+            return {name: np.asarray(value) for name, value in drawn._asdict().items()}
 
         part = keep(f"samples_{start:08}", draw) if keep else draw()
-        yield part["levels"][: count - start], int(part["nfe"])
+        levels = part["levels"][: count - start]
+        yield Samples(levels, int(part["nfe"]), int(part["num_broken"]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import pathlib
 import struct
 import zlib
@@ -25,6 +26,10 @@ class Source(Protocol):
 
     def fetch(self, indices: np.ndarray) -> Examples: ...
 
+    def describe(self) -> bytes:
+        """What tells these examples from others, short of reading them all from disk."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
@@ -38,6 +43,9 @@ class ArraySource:
 
     def fetch(self, indices: np.ndarray) -> Examples:
         return {"image": self.images[indices], "label": self.labels[indices]}
+
+    def describe(self) -> bytes:
+        return hashlib.sha256(np.ascontiguousarray(self.images).data).digest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +90,16 @@ class FolderSource:
         try:
             with Image.open(file) as opened:
                 return self.fit(opened)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged file makes PIL raise anything at all
             raise UserError(f"{file} is not a readable image: {error}") from error
 
     def fetch(self, indices: np.ndarray) -> Examples:
         images = np.stack([self._read(self.files[i]) for i in indices])
         return {"image": images, "label": self.labels[indices]}
+
+    def describe(self) -> bytes:
+        sizes = [(file.name, file.stat().st_size) for file in self.files]
+        return hashlib.sha256(repr(sizes).encode()).digest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +123,9 @@ class TFDSSource:
         images = [self._fitted(e["image"]) for e in examples]
         labels = np.array([e.get("label", 0) for e in examples])
         return {"image": np.stack(images), "label": labels}
+
+    def describe(self) -> bytes:
+        return b""  # published sets do not change
 
 
 def load_tfds(name: str, split: str, data_dir: str, fit: Fit | None = None) -> TFDSSource:
@@ -169,6 +184,9 @@ class TFRecordSource:
                 file.seek(self.offsets[i])
                 images.append(self._parse(file.read(self.lengths[i]), int(i)))
         return {"image": np.stack(images), "label": np.zeros(len(images), np.int64)}
+
+    def describe(self) -> bytes:
+        return str(self.path.stat().st_size).encode()
 
 
 def load_tfrecords(path: pathlib.Path) -> TFRecordSource:
@@ -232,8 +250,13 @@ def load_samples(path: pathlib.Path, size: int, channels: int) -> Source:
       UserError: there are none, or not of this size.
     """
 
+    mode = "L" if channels == 1 else "RGB"
+
     def as_it_is(image: Image.Image) -> np.ndarray:
-        array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        # Another mode would be converted, and then it is not these images that are scored.
+        if image.mode != mode:
+            raise ValueError(f"its mode is {image.mode}, and {mode} is needed")
+        array = np.asarray(image)
         if array.shape[:2] != (size, size):
             raise ValueError(f"it is {image.width}×{image.height}, not {size}×{size} pixels")
         return array.reshape(size, size, channels)
@@ -244,9 +267,10 @@ def load_samples(path: pathlib.Path, size: int, channels: int) -> Source:
             raise UserError(f"eval.samples: {path} has {len(files)} images; 4 or more are needed")
         return FolderSource(files, np.zeros(len(files), int), as_it_is)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it is not an .npz")
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("it is not an .npz")
+        with loaded as file:
             known = [name for name in ("samples", "arr_0") if name in file.files] or file.files
             if len(known) > 1 and known == file.files:
                 raise ValueError(f"it has the arrays {', '.join(known)}, and none named samples")

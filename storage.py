@@ -1,6 +1,7 @@
-"""What a run keeps in its workdir: its config, its checkpoints and its metrics."""
+"""What a run keeps in its workdir: config, lock, metrics, parts of long work; not checkpoints."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -8,17 +9,14 @@ import os
 import pathlib
 import shutil
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-import losses
+import hosts
 import reporting
 from configs.default import UserError, get_default_config
 
@@ -56,17 +54,24 @@ def make_folder(folder: pathlib.Path, option: str) -> None:
     """Make a folder, or raise UserError with the `option` that named it if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"{option}: {folder} can't be written to: {error.strerror}") from error
 
 
-def claim_workdir(config: ConfigDict, workdir: pathlib.Path, record: bool) -> None:
-    """Make sure that the workdir is this config's; `record` the config in its config.json."""
+def claim_workdir(
+    config: ConfigDict, workdir: pathlib.Path, record: bool, override: bool = False
+) -> None:
+    """Make sure that the workdir is this config's; `record` the config in its config.json.
+
+    Raises:
+      UserError: it is another one's, and not to `override`; or it can't be written to.
+    """
     path = workdir / "config.json"
     fields = json.loads(config.to_json_best_effort())
-    if path.exists():
+    if path.exists() and not override:
         try:
             old = json.loads(path.read_text())
         except ValueError as error:
@@ -74,91 +79,32 @@ def claim_workdir(config: ConfigDict, workdir: pathlib.Path, record: bool) -> No
         difference = _first_difference(old, fields)
         if difference:
             raise UserError(
-                f"{workdir} belongs to another config: {difference}; "
-                "choose another --workdir, or delete this one"
+                f"{workdir} belongs to another config: {difference}; choose another --workdir, "
+                "delete this one, or go on with it by --override"
             )
     if record:
         make_folder(workdir, "--workdir")
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(fields, indent=1) + "\n")
-        partial.replace(path)
+        try:
+            partial.write_text(json.dumps(fields, indent=1) + "\n")
+            partial.replace(path)
+        except OSError as error:
+            raise UserError(f"{path} can't be written: {error.strerror}") from error
 
 
-def checkpoints(
-    config: ConfigDict, workdir: pathlib.Path, read_only: bool = False
-) -> ocp.CheckpointManager:
-    """Keeps every `snapshot_freq`-th step for good, and the last two besides.
-
-    `read_only` leaves alone what a training run may be writing there at the same time.
-    """
-    if read_only:
-        options = ocp.CheckpointManagerOptions(read_only=True)
-    else:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, keep_period=config.training.snapshot_freq, cleanup_tmp_directories=True
-        )
-    return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
-
-
-def restore(
-    manager: ocp.CheckpointManager, shape: losses.TrainState, step: int
-) -> losses.TrainState:
-    """The state of one checkpoint, of the given shapes; UserError if it can't be read."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shape
-    )
-    try:
-        return manager.restore(step, args=ocp.args.StandardRestore(target))
-    except Exception as error:  # whatever the files' damage makes Orbax raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the checkpoint {manager.directory / str(step)} can't be read ({reason[:200]}); "
-            "move it away to go on from the one before"
-        ) from error
-
-
-def steps_to_evaluate(config: ConfigDict, workdir: pathlib.Path) -> list[int]:
-    """The steps of checkpoints from eval.begin_ckpt to eval.end_ckpt; of the newest, if both are 0.
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Hold a folder; the system lets it go when the process ends, however it does.
 
     Raises:
-      UserError: there are none.
+      UserError: another process holds it.
     """
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir} has no checkpoint; run --mode train first")
-    with checkpoints(config, workdir, read_only=True) as manager:
-        steps = sorted(manager.all_steps())
-    if not steps:
-        raise UserError(f"{workdir}/checkpoints has no checkpoint; run --mode train first")
-    if not config.eval.end_ckpt:
-        return steps[-1:]
-    bounds = (config.eval.begin_ckpt, config.eval.end_ckpt)
-    first, last = (number * config.training.snapshot_freq for number in bounds)
-    chosen = [step for step in steps if first <= step <= last]
-    if not chosen:
-        raise UserError(
-            f"{workdir} has no checkpoint from step {first} to {last} (eval.begin_ckpt and "
-            f"end_ckpt times training.snapshot_freq); it has {', '.join(map(str, steps))}"
-        )
-    return chosen
-
-
-def restore_step(
-    config: ConfigDict, workdir: pathlib.Path, shape: losses.TrainState, step: int
-) -> losses.TrainState:
-    """The state of a checkpoint, for evaluation and sampling."""
-    claim_workdir(config, workdir, record=False)
-    with checkpoints(config, workdir, read_only=True) as manager:
-        return restore(manager, shape, step)
-
-
-def restore_latest(
-    config: ConfigDict, workdir: pathlib.Path, shape: losses.TrainState
-) -> losses.TrainState:
-    """The state of the newest checkpoint."""
-    config = config.copy_and_resolve_references()
-    config.eval.update(begin_ckpt=0, end_ckpt=0)
-    return restore_step(config, workdir, shape, *steps_to_evaluate(config, workdir))
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is at work in {folder}; wait for it") from error
+        yield
 
 
 def digest(*what: Any) -> str:
@@ -181,21 +127,32 @@ class Parts:
     def __init__(self, folder: pathlib.Path) -> None:
         """Keep them below `folder`, which needs not be there."""
         self._folder = folder
+        self.used: set[str] = set()  # folders in it
         self.recalled = False  # whether the last `get` found what an earlier run left
 
     def get(self, name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """What compute() gives, from disk if it was computed before."""
+        """What compute() gives, from disk if it was computed before; the same on all processes."""
         path = self._folder / f"{name}.npz"
-        self.recalled = False
-        if path.exists():
-            try:
-                with np.load(path, allow_pickle=False) as file:
-                    values = {key: file[key] for key in file.files}
-                self.recalled = True
-                return values
-            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
-                log.warning("%s is damaged and is made anew", path)
+        self.used.add(name.split("/")[0])
+        kept = hosts.share(self._read(path) if hosts.is_main() else None)
+        self.recalled = kept is not None
+        if self.recalled:
+            return kept
         values = compute()
+        hosts.on_main(lambda: self._write(path, values))
+        return values
+
+    def _read(self, path: pathlib.Path) -> dict[str, np.ndarray] | None:
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {key: file[key] for key in file.files}
+        except Exception:  # a damaged archive raises anything at all
+            log.warning("%s is damaged and is made anew", path)
+            return None
+
+    def _write(self, path: pathlib.Path, values: dict[str, np.ndarray]) -> None:
         partial = path.with_suffix(f".{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,11 +164,13 @@ class Parts:
                 f"{path} can't be written ({error.strerror}); mend that and run it again: it goes "
                 "on from here"
             ) from error
-        return values
 
-    def discard(self) -> None:
-        """Delete them all: the whole is done."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def discard(self, names: set[str]) -> None:
+        """Delete folders that were `used`; those of other work that was cut off stay."""
+        for name in names:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()  # if it is empty
 
 
 @contextlib.contextmanager
@@ -228,6 +187,11 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def reason(error: Exception) -> str:
+    """The first line of what an exception says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 class Metrics:
     """One JSON object a line in metrics.jsonl, and TensorBoard where TensorFlow is installed."""
 
@@ -239,7 +203,7 @@ class Metrics:
             partial = path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
             partial.replace(path)
-        self._file = path.open("a")
+        self._file, self._full = path.open("a"), False
         try:
             with _quiet_stderr():  # TensorFlow's C++ greets whatever its log level
                 from clu import metric_writers
@@ -250,14 +214,28 @@ class Metrics:
             self._writer = None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one row."""
+        """Append one row; while the disk is full, rows wait in memory."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._flush()
         if self._writer is not None:
-            self._writer.write_scalars(step, values)
+            try:
+                self._writer.write_scalars(step, values)
+            except Exception as error:  # TensorFlow's own errors
+                log.warning("TensorBoard's file can't be written (%s)", reason(error))
+                self._writer = None
+
+    def _flush(self) -> None:
+        try:
+            self._file.flush()
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                log.warning("metrics.jsonl can't be written now: %s", error.strerror)
+            self._full = True
 
     def close(self) -> None:
         """Flush and close all files."""
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._writer is not None:
             self._writer.close()

@@ -25,6 +25,7 @@ def get_default_config() -> ConfigDict:
     data.category = ""  # LSUN: bedroom, church_outdoor, …
     data.path = ""  # folder of images or of IDX files; empty: where the data set usually is
     data.tfrecords_path = ""  # CelebAHQ, FFHQ: the file, as StyleGAN's dataset_tool.py writes it
+    data.skip_unreadable = False  # of a folder: leave out files that are no images, not stop
     data.tfds_dir = ""  # where TFDS keeps its data; empty: TFDS's own default
     data.image_size = 32
     data.num_channels = 3
@@ -95,6 +96,8 @@ def get_default_config() -> ConfigDict:
     training.snapshot_freq = 100_000  # checkpoints that are kept for good
     training.snapshot_freq_for_preemption = 10_000  # checkpoints to resume from; two are kept
     training.snapshot_sampling = True  # a grid of samples at every snapshot
+    training.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite: stop
+    training.max_failed_saves = 3  # in a row: stop
 
     config.sampling = sampling = ConfigDict()
     sampling.method = "pc"  # pc, ode, heun or dpm_solver
@@ -185,6 +188,8 @@ _POSITIVE = [
     "training.eval_freq",
     "training.snapshot_freq",
     "training.snapshot_freq_for_preemption",
+    "training.max_skipped_steps",
+    "training.max_failed_saves",
     "sampling.num_steps",
     "sampling.n_steps_each",
     "sampling.snr",

@@ -183,16 +183,19 @@ def test_bits_of_a_known_density_are_exact(known_density):
 @pytest.mark.parametrize("name", ["nll", "nelbo"])
 def test_standard_errors_cover_the_truth_at_their_rate(known_density, name):
     values, exact, expected = known_density
-    covered, covered_by_draws = 0, 0
+    covered, covered_by_draws, narrow = 0, 0, 0
     for i in range(100):
         part = np.s_[:, 40 * i : 40 * (i + 1)]
         mean, stderr, of_draws = likelihood.mean_and_errors(values[name][part])
         covered += abs(mean - expected) < 1.96 * stderr
+        narrow += abs(mean - expected) < 0.674 * stderr
         # Of these very images the value is known, and only the draws are uncertain.
         covered_by_draws += abs(mean - exact[part[1]].mean()) < 1.96 * of_draws
     # 95 of 100 are expected; a binomial count is within 86 … 100 but once in 1,000 times.
     assert 86 <= covered <= 100
     assert 86 <= covered_by_draws <= 100
+    # Nor are they too large: 50 of 100 lie within the median error.
+    assert 34 <= narrow <= 66
 
 
 def test_the_error_of_a_mean_over_images_and_draws():

@@ -71,7 +71,7 @@ def test_a_missing_file_is_refused(tmp_path):
     ("payload", "reason"),
     [
         (pickle.dumps({"model": b"bytes"}, protocol=4), "opcode FRAME"),
-        (b"cos\nsystem\n(S'true'\ntR.", "opcode STRING"),
+        (b"cos\nsystem\n(S'true'\ntR.", r"os\.system"),
         (b"(ios\nsystem\n.", "opcode INST"),
         (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", r"builtins\.eval"),
         (b"\x80\x02cnumpy\nload\n.", r"numpy\.load"),
@@ -102,8 +102,12 @@ def rebuild(size, stride, kind=b"FloatStorage", offset=b"K\x00"):
         (rebuild(b"J\xff\xff\xff\x7f\x85", b"K\x00\x85"), "beyond its storage"),  # stride 0
         (rebuild(b"K\x02\x85", b"J\xff\xff\xff\xff\x85"), "not a whole number"),
         (rebuild(b"ctorch\nIntStorage\n\x85", b"K\x01\x85"), "not a whole number"),
-        (rebuild(b"ctorch\nIntStorage\n(K\x02tR\x85", b"K\x01\x85"), "not callable"),
-        (b"\x80\x02}r\xff\xff\xff\x01.", "numbers more objects"),
+        (rebuild(b"ctorch\nIntStorage\n(K\x02tR\x85", b"K\x01\x85"), "calls what"),
+        # A storage's values, exchanged for what the bounds are not checked against.
+        (rebuild(b"", b"").split(b"K\x00")[0] + b"}b.", "sets attributes"),
+        (b"\x80\x02})" + b"\x85" * 1000 + b"Ns.", "neither a name nor a number"),
+        (b"\x80\x02ccollections\nOrderedDict\n]\x85R.", "calls what"),
+        (b"\x80\x02]K\x00Ns.", "what is no dictionary"),
     ],
 )
 def test_tensors_can_not_reach_beyond_the_file(layout, tmp_path, payload, reason):
