@@ -26,12 +26,8 @@ def checkpoints(
     It is the main process's alone. `read_only` leaves alone what a training run may be writing
     there at the same time.
     """
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=0, active_processes={0}, barrier_sync_key_prefix="main"
-    )
-    processes = alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions()
     if read_only:
-        options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=processes)
+        options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_alone())
     else:
         (workdir / "checkpoints").mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(
@@ -39,23 +35,31 @@ def checkpoints(
             keep_period=config.training.snapshot_freq,
             cleanup_tmp_directories=True,
             create=False,
-            multiprocessing_options=processes,
+            multiprocessing_options=_alone(),
         )
     return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
 
 
-def restore(
-    manager: ocp.CheckpointManager, shape: losses.TrainState, step: int
-) -> losses.TrainState:
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For files that are the main process's alone."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="main"
+    )
+
+
+def restore(folder: pathlib.Path, shape: losses.TrainState, step: int) -> losses.TrainState:
     """The state of one checkpoint, of the given shapes; UserError if it can't be read."""
+    path = folder.resolve() / str(step)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shape
     )
     try:
-        return manager.restore(step, args=ocp.args.StandardRestore(target))
+        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+            return checkpointer.restore(path / "default", target)
     except Exception as error:  # whatever the files' damage makes Orbax raise
-        path = manager.directory / str(step)
         raise UserError(f"the checkpoint {path} can't be read ({storage.reason(error)})") from error
 
 
@@ -72,7 +76,7 @@ def restore_newest(
     damaged: list[int] = []
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            state = restore(manager, shape, step)
+            state = restore(pathlib.Path(manager.directory), shape, step)
         except UserError as error:
             log.warning("%s; trying the one before", error)
             damaged.append(step)
@@ -176,8 +180,7 @@ def restore_step(
 
     def read() -> losses.TrainState:
         storage.claim_workdir(config, workdir, record=False)
-        with checkpoints(config, workdir, read_only=True) as manager:
-            return jax.tree.map(np.asarray, restore(manager, shape, step))
+        return jax.tree.map(np.asarray, restore(workdir / "checkpoints", shape, step))
 
     return hosts.on_main(read)
 

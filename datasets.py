@@ -111,6 +111,7 @@ def _load_folder(config: ConfigDict, split: str, fit: Fit) -> Dataset:
     if not own_splits:
         # Every tenth file in the order of names is a test image.
         files = [p for i, p in enumerate(files) if (i % 10 == 9) == (split == "test")]
+    files = sources.readable(files, config.data.skip_unreadable)
     if not files:
         raise UserError(
             f"data.path: {root} has no images ({', '.join(sources.IMAGE_SUFFIXES)}) for the "

@@ -74,6 +74,9 @@ def main(argv: list[str]) -> None:
     """Do what the flags say."""
     del argv
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would show a traceback for a full disk
+    # The same: what Orbax's threads can't raise anywhere, they would show.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     config, workdir = _CONFIG.value, _WORKDIR.value or _default_workdir()
     try:

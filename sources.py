@@ -1,8 +1,10 @@
 """Where images come from: arrays, folders, TFDS, TFRecords, IDX files; each with random access."""
 
+import concurrent.futures
 import dataclasses
 import gzip
 import hashlib
+import logging
 import pathlib
 import struct
 import zlib
@@ -12,7 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+import reporting
 from configs.default import UserError
+
+log = logging.getLogger("soft_truncation")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -231,6 +236,39 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
     except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
         raise UserError(f"{path} can't be read as an IDX file: {error}") from error
+
+
+def readable(files: list[pathlib.Path], skip: bool) -> list[pathlib.Path]:
+    """Those of the files that are whole images; all are read once, in threads.
+
+    Raises:
+      UserError: some are not, and they are not to be skipped; it names the first of them.
+    """
+    progress = reporting.Progress("checking image files", len(files))
+
+    def problem(file: pathlib.Path) -> str:
+        try:
+            with Image.open(file) as image:
+                image.load()
+        except Exception as error:  # a damaged file makes PIL raise anything at all
+            return str(error) or type(error).__name__
+        return ""
+
+    problems = {}
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        for file, reason in zip(files, threads.map(problem, files), strict=True):
+            progress.advance(1)
+            if reason:
+                problems[file] = reason
+    if problems and not skip:
+        file, reason = next(iter(problems.items()))
+        raise UserError(
+            f"{len(problems)} of {len(files)} files in data.path are no readable images, the first "
+            f"of them {file} ({reason}); mend or remove them, or set data.skip_unreadable=True"
+        )
+    for file, reason in problems.items():
+        log.warning("left out: %s is not a readable image (%s)", file, reason)
+    return [file for file in files if file not in problems]
 
 
 def image_files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -26,7 +26,7 @@ log = logging.getLogger("soft_truncation")
 _FREE_FIELDS = {
     "training": (
         *("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_sampling"),
-        "snapshot_freq_for_preemption",
+        *("snapshot_freq_for_preemption", "max_skipped_steps", "max_failed_saves"),
     ),
     "data": ("path", "tfds_dir", "tfrecords_path"),
     "model": ("num_scales",),

@@ -1,0 +1,263 @@
+"""What clusters, disks and people do to a run, done to it really."""
+
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import datasets
+import hosts
+import losses
+import run_lib
+import session
+from configs.default import UserError
+from tests.helpers import tiny_config
+from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
+
+
+def steps_of(workdir):
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir with checkpoints at steps 3, 6 and 9."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_lib.train(tiny_config(n_iters=9, snapshot_freq=3), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def damage(folder, how):
+    if how == "truncated":
+        largest(folder).write_bytes(largest(folder).read_bytes()[:100])
+    elif how == "missing file":
+        largest(folder).unlink()
+    elif how == "no metadata":
+        for path in folder.rglob("_METADATA"):
+            path.unlink()
+    else:
+        shutil.rmtree(folder / "default")
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing file", "no metadata", "no state"])
+def test_a_damaged_checkpoint_is_passed_over(trained, run, how, caplog):
+    caplog.set_level(logging.INFO, "soft_truncation")
+    damage(run / "checkpoints" / "9", how)
+    config = tiny_config(n_iters=9, snapshot_freq=3)
+    # Evaluation and training say so; training goes on from the one before.
+    with pytest.raises(UserError, match=r"checkpoints/9 can't be read"):
+        state_of(config, run)
+    state = run_lib.train(config, run)
+    assert "trying the one before" in caplog.text and "resumed at step 6" in caplog.text
+    assert_identical(state, state_of(config, trained))
+    assert steps_of(run) == [3, 6, 9]
+    assert len(list((run / "damaged_checkpoints").iterdir())) == 1
+    assert losses_of(run) == losses_of(trained)
+
+
+def test_if_no_checkpoint_can_be_read_nothing_is_changed(run):
+    for step in (3, 6, 9):
+        damage(run / "checkpoints" / str(step), "truncated")
+    before = sorted(path for path in run.rglob("*") if path.name != ".lock")
+    with pytest.raises(UserError, match="none of the 3 checkpoints"):
+        run_lib.train(tiny_config(n_iters=12, snapshot_freq=3), run)
+    assert sorted(path for path in run.rglob("*") if path.name != ".lock") == before
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(run):
+    code = "import storage, pathlib, sys, time\n"
+    code += (
+        "with storage.locked(pathlib.Path(sys.argv[1])):\n print(1, flush=True)\n time.sleep(99)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    config = tiny_config(n_iters=9, snapshot_freq=3)
+    with pytest.raises(UserError, match="another process is at work"):
+        run_lib.train(config, run)
+    process.kill()
+    process.wait()
+    assert int(run_lib.train(config, run).step) == 9
+
+
+def poisoned(monkeypatch, steps):
+    """The loss of the steps after so many is not a number."""
+    make = losses.get_batch_loss_fn
+
+    def get_batch_loss_fn(config, *args, **kwargs):
+        loss_fn = make(config, *args, **kwargs)
+        keys = jax.vmap(lambda n: jax.random.key_data(losses.step_key(config.seed, n)))(steps)
+
+        def poisoned_fn(params, key, images, index):
+            values, tau = loss_fn(params, key, images, index)
+            hit = (jax.random.key_data(key) == keys).all(axis=-1).any()
+            return values * jax.numpy.where(hit, jax.numpy.nan, 1), tau
+
+        return poisoned_fn
+
+    monkeypatch.setattr(losses, "get_batch_loss_fn", get_batch_loss_fn)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(trained, tmp_path, monkeypatch, caplog):
+    config = tiny_config(n_iters=9, snapshot_freq=3)
+    caplog.set_level(logging.INFO, "soft_truncation")
+    poisoned(monkeypatch, np.array([4, 5]))
+    state = run_lib.train(config, tmp_path / "run")
+    assert int(state.step) == 9
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    # Adam has made seven steps, and two are missing in the log.
+    counts = {int(leaf) for leaf in jax.tree.leaves(state.opt_state) if np.ndim(leaf) == 0}
+    assert counts == {7}
+    assert set(losses_of(tmp_path / "run")) == {1, 2, 3, 4, 7, 8, 9}
+    assert caplog.text.count("1 steps skipped") == 2
+    # The checkpoint of step 6, the second of the two, was not saved: its last loss was not finite.
+    assert steps_of(tmp_path / "run") == [3, 9]
+    # Before it, the run is the undisturbed one.
+    same = losses_of(trained)
+    assert all(losses_of(tmp_path / "run")[step] == same[step] for step in (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_times_of_a_step_are_those_it_trains_at(mixed, monkeypatch):
+    config, seen = tiny_config(mixed=mixed), []
+    setup = session.set_up(config)
+
+    def score_matching_loss(score_fn, sde, x0, t, z, weight):
+        seen.append(t)
+        return np.zeros(8)
+
+    monkeypatch.setattr(losses, "score_matching_loss", score_matching_loss)
+    fn = losses.get_batch_loss_fn(config, setup.sde, setup.model, 17, train=False)
+    images = np.zeros((8, 8, 8, 1), np.uint8)
+    _, tau = fn(None, losses.step_key(config.seed, 5), images, np.arange(8))
+    expected_tau, expected = losses.times_of_step(config, setup.sde, 5)
+    np.testing.assert_array_equal(tau, expected_tau)
+    np.testing.assert_array_equal(seen[0], expected)
+
+
+def limited(limit):
+    """For a child: files can't grow beyond so many bytes, as on a disk that is full."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+
+def start(*args, **kwargs):
+    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=1")
+    env.pop("JAX_COMPILATION_CACHE_DIR")  # its files would be cut as well
+    return subprocess.Popen(
+        command("vp/digits_st.py", *TINY, *args),
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def test_a_full_disk_is_waited_for_and_at_last_stops_the_run(tmp_path):
+    steps = [
+        "--config.training.n_iters=100000",
+        "--config.training.snapshot_freq_for_preemption=20",
+    ]
+    steps += [f"--workdir={tmp_path}/run", "--config.training.max_failed_saves=1000"]
+    process = start(*steps, preexec_fn=limited(20_000))
+    for line in process.stderr:
+        if "can't be saved" in line:
+            break
+    assert "training goes on" in line
+    assert steps_of(tmp_path / "run") == []
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    while not steps_of(tmp_path / "run"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    # There is room again. A SIGTERM saves and ends well, whatever it was doing.
+    process.send_signal(signal.SIGTERM)
+    last = process.communicate()[1].splitlines()
+    assert process.returncode == 0
+    assert "stopped and saved at step" in last[-1] and "Traceback" not in "".join(last)
+    assert steps_of(tmp_path / "run")[-1] == int(last[-1].split("step ")[1].split()[0])
+
+    steps[-1] = "--config.training.max_failed_saves=2"
+    process = start(*steps, preexec_fn=limited(20_000))
+    errors = process.communicate()[1]
+    assert process.returncode == 2
+    assert "the 2th failure in a row; training stops" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    # What was there is there.
+    assert int(errors.splitlines()[-1].split(" ")[-1]) in steps_of(tmp_path / "run")
+
+
+def test_a_broken_image_is_named_at_the_start_or_left_out(tmp_path, caplog):
+    for i in range(20):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    raw = (tmp_path / "07.png").read_bytes()
+    (tmp_path / "07.png").write_bytes(raw[: len(raw) // 2])
+    (tmp_path / "12.png").write_text("not an image")
+    config = tiny_config()
+    config.data.update(dataset="folder", path=str(tmp_path), num_channels=3)
+    with pytest.raises(UserError, match=r"2 of 18 files .* the first of them .*/07\.png"):
+        datasets.get_dataset(config, "train")
+    config.data.skip_unreadable = True
+    assert len(datasets.get_dataset(config, "train")) == 16
+    assert caplog.text.count("left out") == 2
+
+
+def test_signals_ask_for_a_stop_and_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with hosts.Preemption() as preemption:
+        assert not preemption.requested(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.requested(2)
+    with hosts.Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.requested(3)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
+    args = [*TINY, f"--workdir={tmp_path}/run", "--config.training.n_iters=10"]
+    args += [f"--coordinator_address=127.0.0.1:{20_000 + os.getpid() % 20_000}"]
+    args += ["--num_processes=2", "--config.optim.warmup=3"]
+    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    processes = [
+        subprocess.Popen(
+            command("vp/digits_st.py", *args, f"--process_id={i}"),
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    config = tiny_config(n_iters=20, snapshot_freq=1000, snapshot_freq_for_preemption=1000)
+    one = run_lib.train(config, tmp_path / "one")  # on four devices
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert "10/10" in errors[0] and "10/10" not in errors[1]
+    other = run_lib.train(config, tmp_path / "run")
+    # Sums over devices are made in another order across processes.
+    for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_flags_of_several_processes_belong_together():
+    result = run_main("vp/digits_st.py", "--num_processes=2")
+    assert result.returncode == 2 and "belong together" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
