@@ -1,0 +1,60 @@
+"""What saving costs a run, and how long resuming takes.
+
+python benchmarks/checkpoints.py
+
+Prints, for the full-width CIFAR-10 recipe, the size of a checkpoint, how long training waits for a
+save, how long the writing goes on beside it, and how long reading it takes; and the share of
+training time that saves at the recipe's interval would take, at a given rate.
+"""
+
+import argparse
+import pathlib
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+import checkpointing
+import session
+from configs.vp import cifar10_st
+from models import utils as mutils
+
+
+def main() -> None:
+    """Do it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps_per_second", type=float, default=28.0, help="of training")
+    rate = parser.parse_args().steps_per_second
+    config = cifar10_st.get_config()
+    setup = session.set_up(config)
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(s.dtype), setup.state_shape)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    print(f"{mutils.count_params(state.params):,} parameters, {size / 2**20:.0f} MiB of state")
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = pathlib.Path(folder)
+        with checkpointing.checkpoints(config, workdir) as manager:
+            saver = checkpointing.Saver(manager, max_failures=1)
+            for step in (1, 2):
+                start = time.time()
+                saver.save(step, state)
+                blocked = time.time() - start
+                saver.settle()
+                print(
+                    f"save {step}: training waits {blocked:.2f} s, written {time.time() - start:.2f} s"
+                )
+        start = time.time()
+        restored = checkpointing.restore(workdir / "checkpoints", setup.state_shape, 2)
+        print(f"read in {time.time() - start:.2f} s")
+        for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    interval = config.training.snapshot_freq_for_preemption / rate
+    print(
+        f"at {rate:g} steps/s and a save every {config.training.snapshot_freq_for_preemption} steps, "
+        f"waiting is {blocked / interval:.3%} of training"
+    )
+
+
+if __name__ == "__main__":
+    main()
