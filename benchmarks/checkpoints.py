@@ -1,6 +1,6 @@
 """What saving costs a run, and how long resuming takes.
 
-python benchmarks/checkpoints.py
+python -m benchmarks.checkpoints
 
 Prints, for the full-width CIFAR-10 recipe, the size of a checkpoint, how long training waits for a
 save, how long the writing goes on beside it, and how long reading it takes; and the share of
@@ -41,19 +41,16 @@ def main() -> None:
                 saver.save(step, state)
                 blocked = time.time() - start
                 saver.settle()
-                print(
-                    f"save {step}: training waits {blocked:.2f} s, written {time.time() - start:.2f} s"
-                )
+                total = time.time() - start
+                print(f"save {step}: training waits {blocked:.2f} s, written in {total:.2f} s")
         start = time.time()
         restored = checkpointing.restore(workdir / "checkpoints", setup.state_shape, 2)
         print(f"read in {time.time() - start:.2f} s")
         for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
             np.testing.assert_array_equal(ours, theirs)
-    interval = config.training.snapshot_freq_for_preemption / rate
-    print(
-        f"at {rate:g} steps/s and a save every {config.training.snapshot_freq_for_preemption} steps, "
-        f"waiting is {blocked / interval:.3%} of training"
-    )
+    every = config.training.snapshot_freq_for_preemption
+    share = blocked / (every / rate)
+    print(f"at {rate:g} steps/s and a save every {every} steps, {share:.2%} of the time is waiting")
 
 
 if __name__ == "__main__":

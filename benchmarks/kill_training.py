@@ -1,6 +1,6 @@
 """Kill a training run again and again; it must end as an undisturbed one, bit for bit.
 
-python benchmarks/kill_training.py --kills 30
+python -m benchmarks.kill_training --kills 30
 
 Trains a small network on digits twice on this machine's CPU: once in peace, and once killed by
 SIGKILL at random times, every second time while a checkpoint is being written. Prints a line a
