@@ -477,7 +477,7 @@ def _evaluate_checkpoint(
 def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Score checkpoints' EMA weights, or `eval.samples`; writes report.json and report.md.
 
-    The report is in eval/ for one checkpoint and for a sweep, and in eval/samples_<name>/ for given
+    The report is in eval/ for one checkpoint and for a sweep, and in eval/samples_… for given
     samples. A sweep has each checkpoint's own report in eval/step_<number>/.
 
     Returns:

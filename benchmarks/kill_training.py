@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STEPS = 3000
+STEPS = 1200
 
 
 def start(workdir: pathlib.Path) -> subprocess.Popen:

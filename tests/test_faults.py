@@ -158,7 +158,16 @@ def limited(limit):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
-def start(*args, **kwargs):
+@pytest.fixture
+def start():
+    """Starts runs; none of them outlives the test."""
+    started = []
+    yield lambda *args, **kwargs: started.append(launch(*args, **kwargs)) or started[-1]
+    for process in started:
+        process.kill()
+
+
+def launch(*args, **kwargs):
     env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=1")
     env.pop("JAX_COMPILATION_CACHE_DIR")  # its files would be cut as well
     return subprocess.Popen(
@@ -170,7 +179,7 @@ def start(*args, **kwargs):
     )
 
 
-def test_a_full_disk_is_waited_for_and_at_last_stops_the_run(tmp_path):
+def test_a_full_disk_is_waited_for_and_at_last_stops_the_run(start, tmp_path):
     steps = [
         "--config.training.n_iters=100000",
         "--config.training.snapshot_freq_for_preemption=20",

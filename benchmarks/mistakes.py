@@ -1,0 +1,123 @@
+"""What a user is told who gives a bad config or a bad file: a table, and whether all is well.
+
+python -m benchmarks.mistakes
+
+Each row is a run of main.py of its own. It must end with one line, no traceback, an exit status
+that is not 0, and nothing written.
+"""
+
+import concurrent.futures
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+CONFIGS = (
+    "--config.training.kk=1",
+    "--config.training.n_iters=many",
+    "--config.training.truncation=hard",
+    "--config.training.k=-1.0",
+    "--config.training.truncation_time=1.5",
+    "--config.training.sde=vp",
+    "--config.training.batch_size=0",
+    "--config.training.mixed=True --config.training.importance_sampling=False",
+    "--config.data.dataset=MNIST",
+    "--config.data.image_size=9",
+    "--config.data.num_channels=2",
+    "--config.data.dataset=folder",
+    "--config.model.nf=18",
+    "--config.model.dtype=float16",
+    "--config.model.ch_mult=(1,0)",
+    "--config.model.ema_rate=1.0",
+    "--config.optim.lr=nan",
+    "--config.optim.optimizer=SGD",
+    "--config.sampling.predictor=none",
+    "--config.eval.begin_ckpt=3 --config.eval.end_ckpt=1",
+    "--config.seed=-1",
+    "--num_processes=2",
+)
+
+
+def write_files(folder: pathlib.Path) -> dict[str, str]:
+    """Bad files; {what is wrong: the flags that name them}."""
+    data = "--config.data.num_channels=3 --config.data.dataset=folder --config.data.path="
+    fashion = "--config.data.dataset=fashion_mnist --config.data.path="
+    scored = "--mode=eval --config.eval.samples="
+    inception = "--mode=stats --config.eval.inception_path="
+    (folder / "empty").mkdir()
+    (folder / "broken").mkdir()
+    for i in range(10):
+        Image.new("RGB", (8, 8)).save(folder / "broken" / f"{i}.png")
+    whole = (folder / "broken" / "3.png").read_bytes()
+    (folder / "broken" / "3.png").write_bytes(whole[:40])
+    (folder / "idx").mkdir()
+    (folder / "idx" / "train-images-idx3-ubyte").write_bytes(struct.pack(">4I", 2051, 9, 8, 8))
+    checkpoint = (GOLDEN / "vp_ddpmpp.pth").read_bytes()
+    (folder / "cut.pth").write_bytes(checkpoint[: len(checkpoint) // 2])
+    with zipfile.ZipFile(folder / "hostile.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R.")
+    np.savez(folder / "small.npz", samples=np.zeros((9, 4, 4, 1), np.uint8))
+    np.savez(folder / "floats.npz", samples=np.zeros((9, 8, 8, 1)))
+    (folder / "text.npz").write_text("not an archive")
+    (folder / "cut.tfrecords").write_bytes((1000).to_bytes(8, "little") + bytes(20))
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "config.json").write_text("{")
+    return {
+        "a folder that is not there": f"{data}{folder}/none",
+        "a folder without images": f"{data}{folder}/empty",
+        "a folder with a broken image": f"{data}{folder}/broken",
+        "an IDX file that is cut short": f"{fashion}{folder}/idx",
+        "a TFRecord file that is cut short": "--config.data.dataset=CelebAHQ "
+        f"--config.data.num_channels=3 --config.data.tfrecords_path={folder}/cut.tfrecords",
+        "a checkpoint that is cut short": f"--mode=import --checkpoint={folder}/cut.pth",
+        "a checkpoint that would run a command": f"--mode=import --checkpoint={folder}/hostile.pth",
+        "a checkpoint of another network": f"--mode=import --checkpoint={GOLDEN}/vp_ddpmpp.pth",
+        "samples of another size": f"{scored}{folder}/small.npz",
+        "samples that are not uint8": f"{scored}{folder}/floats.npz",
+        "samples that are no archive": f"{scored}{folder}/text.npz",
+        "Inception's weights that are another network's": f"{inception}{GOLDEN}/vp_ddpmpp.pth",
+        "a workdir whose config is damaged": f"--workdir={folder}/damaged",
+        "a workdir without checkpoints": "--mode=eval",
+    }
+
+
+def try_it(flags: str, workdir: pathlib.Path) -> tuple[str, bool]:
+    """(what the user is told, whether it is one line and nothing more)."""
+    command = [sys.executable, "main.py", "--config=configs/vp/digits_st.py"]
+    command += [f"--workdir={workdir}", *flags.split()]
+    env = dict(os.environ, JAX_PLATFORMS="cpu")
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    lines = result.stderr.strip().splitlines()
+    well = result.returncode != 0 and len(lines) == 1 and lines[0].startswith("error: ")
+    return " / ".join(lines), well and not result.stdout and not workdir.exists()
+
+
+def main() -> None:
+    """Do it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        cases = {f"`{flags}`": flags for flags in CONFIGS} | write_files(folder)
+        print("| given | told |\n|---|---|")
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            workdirs = [folder / f"run{i}" for i in range(len(cases))]
+            results = list(threads.map(try_it, cases.values(), workdirs))
+        for given, (told, well) in zip(cases, results, strict=True):
+            shown = told.removeprefix("error: ").replace(str(folder), "DIR").replace("|", "/")
+            shown = shown.replace(f"{ROOT}/", "")
+            print(f"| {given} | {shown}{'' if well else ' **NOT WELL**'} |")
+        bad = sum(not well for _, well in results)
+        print(f"\n{len(results)} mistakes, {bad} not told well")
+        sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
