@@ -142,7 +142,7 @@ class Saver:
         if self._failures >= self._max_failures:
             steps = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
             raise UserError(
-                f"{reason}, the {self._failures}th failure in a row; training stops. Checkpoints "
+                f"{reason}, failure {self._failures} in a row; training stops. Checkpoints "
                 f"that are there: {steps}"
             ) from error
         log.warning("%s; training goes on, and the next save tries again", reason)

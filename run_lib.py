@@ -179,6 +179,8 @@ def _train(
                 log.warning("step %d | the loss is not finite: not saved", step)
             else:
                 files.saver.save(step, _first(state))
+                if stop:
+                    log.info("step %d | saved", step)
         if stop and not done:
             break
         if training.snapshot_sampling and (step % training.snapshot_freq == 0 or done):
@@ -190,9 +192,7 @@ def _train(
             raise UserError("the last checkpoint could not be saved; make room and run this again")
         reporting.plot_training(workdir / "metrics.jsonl", workdir / "training.png")
     if int(state.step) < num_steps:
-        log.info(
-            "stopped and saved at step %d of %d; the same command goes on", state.step, num_steps
-        )
+        log.info("stopped at step %d of %d; the same command goes on", state.step, num_steps)
     else:
         log.info("done: %d steps; checkpoints and curves are in %s", num_steps, workdir)
     return state
