@@ -36,7 +36,13 @@ def start(workdir: pathlib.Path) -> subprocess.Popen:
     command += ["--config.training.snapshot_freq=50", "--config.training.snapshot_sampling=False"]
     command += ["--config.training.snapshot_freq_for_preemption=5"]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "jax_cache")}
-    return subprocess.Popen(command, env=os.environ | cache, stderr=subprocess.PIPE, text=True)
+    with log_of(workdir).open("w") as file:
+        return subprocess.Popen(command, env=os.environ | cache, stderr=file)
+
+
+def log_of(workdir: pathlib.Path) -> pathlib.Path:
+    """What the last process of a run said."""
+    return workdir.with_suffix(".log")
 
 
 def last_step(workdir: pathlib.Path) -> int:
@@ -78,20 +84,19 @@ def main() -> None:
             process = start(cut)
             moment = wait_for_kill(cut, process, amid_save=kill % 2 == 0)
             if process.poll() is not None:
-                sys.exit(f"the run ended before kill {kill}: {process.communicate()[1][-300:]}")
+                sys.exit(f"the run ended before kill {kill}: {log_of(cut).read_text()[-300:]}")
             process.send_signal(signal.SIGKILL)
-            errors = process.communicate()[1]
-            begun = [line.split(" ", 1)[1] for line in errors.splitlines() if "resumed" in line]
+            process.wait()
+            said = log_of(cut).read_text().splitlines()
+            begun = [line.split(" ", 1)[1] for line in said if "resumed" in line]
             unfinished = sum("tmp" in p.name for p in (cut / "checkpoints").iterdir())
             print(
                 f"kill {kill}/{kills} {moment} at step {last_step(cut)} | {''.join(begun) or 'new'}"
                 f" | {unfinished} unfinished saves left",
                 flush=True,
             )
-        process = start(cut)
-        errors = process.communicate()[1]
-        if process.returncode:
-            sys.exit(f"the last run failed: {errors[-300:]}")
+        if start(cut).wait():
+            sys.exit(f"the last run failed: {log_of(cut).read_text()[-300:]}")
         pairs = list(zip(state_of(whole), state_of(cut), strict=True))
         same = all(np.array_equal(a, b) for a, b in pairs)
         logs = [(path / "metrics.jsonl").read_text().splitlines() for path in (whole, cut)]
