@@ -232,7 +232,11 @@ def mock_images(dataset, size, category):
         return datasets.in_order(datasets.get_dataset(config, "train"), 2)["image"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# Compiling the network of 1024 pixels takes minutes.
+SLOW = {"rve/ffhq_1024_uncsn": [pytest.mark.slow]}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, [])) for name in RECIPES])
 def test_recipe_takes_a_training_step(name):
     config = reduced(get_recipe(name))
     images = mock_images(config.data.dataset, config.data.image_size, config.data.category)
