@@ -135,7 +135,11 @@ def test_train_eval_and_sample_leave_what_they_promise(tmp_path):
         assert 1 < report[name] < 15, name
     assert not any("fid" in name for name in report)
     text = (workdir / "eval" / "report.md").read_text()
-    assert "the untrained network by" in text and "a Gaussian by" in text and "not FID" in text
+    assert (
+        "the untrained network (itself scored on 8 of them) by" in text
+        and "a Gaussian by" in text
+        and "not FID" in text
+    )
     # Everything again is the same again.
     assert run_lib.evaluate(config, workdir) == report
 
