@@ -232,11 +232,14 @@ def mock_images(dataset, size, category):
         return datasets.in_order(datasets.get_dataset(config, "train"), 2)["image"]
 
 
-# Compiling the network of 1024 pixels takes minutes.
-SLOW = {"rve/ffhq_1024_uncsn": [pytest.mark.slow]}
+# Compiling these networks takes minutes.
+SLOW = ("rve/ffhq_1024_uncsn", "rve/bedroom_uncsn", "vp/cifar10_ddpmpp_fid_st_deepest")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, [])) for name in RECIPES])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in RECIPES],
+)
 def test_recipe_takes_a_training_step(name):
     config = reduced(get_recipe(name))
     images = mock_images(config.data.dataset, config.data.image_size, config.data.category)
