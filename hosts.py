@@ -3,7 +3,6 @@
 All run the same program. Process 0, the main one, alone reads and writes the workdir.
 """
 
-import io
 import logging
 import os
 import pickle
@@ -62,7 +61,7 @@ def share(value: Any) -> Any:
     data = np.frombuffer(pickle.dumps(value), np.uint8) if is_main() else np.zeros(0, np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.array(len(data))))
     data = data if is_main() else np.zeros(size, np.uint8)
-    return pickle.load(io.BytesIO(multihost_utils.broadcast_one_to_all(data).tobytes()))
+    return pickle.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
 
 
 def on_main(fn: Callable[[], Any]) -> Any:
