@@ -4,6 +4,7 @@ Levels of an image are 0 … num_levels - 1: 256 for most sets, 17 for scikit-le
 dequantisation and scaling are on the device, in `preprocess`.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -21,6 +22,7 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 from PIL import Image
 
+import reporting
 import sources
 from configs.default import UserError
 from sources import ArraySource, Examples, Fit, Source
@@ -207,6 +209,7 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    places: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """An endless stream of shuffled batches; the batch of a step is a function of (seed, step).
 
@@ -216,24 +219,48 @@ def train_batches(
       seed: of the order; every epoch has its own.
       start_step: the first step to give a batch for.
       process_index, process_count: this process takes the process_index-th part of each batch.
+      places: give the images' places in the data set, not the images.
 
     Yields:
-      `image` (n, H, W, C) uint8 and `index` (n,) int32, each image's place in the global batch,
-      with n = batch_size / process_count.
+      `image` (n, H, W, C) uint8, or (n,) int32, and `index` (n,) int32, each image's place in the
+      global batch, with n = batch_size / process_count.
     """
     share = batch_size // process_count
     index = np.arange(process_index * share, (process_index + 1) * share, dtype=np.int32)
+    fetch = lambda chosen: dataset.source.fetch(chosen)["image"]  # noqa: E731
     stream = (
         grain.MapDataset.range(len(dataset))
         .shuffle(seed=seed)
         .repeat()
         .batch(batch_size, drop_remainder=True)
         .slice(slice(start_step, None))
-        .map(lambda chosen: dataset.source.fetch(chosen[index]))
+        .map(lambda chosen: chosen[index])
+        .map((lambda chosen: chosen.astype(np.int32)) if places else fetch)
     )
     threads = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
-    for examples in stream.to_iter_dataset(threads):
-        yield {"image": examples["image"], "index": index}
+    for images in stream.to_iter_dataset(threads):
+        yield {"image": images, "index": index}
+
+
+def in_memory(dataset: Dataset, limit: int) -> np.ndarray | None:
+    """All images (N, H, W, C) uint8, if they take no more than `limit` bytes."""
+    if isinstance(dataset.source, ArraySource):
+        images = dataset.source.images
+        return images if images.nbytes <= limit else None
+    size = dataset.source.fetch(np.arange(1))["image"].nbytes
+    if size * len(dataset) > limit:
+        return None
+    progress = reporting.Progress("reading all images", len(dataset))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+
+        def read(chosen: np.ndarray) -> np.ndarray:
+            return dataset.source.fetch(chosen)["image"]
+
+        parts = []
+        for part in pool.map(read, np.array_split(np.arange(len(dataset)), len(dataset) // 64 + 1)):
+            parts.append(part)
+            progress.advance(len(part))
+    return np.concatenate(parts)
 
 
 def subset(dataset: Dataset, limit: int | None = None) -> np.ndarray:

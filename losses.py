@@ -255,12 +255,19 @@ def _is_trained(params: Any) -> Any:
     )
 
 
+def _decays(params: Any) -> Any:
+    """For each parameter, or for each vector of `Packed`, whether L2 decay applies to it."""
+    if isinstance(params, Packed):
+        return dataclasses.replace(params, trained=True, fixed=False)  # type: ignore[arg-type]
+    return _is_trained(params)
+
+
 def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """Clip by global norm, L2 decay, Adam, linear warm-up from 0: the official order."""
     optim = config.optim
     schedule = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup else optim.lr
     decay = (
-        optax.add_decayed_weights(optim.weight_decay, mask=_is_trained)
+        optax.add_decayed_weights(optim.weight_decay, mask=_decays)
         if optim.weight_decay
         else optax.identity()
     )
@@ -376,6 +383,57 @@ def _mean_ratio(losses: Array, first: Array, axis_name: str | None) -> Array:
     return jax.lax.stop_gradient(jax.lax.pmean(mean, axis_name) if axis_name else mean)
 
 
+@struct.dataclass
+class Packed:
+    """A tree of parameters as two vectors, which take a few kernels to update and not thousands.
+
+    Attributes:
+      trained, fixed: the leaves of each kind (`_is_trained`), one after the other.
+      layout: (structure of the tree, each leaf's shape, whether each is trained).
+    """
+
+    trained: Array
+    fixed: Array
+    layout: Any = struct.field(pytree_node=False)
+
+
+def pack(params: Any) -> Packed:
+    """`Packed` of a tree of parameters, or of another tree of that structure."""
+    leaves, structure = jax.tree.flatten(params)
+    kinds = jax.tree.leaves(_is_trained(params))
+    parts: list[list[Array]] = [[], []]
+    for leaf, kind in zip(leaves, kinds, strict=True):
+        parts[kind].append(jnp.ravel(leaf))
+    fixed, trained = (jnp.concatenate(part) if part else jnp.zeros(0) for part in parts)
+    return Packed(trained, fixed, (structure, tuple(map(jnp.shape, leaves)), tuple(kinds)))
+
+
+def unpack(packed: Packed) -> Any:
+    """The tree that was packed."""
+    structure, shapes, kinds = packed.layout
+    leaves, place = [], [0, 0]
+    for shape, kind in zip(shapes, kinds, strict=True):
+        start, stop = place[kind], place[kind] + math.prod(shape)
+        leaves.append((packed.trained if kind else packed.fixed)[start:stop].reshape(shape))
+        place[kind] = stop
+    return jax.tree.unflatten(structure, leaves)
+
+
+@jax.jit
+def pack_state(state: TrainState) -> TrainState:
+    """The state as `get_step_fn`'s steps take it: all that is laid out as parameters is packed."""
+    structure: Any = jax.tree.structure(state.params)
+    is_params = lambda x: structure == jax.tree.structure(x)  # noqa: E731
+    return jax.tree.map(lambda x: pack(x) if is_params(x) else x, state, is_leaf=is_params)
+
+
+@jax.jit
+def unpack_state(state: TrainState) -> TrainState:
+    """The state that was packed."""
+    is_packed = lambda x: isinstance(x, Packed)  # noqa: E731
+    return jax.tree.map(lambda x: unpack(x) if is_packed(x) else x, state, is_leaf=is_packed)
+
+
 def get_step_fn(
     config: ConfigDict,
     sde: SDE,
@@ -383,21 +441,22 @@ def get_step_fn(
     optimizer: optax.GradientTransformation,
     num_levels: int,
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
-    """One training step, to be pmapped with axis name "batch".
+    """Training steps, as many as there are batches, to be pmapped with axis name "batch".
 
     Returns:
-      step_fn(state, images, index) → (state, metrics): `images` (n, H, W, C) uint8 is this
-      device's share of the global batch, `index` (n,) the places of its images in it. Metrics are
-      scalars: the loss and the gradient's norm are of the global batch, `tau` is this device's.
-      If one of the first two is not finite, `skipped` is 1 and all but the state's step stays.
+      step_fn(state, images, index) → (state, metrics): the state is packed (`pack_state`),
+      `images` (steps, n, H, W, C) uint8 is this device's share of the global batches, `index` (n,)
+      the places of its images in each. Metrics are of each step, (steps,): the loss and the
+      gradient's norm are of the global batch, `tau` is the same on all devices. If one of the
+      first two is not finite, `skipped` is 1 and all but the state's step stays.
     """
     batch_loss_fn = get_batch_loss_fn(config, sde, model, num_levels, train=True)
     num_micro = config.optim.num_micro_batch
 
-    def step_fn(
-        state: TrainState, images: Array, index: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
-        key = step_key(config.seed, state.step)
+    def loss_and_grads(
+        packed: Packed, key: Array, images: Array, index: Array
+    ) -> tuple[Array, Array, Packed]:
+        params = unpack(packed)
 
         def mean_loss(params: Any, images: Array, index: Array) -> tuple[Array, Array]:
             losses, tau = batch_loss_fn(params, key, images, index)
@@ -406,22 +465,25 @@ def get_step_fn(
         grad_fn = jax.value_and_grad(mean_loss, has_aux=True)
 
         def micro_step(total: Any, batch: tuple[Array, Array]) -> tuple[Any, Array]:
-            (loss, tau), grads = grad_fn(state.params, *batch)
-            return jax.tree.map(jnp.add, total, (loss, grads)), tau
+            (loss, tau), grads = grad_fn(params, *batch)
+            return jax.tree.map(jnp.add, total, (loss, pack(grads))), tau
 
         if num_micro == 1:
-            (loss, tau), grads = grad_fn(state.params, images, index)
-        else:
-            batches = jax.tree.map(
-                lambda x: x.reshape(num_micro, -1, *x.shape[1:]), (images, index)
-            )
-            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-            # Unrolled on a CPU, where XLA's gradients of convolutions crawl inside a loop.
-            unroll = num_micro if jax.default_backend() == "cpu" else 1
-            total, taus = jax.lax.scan(micro_step, zero, batches, unroll=unroll)
-            loss, grads = jax.tree.map(lambda x: x / num_micro, total)
-            tau = taus[0]
+            (loss, tau), grads = grad_fn(params, images, index)
+            return loss, tau, pack(grads)
+        batches = jax.tree.map(lambda x: x.reshape(num_micro, -1, *x.shape[1:]), (images, index))
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, packed))
+        # Unrolled on a CPU, where XLA's gradients of convolutions crawl inside a loop.
+        unroll = num_micro if jax.default_backend() == "cpu" else 1
+        total, taus = jax.lax.scan(micro_step, zero, batches, unroll=unroll)
+        loss, grads = jax.tree.map(lambda x: x / num_micro, total)
+        return loss, taus[0], grads
 
+    def one_step(
+        state: TrainState, images: Array, index: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        key = step_key(config.seed, state.step)
+        loss, tau, grads = loss_and_grads(state.params, key, images, index)
         loss, grads = jax.lax.pmean((loss, grads), "batch")
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -436,5 +498,13 @@ def get_step_fn(
         )
         metrics = {"loss": loss, "grad_norm": grad_norm, "tau": tau, "skipped": 1 - finite}
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+    def step_fn(
+        state: TrainState, images: Array, index: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        if len(images) > 1:
+            return jax.lax.scan(lambda state, batch: one_step(state, batch, index), state, images)
+        state, metrics = one_step(state, images[0], index)  # convolutions crawl in a CPU's loops
+        return state, jax.tree.map(lambda x: x[None], metrics)
 
     return step_fn

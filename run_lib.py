@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import time
@@ -154,39 +156,33 @@ def _train(
     if restored is not None:
         log.info("resumed at step %d of %d", first_step, num_steps)
     first = restored or init_state(config, setup.model, setup.optimizer)
-    state = _replicate(first, jax.local_device_count())
-    step_fn = losses.get_step_fn(config, setup.sde, setup.model, setup.optimizer, setup.num_levels)
-    parallel_step = jax.pmap(step_fn, axis_name="batch", donate_argnums=0)
+    packed = _replicate(losses.pack_state(first), jax.local_device_count())
+    del restored, first  # or they would stay in the device's memory
+    call = _get_call(config, setup, data.train, first_step)
     test_loss = _get_test_loss(config, setup, data.test)
     draw_grid = _get_grid_fn(config, setup, workdir)
-    batches = datasets.train_batches(
-        data.train,
-        training.batch_size,
-        config.seed,
-        first_step,
-        *(jax.process_index(), jax.process_count()),
-    )
     tally = _Tally()
-    steps = _steps(config, setup, state, parallel_step, batches, tally, files, workdir)
-    for state, step in steps:
+    steps = _steps(config, setup, packed, call, tally, files, workdir)
+    for packed, step in steps:
         done, stop = step == num_steps, preemption.requested(step)
+        unpacked = functools.cache(lambda packed=packed: losses.unpack_state(_first(packed)))
         if files and (step % training.eval_freq == 0 or done):
-            loss = test_loss(_first(state.ema_params))
+            loss = test_loss(unpacked().ema_params)
             files.metrics.write(step, {"test_loss": loss})
             log.info("step %d | loss on test images, with EMA %.4g", step, loss)
         if files and (_saves(config, step) or stop):
             if tally.read()["streak"]:
                 log.warning("step %d | the loss is not finite: not saved", step)
             else:
-                files.saver.save(step, _first(state))
+                files.saver.save(step, unpacked())
                 if stop:
                     log.info("step %d | saved", step)
         if stop and not done:
             break
         if training.snapshot_sampling and (step % training.snapshot_freq == 0 or done):
-            path = draw_grid(_first(state.ema_params), f"step_{step:08d}.png")
+            path = draw_grid(unpacked().ema_params, f"step_{step:08d}.png")
             log.info("step %d | samples in %s", step, path)
-    state = _first(state)
+    state = losses.unpack_state(_first(packed))
     if files:
         if not files.saver.settle():
             raise UserError("the last checkpoint could not be saved; make room and run this again")
@@ -204,14 +200,68 @@ def _saves(config: ConfigDict, step: int) -> bool:
     return step == training.n_iters or any(step % freq == 0 for freq in regular)
 
 
+def _steps_a_call(config: ConfigDict) -> int:
+    """The most steps, up to `n_jitted_steps`, between which there is never anything to do."""
+    training = config.training
+    if jax.default_backend() == "cpu":  # gradients of convolutions crawl in its loops
+        return 1
+    regular = (training.snapshot_freq, training.snapshot_freq_for_preemption)
+    return math.gcd(training.n_jitted_steps, training.log_freq, training.eval_freq, *regular)
+
+
+# Data sets of up to so many bytes stay in an accelerator's memory.
+_RESIDENT = 2**30
+
+
+def _get_call(config: ConfigDict, setup: Setup, train: datasets.Dataset, first_step: int) -> Any:
+    """(packed state, n) → (the state after n steps more, their metrics (n,)), on all devices."""
+    step_fn = losses.get_step_fn(config, setup.sde, setup.model, setup.optimizer, setup.num_levels)
+    num_local, images = jax.local_device_count(), None
+    resident: tuple[Any, ...] = ()
+    if jax.default_backend() != "cpu":
+        images = datasets.in_memory(train, _RESIDENT)
+    batches = datasets.train_batches(
+        train,
+        config.training.batch_size,
+        config.seed,
+        first_step,
+        *(jax.process_index(), jax.process_count()),
+        places=images is not None,
+    )
+    if images is None:
+        parallel = jax.pmap(step_fn, axis_name="batch", donate_argnums=0)
+    else:
+        parallel = jax.pmap(
+            lambda state, images, chosen, index: step_fn(state, images[chosen], index),
+            axis_name="batch",
+            donate_argnums=0,
+        )
+        resident = (_replicate(images, num_local),)
+        log.info("the training images are in the device's memory")
+
+    def shard(rows: list[np.ndarray]) -> np.ndarray:
+        """A batch for each step → (devices, steps, images of a device, …)."""
+        return np.stack([row.reshape(num_local, -1, *row.shape[1:]) for row in rows], axis=1)
+
+    def call(packed: losses.TrainState, count: int) -> tuple[losses.TrainState, dict[str, Array]]:
+        given = list(itertools.islice(batches, count))
+        index = shard([given[0]["index"]])[:, 0]
+        packed, values = parallel(packed, *resident, shard([b["image"] for b in given]), index)
+        return packed, _first(values)
+
+    return call
+
+
 @jax.jit
 def _add(tally: dict[str, Array], values: dict[str, Array]) -> dict[str, Array]:
     skipped = values["skipped"]
+    # How many at the end were skipped in a row; all of them go on with the row before.
+    row = jnp.sum(jnp.cumprod(skipped[::-1]))
     return {
-        "loss": tally["loss"] + jnp.where(skipped, 0, values["loss"]),
-        "steps": tally["steps"] + 1 - skipped,
-        "skipped": tally["skipped"] + skipped,
-        "streak": (tally["streak"] + 1) * skipped,
+        "loss": tally["loss"] + jnp.sum(jnp.where(skipped, 0, values["loss"])),
+        "steps": tally["steps"] + jnp.sum(1 - skipped),
+        "skipped": tally["skipped"] + jnp.sum(skipped),
+        "streak": row + jnp.where(row == len(skipped), tally["streak"], 0),
     }
 
 
@@ -230,7 +280,7 @@ class _Tally:
         }
 
     def add(self, values: dict[str, Array]) -> None:
-        """Take in a step's metrics."""
+        """Take in the metrics of steps, (n,) each."""
         self._sums = _add(self._sums, {name: values[name] for name in ("loss", "skipped")})
 
     def read(self) -> dict[str, float]:
@@ -281,28 +331,27 @@ def _first(tree: Any) -> Any:
 def _steps(
     config: ConfigDict,
     setup: Setup,
-    state: losses.TrainState,
-    parallel_step: Any,
-    batches: Iterator[dict[str, np.ndarray]],
+    packed: losses.TrainState,
+    call: Any,
     tally: _Tally,
     files: _Files | None,
     workdir: pathlib.Path,
 ) -> Iterator[tuple[losses.TrainState, int]]:
-    """Train, log, and give (state, steps done) after every step.
+    """Train, log, and give (packed state, steps done) after every call.
 
     Raises:
       UserError: loss or gradient was not finite for too many steps in a row.
     """
-    training, num_local = config.training, jax.local_device_count()
-    shard = lambda x: x.reshape(num_local, -1, *x.shape[1:])  # noqa: E731
-    first_step, num_steps = int(_first(state.step)), training.n_iters
+    training, num_steps = config.training, config.training.n_iters
+    step, most = int(_first(packed.step)), _steps_a_call(config)
     window_start, window_steps, compiled = time.time(), 0, False
-    for step in range(first_step + 1, num_steps + 1):
-        batch = next(batches)
-        state, values = parallel_step(state, shard(batch["image"]), shard(batch["index"]))
-        values = _first(values)
+    while step < num_steps:
+        whole = step % most == 0 and step + most <= num_steps
+        count = most if whole else 1
+        packed, values = call(packed, count)
+        step, window_steps = step + count, window_steps + count
         tally.add(values)
-        window_steps += 1
+        values = {name: value[-1] for name, value in values.items()}
         logs = step % training.log_freq == 0 or step == num_steps
         if logs or not compiled or _saves(config, step):
             sums = tally.read()
@@ -336,7 +385,7 @@ def _steps(
             compiled = True
             window_start, window_steps = time.time(), 0
         before = time.time()
-        yield state, step
+        yield packed, step
         window_start += time.time() - before  # what is done between steps is not training
 
 

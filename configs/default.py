@@ -91,6 +91,7 @@ def get_default_config() -> ConfigDict:
     training.unbounded_parametrization = False  # the network's time is γ(t): UDDPM++
     training.stabilizing_constant = 1e-3  # where γ(t) is cut off
     training.reduce_mean = True  # loss per dimension rather than per image
+    training.n_jitted_steps = 10  # in one call; 1 on a CPU, and always a divisor of what follows
     training.log_freq = 100
     training.eval_freq = 1000  # loss on the test split
     training.snapshot_freq = 100_000  # checkpoints that are kept for good
@@ -184,6 +185,7 @@ _POSITIVE = [
     "training.truncation_time",
     "training.ddpm_weight",
     "training.stabilizing_constant",
+    "training.n_jitted_steps",
     "training.log_freq",
     "training.eval_freq",
     "training.snapshot_freq",

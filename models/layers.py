@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from models import normalization
+
 Dtype = Any
 
 
@@ -171,13 +173,38 @@ class Combine(nn.Module):
         return jnp.concatenate([skip, h], axis=-1) if self.method == "cat" else skip + h
 
 
-def group_norm(x: Array, dtype: Dtype) -> Array:
-    """Group normalisation with min(C/4, 32) groups; its statistics are float32."""
-    return nn.GroupNorm(num_groups=min(x.shape[-1] // 4, 32), epsilon=1e-6, dtype=dtype)(x)
+class GroupNorm(nn.Module):
+    """Group normalisation with min(C/4, 32) groups; its statistics are float32.
+
+    Attributes:
+      silu: whether SiLU follows.
+      rate: of the dropout after that.
+    """
+
+    silu: bool = True
+    rate: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        shift: Array | None = None,
+        keep: Array | None = None,
+        train: bool = False,
+    ) -> Array:
+        """(N, H, W, C) → the same; `shift` (N, C) is added first, `keep` is dropout's mask."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        options = normalization.Options(min(channels // 4, 32), self.silu, self.rate)
+        return normalization.norm_act(
+            x.astype(self.dtype), scale, bias, shift, keep, options=options, train=train
+        )
 
 
-class Dropout(nn.Module):
-    """Dropout whose mask is a function of each image's own key, so that sharding can't change it.
+class DropoutMask(nn.Module):
+    """Where dropout keeps values: a function of each image's own key, whatever the sharding.
 
     Every layer folds its own path into the keys.
     """
@@ -185,14 +212,13 @@ class Dropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x: Array, keys: Array | None) -> Array:
-        """Drop from `x` (N, ...) with `keys` (N,); None: x unchanged."""
+    def __call__(self, keys: Array | None, shape: tuple[int, ...]) -> Array | None:
+        """Keys (N,) → (N, *shape) bool; None: nothing is dropped."""
         if keys is None or self.rate == 0:
-            return x
+            return None
         layer = zlib.crc32("/".join(self.path).encode())
         keys = jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys)
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+        return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, shape))(keys)
 
 
 class AttnBlock(nn.Module):
@@ -203,10 +229,10 @@ class AttnBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, train: bool = False) -> Array:
         """(N, H, W, C) → the same."""
         n, h, w, c = x.shape
-        y = group_norm(x, self.dtype).reshape(n, h * w, c)
+        y = GroupNorm(silu=False, dtype=self.dtype)(x, train=train).reshape(n, h * w, c)
         dense = lambda scale: nn.Dense(  # noqa: E731
             c, kernel_init=variance_scaling(scale), dtype=self.dtype
         )
@@ -235,17 +261,18 @@ class ResBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, temb: Array, dropout_keys: Array | None) -> Array:
+    def __call__(
+        self, x: Array, temb: Array, dropout_keys: Array | None, train: bool = False
+    ) -> Array:
         """(N, H, W, C), with time embedding (N, E) and a key an image (None: no dropout)."""
-        y = nn.silu(group_norm(x, self.dtype))
+        y = GroupNorm(dtype=self.dtype)(x, train=train)
         if self.resample is not None:
             x, y = self.resample(x), self.resample(y)
         y = Conv(self.features, dtype=self.dtype)(y)
-        y += nn.Dense(self.features, kernel_init=variance_scaling(), dtype=self.dtype)(
-            nn.silu(temb)
-        )[:, None, None, :]
-        y = nn.silu(group_norm(y, self.dtype))
-        y = Dropout(self.dropout)(y, dropout_keys)
+        dense = nn.Dense(self.features, kernel_init=variance_scaling(), dtype=self.dtype)
+        keep = DropoutMask(self.dropout)(dropout_keys, y.shape[1:])
+        norm = GroupNorm(rate=self.dropout, dtype=self.dtype)
+        y = norm(y, dense(nn.silu(temb)), keep, train=train)
         y = Conv(self.features, kernel_init=variance_scaling(self.init_scale), dtype=self.dtype)(y)
         if x.shape[-1] != self.features or self.resample is not None:
             if self.resblock_type == "ddpm":

@@ -82,9 +82,9 @@ class NCSNpp(nn.Module):
         temb = nn.Dense(4 * width, kernel_init=init, dtype=self.dtype)(temb)
         return nn.Dense(4 * width, kernel_init=init, dtype=self.dtype)(nn.silu(temb))
 
-    def _output(self, h: Array, features: int, init_scale: float) -> Array:
+    def _output(self, h: Array, features: int, init_scale: float, train: bool) -> Array:
         init = layers.variance_scaling(init_scale)
-        h = nn.silu(layers.group_norm(h, self.dtype))
+        h = layers.GroupNorm(dtype=self.dtype)(h, train=train)
         return layers.Conv(features, kernel_init=init, dtype=self.dtype)(h)
 
     @nn.compact
@@ -120,7 +120,7 @@ class NCSNpp(nn.Module):
 
         def resample(h: Array, function: Any) -> Array:
             if self.resblock_type == "biggan":
-                return res_block(h.shape[-1], resample=function)(h, temb, keys)
+                return res_block(h.shape[-1], resample=function)(h, temb, keys, train)
             if self.resamp_with_conv:
                 return self._resample_conv(h.shape[-1], up=function is up)(h)
             return function(h)
@@ -133,9 +133,9 @@ class NCSNpp(nn.Module):
         skips = [h]
         for level, mult in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
-                h = res_block(self.nf * mult)(h, temb, keys)
+                h = res_block(self.nf * mult)(h, temb, keys, train)
                 if h.shape[1] in self.attn_resolutions:
-                    h = attn_block()(h)
+                    h = attn_block()(h, train)
                 skips.append(h)
             if level != last:
                 h = resample(h, down)
@@ -147,23 +147,23 @@ class NCSNpp(nn.Module):
                     h = in_pyramid = rescale * (in_pyramid + h)
                 skips.append(h)
 
-        h = res_block(h.shape[-1])(h, temb, keys)
-        h = attn_block()(h)
-        h = res_block(h.shape[-1])(h, temb, keys)
+        h = res_block(h.shape[-1])(h, temb, keys, train)
+        h = attn_block()(h, train)
+        h = res_block(h.shape[-1])(h, temb, keys, train)
 
         out_pyramid: Any = None
         for level, mult in reversed(list(enumerate(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
                 h = res_block(self.nf * mult)(
-                    jnp.concatenate([h, skips.pop()], axis=-1), temb, keys
+                    jnp.concatenate([h, skips.pop()], axis=-1), temb, keys, train
                 )
             if h.shape[1] in self.attn_resolutions:
-                h = attn_block()(h)
+                h = attn_block()(h, train)
             if self.progressive == "output_skip":
-                output = self._output(h, channels, self.init_scale)
+                output = self._output(h, channels, self.init_scale, train)
                 out_pyramid = output if level == last else up(out_pyramid) + output
             elif self.progressive == "residual" and level == last:
-                out_pyramid = self._output(h, h.shape[-1], 1.0)
+                out_pyramid = self._output(h, h.shape[-1], 1.0, train)
             elif self.progressive == "residual":
                 out_pyramid = self._resample_conv(h.shape[-1], up=True)(out_pyramid)
                 h = out_pyramid = rescale * (out_pyramid + h)
@@ -173,6 +173,6 @@ class NCSNpp(nn.Module):
         if self.progressive == "output_skip":
             h = out_pyramid
         else:
-            h = self._output(h, channels, self.init_scale)
+            h = self._output(h, channels, self.init_scale, train)
         h = h.astype(jnp.float32)
         return h / labels[:, None, None, None] if self.scale_by_sigma else h

@@ -247,6 +247,7 @@ def test_recipe_takes_a_training_step(name):
     model, sde = JittedNetwork(mutils.create_model(config)), sde_lib.get_sde(config)
     optimizer, params = losses.get_optimizer(config), random_params(config)
     state = losses.TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
+    state = losses.pack_state(state)
     levels = datasets.get_num_levels(config)
     step_fn = losses.get_step_fn(config, sde, model, optimizer, levels)
     # One device under the step's axis name; nothing but the first argument is mapped.
@@ -256,9 +257,10 @@ def test_recipe_takes_a_training_step(name):
         out_axes=None,
         axis_name="batch",
     )
-    after, metrics = mapped(jnp.zeros(1), state, images, jnp.arange(len(images)))
+    after, metrics = mapped(jnp.zeros(1), state, images[None], jnp.arange(len(images)))
     assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0
     assert config.training.truncation_time * (1 - 1e-6) <= metrics["tau"] <= 1
+    after = losses.unpack_state(after)
     change = jax.tree.map(lambda new, old: jnp.abs(new - old).max(), after.params, params)
     for path, value in jax.tree_util.tree_leaves_with_path(change):
         fixed = "GaussianFourierProjection" in str(path[0])

@@ -170,7 +170,7 @@ def pmapped_step(config, num_devices):
     setup, data = session.set_up(config), session.load_data(config)
     step_fn = losses.get_step_fn(config, setup.sde, setup.model, setup.optimizer, 17)
     devices = jax.devices()[:num_devices]
-    state = session.init_state(config, setup.model, setup.optimizer)
+    state = losses.pack_state(session.init_state(config, setup.model, setup.optimizer))
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), state)
     batches = datasets.train_batches(data.train, config.training.batch_size, config.seed)
     return state, jax.pmap(step_fn, axis_name="batch", devices=devices), batches
@@ -182,9 +182,11 @@ def run_steps(config, num_devices, steps):
     for _ in range(steps):
         batch = next(batches)
         shard = lambda x: x.reshape(num_devices, -1, *x.shape[1:])  # noqa: E731
-        state, metrics = step_fn(state, shard(batch["image"]), shard(batch["index"]))
-        history.append(jax.tree.map(np.asarray, metrics))
-    return jax.tree.map(lambda x: np.asarray(x[0]), state), history
+        images = shard(batch["image"])[:, None]
+        state, metrics = step_fn(state, images, shard(batch["index"]))
+        history.append(jax.tree.map(lambda x: np.asarray(x[:, 0]), metrics))
+    state = losses.unpack_state(jax.tree.map(lambda x: x[0], state))
+    return jax.tree.map(np.asarray, state), history
 
 
 @pytest.fixture(scope="module")
