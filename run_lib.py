@@ -156,16 +156,16 @@ def _train(
     if restored is not None:
         log.info("resumed at step %d of %d", first_step, num_steps)
     first = restored or init_state(config, setup.model, setup.optimizer)
-    packed = _replicate(losses.pack_state(first), jax.local_device_count())
+    packed = replicate(losses.pack_state(first), jax.local_device_count())
     del restored, first  # or they would stay in the device's memory
-    call = _get_call(config, setup, data.train, first_step)
+    call = get_call(config, setup, data.train, first_step)
     test_loss = _get_test_loss(config, setup, data.test)
     draw_grid = _get_grid_fn(config, setup, workdir)
     tally = _Tally()
     steps = _steps(config, setup, packed, call, tally, files, workdir)
     for packed, step in steps:
         done, stop = step == num_steps, preemption.requested(step)
-        unpacked = functools.cache(lambda packed=packed: losses.unpack_state(_first(packed)))
+        unpacked = functools.cache(lambda packed=packed: losses.unpack_state(first_copy(packed)))
         if files and (step % training.eval_freq == 0 or done):
             loss = test_loss(unpacked().ema_params)
             files.metrics.write(step, {"test_loss": loss})
@@ -182,7 +182,7 @@ def _train(
         if training.snapshot_sampling and (step % training.snapshot_freq == 0 or done):
             path = draw_grid(unpacked().ema_params, f"step_{step:08d}.png")
             log.info("step %d | samples in %s", step, path)
-    state = losses.unpack_state(_first(packed))
+    state = losses.unpack_state(first_copy(packed))
     if files:
         if not files.saver.settle():
             raise UserError("the last checkpoint could not be saved; make room and run this again")
@@ -200,7 +200,7 @@ def _saves(config: ConfigDict, step: int) -> bool:
     return step == training.n_iters or any(step % freq == 0 for freq in regular)
 
 
-def _steps_a_call(config: ConfigDict) -> int:
+def steps_a_call(config: ConfigDict) -> int:
     """The most steps, up to `n_jitted_steps`, between which there is never anything to do."""
     training = config.training
     if jax.default_backend() == "cpu":  # gradients of convolutions crawl in its loops
@@ -213,7 +213,7 @@ def _steps_a_call(config: ConfigDict) -> int:
 _RESIDENT = 2**30
 
 
-def _get_call(config: ConfigDict, setup: Setup, train: datasets.Dataset, first_step: int) -> Any:
+def get_call(config: ConfigDict, setup: Setup, train: datasets.Dataset, first_step: int) -> Any:
     """(packed state, n) → (the state after n steps more, their metrics (n,)), on all devices."""
     step_fn = losses.get_step_fn(config, setup.sde, setup.model, setup.optimizer, setup.num_levels)
     num_local, images = jax.local_device_count(), None
@@ -236,7 +236,7 @@ def _get_call(config: ConfigDict, setup: Setup, train: datasets.Dataset, first_s
             axis_name="batch",
             donate_argnums=0,
         )
-        resident = (_replicate(images, num_local),)
+        resident = (replicate(images, num_local),)
         log.info("the training images are in the device's memory")
 
     def shard(rows: list[np.ndarray]) -> np.ndarray:
@@ -247,7 +247,7 @@ def _get_call(config: ConfigDict, setup: Setup, train: datasets.Dataset, first_s
         given = list(itertools.islice(batches, count))
         index = shard([given[0]["index"]])[:, 0]
         packed, values = parallel(packed, *resident, shard([b["image"] for b in given]), index)
-        return packed, _first(values)
+        return packed, first_copy(values)
 
     return call
 
@@ -317,13 +317,13 @@ def import_official(
     return state
 
 
-def _replicate(tree: Any, num_local: int) -> Any:
+def replicate(tree: Any, num_local: int) -> Any:
     # Through a pmap with the step's axis name: another sharding would compile the step twice.
     copy = jax.pmap(lambda _, tree: tree, axis_name="batch", in_axes=(0, None))
     return copy(np.arange(num_local), tree)
 
 
-def _first(tree: Any) -> Any:
+def first_copy(tree: Any) -> Any:
     """The first device's copy of a replicated tree."""
     return jax.tree.map(lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree)
 
@@ -343,7 +343,7 @@ def _steps(
       UserError: loss or gradient was not finite for too many steps in a row.
     """
     training, num_steps = config.training, config.training.n_iters
-    step, most = int(_first(packed.step)), _steps_a_call(config)
+    step, most = int(first_copy(packed.step)), steps_a_call(config)
     window_start, window_steps, compiled = time.time(), 0, False
     while step < num_steps:
         whole = step % most == 0 and step + most <= num_steps

@@ -1,5 +1,6 @@
 """Layers of the score networks, NHWC. The architecture is score_sde's (arXiv 2011.13456)."""
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -107,12 +108,36 @@ def downsample(x: Array, fir_kernel: Sequence[float] = ()) -> Array:
     return x.reshape(n, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
-class Conv(nn.Conv):
-    """Convolution with "same" padding and this architecture's initialisation."""
+class Conv(nn.Module):
+    """Convolution with "same" padding and this architecture's initialisation.
 
+    Attributes:
+      gain: multiplies the result; it costs nothing, since it goes into the kernel.
+    """
+
+    features: int
     kernel_size: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
     padding: Any = "SAME"
     kernel_init: nn.initializers.Initializer = variance_scaling()
+    gain: float = 1.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, apart: bool = False) -> Any:
+        """(N, H, W, C) → (N, H', W', features); `apart`: without the bias, and (features,), it."""
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            (self.gain * kernel).astype(self.dtype),
+            self.strides,
+            self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        bias = self.gain * bias
+        return (y, bias) if apart else y + bias.astype(self.dtype)
 
 
 class ResampleConv(nn.Module):
@@ -190,35 +215,31 @@ class GroupNorm(nn.Module):
         self,
         x: Array,
         shift: Array | None = None,
-        keep: Array | None = None,
+        keys: Array | None = None,
         train: bool = False,
     ) -> Array:
-        """(N, H, W, C) → the same; `shift` (N, C) is added first, `keep` is dropout's mask."""
+        """(N, H, W, C) → the same; `shift` (N, C) is added first, `keys` are dropout's."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         options = normalization.Options(min(channels // 4, 32), self.silu, self.rate)
         return normalization.norm_act(
-            x.astype(self.dtype), scale, bias, shift, keep, options=options, train=train
+            x.astype(self.dtype), scale, bias, shift, keys, options=options, train=train
         )
 
 
-class DropoutMask(nn.Module):
-    """Where dropout keeps values: a function of each image's own key, whatever the sharding.
-
-    Every layer folds its own path into the keys.
-    """
+class DropoutKeys(nn.Module):
+    """Keys of one dropout layer, from each image's own: it folds its own path into them."""
 
     rate: float
 
     @nn.compact
-    def __call__(self, keys: Array | None, shape: tuple[int, ...]) -> Array | None:
-        """Keys (N,) → (N, *shape) bool; None: nothing is dropped."""
+    def __call__(self, keys: Array | None) -> Array | None:
+        """Keys (N,) → two words an image (N, 2) uint32; None: nothing is dropped."""
         if keys is None or self.rate == 0:
             return None
         layer = zlib.crc32("/".join(self.path).encode())
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys)
-        return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, shape))(keys)
+        return jax.random.key_data(jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys))
 
 
 class AttnBlock(nn.Module):
@@ -268,16 +289,17 @@ class ResBlock(nn.Module):
         y = GroupNorm(dtype=self.dtype)(x, train=train)
         if self.resample is not None:
             x, y = self.resample(x), self.resample(y)
-        y = Conv(self.features, dtype=self.dtype)(y)
+        y, bias = Conv(self.features, dtype=self.dtype)(y, apart=True)
         dense = nn.Dense(self.features, kernel_init=variance_scaling(), dtype=self.dtype)
-        keep = DropoutMask(self.dropout)(dropout_keys, y.shape[1:])
-        norm = GroupNorm(rate=self.dropout, dtype=self.dtype)
-        y = norm(y, dense(nn.silu(temb)), keep, train=train)
-        y = Conv(self.features, kernel_init=variance_scaling(self.init_scale), dtype=self.dtype)(y)
-        if x.shape[-1] != self.features or self.resample is not None:
-            if self.resblock_type == "ddpm":
-                init = variance_scaling(0.1)
-                x = nn.Dense(self.features, kernel_init=init, dtype=self.dtype)(x)
-            else:
-                x = Conv(self.features, kernel_size=(1, 1), dtype=self.dtype)(x)
-        return (x + y) / math.sqrt(2) if self.skip_rescale else x + y
+        shift = dense(nn.silu(temb)).astype(jnp.float32) + bias
+        keys = DropoutKeys(self.dropout)(dropout_keys)
+        y = GroupNorm(rate=self.dropout, dtype=self.dtype)(y, shift, keys, train=train)
+        gain = 1 / math.sqrt(2) if self.skip_rescale else 1.0
+        conv = functools.partial(Conv, self.features, gain=gain, dtype=self.dtype)
+        y = conv(kernel_init=variance_scaling(self.init_scale))(y)
+        if x.shape[-1] == self.features and self.resample is None:
+            return gain * x + y
+        if self.resblock_type == "biggan":
+            return conv(kernel_size=(1, 1))(x) + y
+        init = variance_scaling(0.1)
+        return gain * nn.Dense(self.features, kernel_init=init, dtype=self.dtype)(x) + y

@@ -7,17 +7,19 @@ too large for a kernel, it is plain JAX.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 EPSILON = 1e-6
-_BLOCK = 16_384  # values that a program of a kernel's grid holds in registers
-_WARP = 2048  # of them, a warp's
+_TILE = 8192  # values that a program of a kernel's grid works on at a time
+_WARP = 1024  # of them, a warp's
 
 
 class Options(NamedTuple):
@@ -28,16 +30,36 @@ class Options(NamedTuple):
     rate: float = 0.0
 
 
+def keeps(keys: Sequence[Array], places: Array, rate: float) -> Array:
+    """Where dropout keeps values, as a hash of a key and of a value's place in its image.
+
+    Args:
+      keys: two words, (…) uint32, which broadcast against places.
+      places: (…) uint32.
+      rate: the share that is dropped.
+
+    Returns:
+      (…) bool. A hash (MurmurHash3's finaliser, twice) takes a tenth of Threefry's time.
+    """
+    h = places * np.uint32(0x9E3779B9) + keys[0]
+    for word in (keys[1], None):
+        h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+        h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+        h = h ^ (h >> np.uint32(16))
+        h = h if word is None else h ^ word
+    return h >= np.uint32(round(rate * 2**32))
+
+
 def plain(
     options: Options,
     x: Array,
     scale: Array,
     bias: Array,
     shift: Array | None = None,
-    keep: Array | None = None,
+    keys: Array | None = None,
 ) -> Array:
     """`norm_act` in plain JAX."""
-    n, h, w, _ = x.shape
+    n, h, w, channels = x.shape
     wide = x.astype(jnp.float32)
     if shift is not None:
         wide += shift.astype(jnp.float32)[:, None, None, :]
@@ -47,95 +69,150 @@ def plain(
     factor = jax.lax.rsqrt(variance + EPSILON) * scale.reshape(options.groups, -1)
     y = ((grouped - mean) * factor + bias.reshape(options.groups, -1)).reshape(x.shape)
     y = jax.nn.silu(y) if options.silu else y
-    if keep is not None:
+    if keys is not None:
+        places = jnp.arange(h * w * channels, dtype=jnp.uint32).reshape(1, h, w, channels)
+        keep = keeps(list(keys.T[:, :, None, None, None]), places, options.rate)
         y = jnp.where(keep, y / (1 - options.rate), 0)
     return y.astype(x.dtype)
 
 
-def _width(pixels: int) -> int:
-    return max(16, min(128, _BLOCK // pixels))
+def _layout(options: Options, x: Array) -> tuple[int, int, int]:
+    """Of x (N, H, W, C): channels and pixels of a tile, and channels of it that are used.
+
+    A tile's sides are powers of 2; its channels are whole groups, and lie together in memory.
+    """
+    pixels, size = x.shape[1] * x.shape[2], x.shape[3] // options.groups
+    width = max(32, min(128, 16_384 // pl.next_power_of_2(pixels)))
+    rows = min(pixels & -pixels, _TILE // width)
+    return width, rows, width // size * size
 
 
 def _fits(options: Options, x: Array) -> bool:
-    pixels, channels = x.shape[1] * x.shape[2], x.shape[3]
-    return (
-        pixels & (pixels - 1) == 0  # a block's sides are powers of 2
-        and 16 <= pixels <= 1024
-        and channels // options.groups <= _width(pixels)
-    )
+    _, rows, used = _layout(options, x)
+    return rows >= 16 and used > 0
 
 
-class _Block:
-    """A program's part of an image: all pixels of as many whole groups as fit."""
+class _Part:
+    """A program's part of an image: all pixels of some groups, a tile at a time."""
 
-    def __init__(self, x_ref: Any, options: Options) -> None:
-        _, pixels, channels = x_ref.shape
-        width, size = _width(pixels), channels // options.groups
-        taken, lane = width // size * size, jnp.arange(width)
-        image, start = pl.program_id(0), pl.program_id(1) * taken
-        self.inside = (lane < taken) & (start + lane < channels)
-        self.area = jnp.broadcast_to(self.inside[None, :], (pixels, width))
-        self.pixels = (image, slice(None), pl.ds(start, width))
-        self.per_image = (image, pl.ds(start, width))
-        self.per_channel = (pl.ds(start, width),)
-        self._same = (lane[:, None] // size == lane[None, :] // size) & self.inside[None, :]
-        self._count = pixels * size
+    def __init__(self, options: Options, x_ref: Any, width: int, rows: int, used: int) -> None:
+        _, self.pixels, self.channels = x_ref.shape
+        lane, size = jnp.arange(width), self.channels // options.groups
+        self._image, self._start = pl.program_id(0), pl.program_id(1) * used
+        self._inside = (lane < used) & (self._start + lane < self.channels)
+        self._area = jnp.broadcast_to(self._inside[None, :], (rows, width))
+        self._same = (lane[:, None] // size == lane[None, :] // size) & self._inside[None, :]
+        self._count, self._rows, self._lane = self.pixels * size, rows, lane
+        self.zeros = jnp.zeros(width)
 
-    def load(self, ref: Any, where: tuple[Any, ...]) -> Array:
-        mask = self.area if where is self.pixels else self.inside
-        return plgpu.load(ref.at[where], mask=mask, other=0).astype(jnp.float32)
+    def loop(self, body: Any, carry: Any) -> Any:
+        """`body(tile's number, carry)` over all tiles."""
+        return jax.lax.fori_loop(0, self.pixels // self._rows, body, carry)
 
-    def store(self, ref: Any, where: tuple[Any, ...], value: Array) -> None:
-        mask = self.area if where is self.pixels else self.inside
-        plgpu.store(ref.at[where], value.astype(ref.dtype), mask=mask)
+    def _where(self, tile: Array) -> tuple[Any, ...]:
+        return (
+            self._image,
+            pl.ds(tile * self._rows, self._rows),
+            pl.ds(self._start, len(self.zeros)),
+        )
+
+    def tile(self, ref: Any, tile: Array) -> Array:
+        """(rows, width) float32, 0 where no channel is."""
+        value = plgpu.load(ref.at[self._where(tile)], mask=self._area, other=0)
+        return value.astype(jnp.float32)
+
+    def store_tile(self, ref: Any, tile: Array, value: Array) -> None:
+        plgpu.store(ref.at[self._where(tile)], value.astype(ref.dtype), mask=self._area)
+
+    def vector(self, ref: Any) -> Array:
+        """(width,) float32 of a vector of channels, or of one for each image."""
+        where = (self._image,) * (len(ref.shape) - 1) + (pl.ds(self._start, len(self.zeros)),)
+        return plgpu.load(ref.at[where], mask=self._inside, other=0).astype(jnp.float32)
+
+    def store_vector(self, ref: Any, value: Array) -> None:
+        where = (self._image, pl.ds(self._start, len(self.zeros)))
+        plgpu.store(ref.at[where], value.astype(ref.dtype), mask=self._inside)
 
     def group_mean(self, sums: Array) -> Array:
         """Sums over the pixels of each channel → the mean over its group."""
         return jnp.sum(jnp.where(self._same, sums[None, :], 0.0), axis=1) / self._count
 
-    def normalized(self, x_ref: Any, shift_ref: Any) -> tuple[Array, Array]:
-        """(x̂, 1/σ of each channel)."""
-        x = self.load(x_ref, self.pixels)
-        if shift_ref is not None:
-            x += self.load(shift_ref, self.per_image)[None, :]
-        centered = jnp.where(self.area, x - self.group_mean(jnp.sum(x, axis=0))[None, :], 0.0)
-        variance = self.group_mean(jnp.sum(centered * centered, axis=0))
-        factor = jax.lax.rsqrt(variance + EPSILON)
-        return centered * factor[None, :], factor
+    def drop(self, keys_ref: Any, tile: Array, value: Array, rate: float) -> Array:
+        pixel = (tile * self._rows + jnp.arange(self._rows)).astype(jnp.uint32)
+        channel = (self._start + self._lane).astype(jnp.uint32)
+        places = pixel[:, None] * np.uint32(self.channels) + channel[None, :]
+        keys = [plgpu.load(keys_ref.at[self._image, jnp.int32(i)]) for i in (0, 1)]
+        return jnp.where(keeps(keys, places, rate), value / (1 - rate), 0.0)
 
 
-def _forward_kernel(options: Options, names: tuple[str, ...], *refs: Any) -> None:
+def _forward_kernel(
+    options: Options, layout: tuple[int, int, int], names: tuple[str, ...], *refs: Any
+) -> None:
     ref = dict(zip(names, refs, strict=True))
-    block = _Block(ref["x"], options)
-    normal, _ = block.normalized(ref["x"], ref.get("shift"))
-    scale, bias = (block.load(ref[name], block.per_channel) for name in ("scale", "bias"))
-    y = normal * scale[None, :] + bias[None, :]
-    y = y * jax.nn.sigmoid(y) if options.silu else y
-    if "keep" in ref:
-        y *= block.load(ref["keep"], block.pixels) / (1 - options.rate)
-    block.store(ref["y"], block.pixels, y)
+    part = _Part(options, ref["x"], *layout)
+    shift = part.vector(ref["shift"]) if "shift" in ref else part.zeros
+
+    def add(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        x = part.tile(ref["x"], i) + shift[None, :]
+        return sums[0] + jnp.sum(x, axis=0), sums[1] + jnp.sum(x * x, axis=0)
+
+    mean, square = map(part.group_mean, part.loop(add, (part.zeros, part.zeros)))
+    factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + EPSILON)
+    part.store_vector(ref["mean"], mean)
+    part.store_vector(ref["factor"], factor)
+    slope = factor * part.vector(ref["scale"])
+    offset = (shift - mean) * slope + part.vector(ref["bias"])
+
+    def write(i: Array, carry: Any) -> Any:
+        y = part.tile(ref["x"], i) * slope[None, :] + offset[None, :]
+        y = y * jax.nn.sigmoid(y) if options.silu else y
+        y = part.drop(ref["keys"], i, y, options.rate) if "keys" in ref else y
+        part.store_tile(ref["y"], i, y)
+        return carry
+
+    part.loop(write, 0)
 
 
-def _backward_kernel(options: Options, names: tuple[str, ...], *refs: Any) -> None:
+def _backward_kernel(
+    options: Options, layout: tuple[int, int, int], names: tuple[str, ...], *refs: Any
+) -> None:
     ref = dict(zip(names, refs, strict=True))
-    block = _Block(ref["x"], options)
-    normal, factor = block.normalized(ref["x"], ref.get("shift"))
-    scale, bias = (block.load(ref[name], block.per_channel) for name in ("scale", "bias"))
-    dy = block.load(ref["dy"], block.pixels)
-    if "keep" in ref:
-        dy *= block.load(ref["keep"], block.pixels) / (1 - options.rate)
-    if options.silu:
-        y = normal * scale[None, :] + bias[None, :]
-        gate = jax.nn.sigmoid(y)
-        dy *= gate * (1 + y * (1 - gate))
-    dbias, dscale = jnp.sum(dy, axis=0), jnp.sum(dy * normal, axis=0)
-    mean, slope = block.group_mean(scale * dbias), block.group_mean(scale * dscale)
-    dx = dy * scale[None, :] - mean[None, :] - normal * slope[None, :]
-    dx *= factor[None, :]
-    block.store(ref["dx"], block.pixels, dx)
-    for name, value in (("dscale", dscale), ("dbias", dbias), ("dshift", jnp.sum(dx, axis=0))):
-        if name in ref:
-            block.store(ref[name], block.per_image, value)
+    part = _Part(options, ref["x"], *layout)
+    shift = part.vector(ref["shift"]) if "shift" in ref else part.zeros
+    factor, scale, bias = (part.vector(ref[name]) for name in ("factor", "scale", "bias"))
+    offset = (shift - part.vector(ref["mean"])) * factor
+
+    def tiles(i: Array) -> tuple[Array, Array]:
+        """(x̂, the gradient of what SiLU takes)."""
+        normal = part.tile(ref["x"], i) * factor[None, :] + offset[None, :]
+        dy = part.tile(ref["dy"], i)
+        dy = part.drop(ref["keys"], i, dy, options.rate) if "keys" in ref else dy
+        if options.silu:
+            y = normal * scale[None, :] + bias[None, :]
+            gate = jax.nn.sigmoid(y)
+            dy *= gate * (1 + y * (1 - gate))
+        return normal, dy
+
+    def add(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        normal, dy = tiles(i)
+        terms = (dy, dy * normal, normal)
+        return tuple(s + jnp.sum(term, axis=0) for s, term in zip(sums, terms, strict=True))
+
+    dbias, dscale, total = part.loop(add, (part.zeros,) * 3)
+    mean, slope = part.group_mean(scale * dbias), part.group_mean(scale * dscale)
+
+    def write(i: Array, carry: Any) -> Any:
+        normal, dy = tiles(i)
+        dx = dy * scale[None, :] - mean[None, :] - normal * slope[None, :]
+        part.store_tile(ref["dx"], i, dx * factor[None, :])
+        return carry
+
+    part.loop(write, 0)
+    part.store_vector(ref["dbias"], dbias)
+    part.store_vector(ref["dscale"], dscale)
+    if "dshift" in ref:
+        dshift = factor * (scale * dbias - part.pixels * mean - slope * total)
+        part.store_vector(ref["dshift"], dshift)
 
 
 def _call(
@@ -145,16 +222,16 @@ def _call(
     inputs = {name: value for name, value in inputs.items() if value is not None}
     x = inputs["x"]
     n, h, w, channels = x.shape
-    width, size = _width(h * w), channels // options.groups
+    layout = _layout(options, x)
     flat = {k: v.reshape(n, h * w, channels) if v.ndim == 4 else v for k, v in inputs.items()}
     results = pl.pallas_call(
-        functools.partial(kernel, options, (*flat, *outputs)),
-        grid=(n, pl.cdiv(channels, width // size * size)),
+        functools.partial(kernel, options, layout, (*flat, *outputs)),
+        grid=(n, pl.cdiv(channels, layout[2])),
         out_shape=tuple(
             jax.ShapeDtypeStruct((n, h * w, channels) if len(shape) == 4 else shape, dtype)
             for shape, dtype in outputs.values()
         ),
-        compiler_params=plgpu.CompilerParams(num_warps=min(8, max(1, h * w * width // _WARP))),
+        compiler_params=plgpu.CompilerParams(num_warps=max(1, layout[0] * layout[1] // _WARP)),
         interpret=jax.default_backend() != "gpu",
     )(*flat.values())
     return {
@@ -170,28 +247,32 @@ def fused(
     scale: Array,
     bias: Array,
     shift: Array | None = None,
-    keep: Array | None = None,
+    keys: Array | None = None,
 ) -> Array:
     """`norm_act` as a kernel, whose gradient is one too. There is no forward mode."""
-    inputs = {"x": x, "scale": scale, "bias": bias, "shift": shift, "keep": keep}
-    return _call(_forward_kernel, options, inputs, {"y": (x.shape, x.dtype)})["y"]
+    return _fused_forward(options, x, scale, bias, shift, keys)[0]
 
 
-def _fused_forward(options: Options, *inputs: Any) -> tuple[Array, Any]:
-    return fused(options, *inputs), inputs
+def _fused_forward(options: Options, *given: Any) -> tuple[Array, Any]:
+    inputs = dict(zip(("x", "scale", "bias", "shift", "keys"), given, strict=True))
+    x = inputs["x"]
+    per_image = ((len(x), x.shape[-1]), jnp.float32)
+    outputs = {"y": (x.shape, x.dtype), "mean": per_image, "factor": per_image}
+    results = _call(_forward_kernel, options, inputs, outputs)
+    return results.pop("y"), inputs | results
 
 
-def _fused_backward(options: Options, inputs: Any, dy: Array) -> tuple[Array | None, ...]:
-    x, scale, bias, shift, keep = inputs
+def _fused_backward(options: Options, saved: Any, dy: Array) -> tuple[Array | None, ...]:
+    x, shift = saved["x"], saved["shift"]
     per_image = ((len(x), x.shape[-1]), jnp.float32)
     outputs: dict[str, Any] = {"dx": (x.shape, x.dtype), "dscale": per_image, "dbias": per_image}
     if shift is not None:
         outputs["dshift"] = per_image
-    given = {"x": x, "scale": scale, "bias": bias, "shift": shift, "keep": keep, "dy": dy}
-    d = _call(_backward_kernel, options, given, outputs)
-    dscale, dbias = d["dscale"].sum(axis=0), d["dbias"].sum(axis=0)
-    dshift = None if shift is None else d["dshift"].astype(shift.dtype)
-    return d["dx"], dscale.astype(scale.dtype), dbias.astype(bias.dtype), dshift, None
+    d = _call(_backward_kernel, options, saved | {"dy": dy}, outputs)
+    dscale, dbias = (
+        d["d" + name].sum(axis=0).astype(saved[name].dtype) for name in ("scale", "bias")
+    )
+    return d["dx"], dscale, dbias, None if shift is None else d["dshift"].astype(shift.dtype), None
 
 
 fused.defvjp(_fused_forward, _fused_backward)
@@ -212,7 +293,7 @@ def norm_act(
     scale: Array,
     bias: Array,
     shift: Array | None = None,
-    keep: Array | None = None,
+    keys: Array | None = None,
     *,
     options: Options,
     train: bool,
@@ -223,7 +304,7 @@ def norm_act(
       x: features, (N, H, W, C).
       scale, bias: of the normalised features, (C,).
       shift: added to each image's features first, (N, C).
-      keep: where dropout leaves the result, (N, H, W, C) bool.
+      keys: of dropout, two words an image, (N, 2) uint32; None: nothing is dropped.
       options: the rest.
       train: on a GPU its gradient is a kernel, and it has no forward mode; else it has both modes.
 
@@ -231,6 +312,6 @@ def norm_act(
       (N, H, W, C), of x's dtype; all computation is in float32.
     """
     if jax.default_backend() != "gpu" or not _fits(options, x):
-        return plain(options, x, scale, bias, shift, keep)
+        return plain(options, x, scale, bias, shift, keys)
     function = fused if train else _fused_inference
-    return function(options, x, scale, bias, shift, keep)
+    return function(options, x, scale, bias, shift, keys)

@@ -1,0 +1,259 @@
+"""DDPM++ and its training step in PyTorch, as fast as we can make them: what ours is timed against.
+
+Nothing but the benchmarks imports this, and PyTorch is no requirement of the project. The network
+is `models.ncsnpp`'s with DDPM++'s options (arXiv 2011.13456, appendix H), and the objective is
+that of `configs/vp/cifar10_st.py`. Images are NHWC on the outside; inside they are NCHW tensors
+in the "channels_last" layout, which is the same memory.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BETA_MIN, BETA_MAX = 0.1, 20.0  # VP SDE; T = 1
+EPS = 1e-5  # smallest truncation
+LEARNING_RATE, WARMUP, GRAD_CLIP, EMA_RATE = 2e-4, 5000, 1.0, 0.9999
+
+
+def _init(layer: nn.Module, scale: float = 1.0) -> nn.Module:
+    """`layer` with Xavier-uniform weights of variance `scale`, 0 being 1e-10, and no bias."""
+    nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale or 1e-10))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _conv(inputs: int, outputs: int, size: int = 3, scale: float = 1.0) -> nn.Module:
+    return _init(nn.Conv2d(inputs, outputs, size, padding=size // 2), scale)
+
+
+def _norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(min(channels // 4, 32), channels, eps=1e-6)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the pixels, with a rescaled skip."""
+
+    def __init__(self, channels: int) -> None:
+        """For `channels` channels."""
+        super().__init__()
+        self.norm = _norm(channels)
+        self.query_key_value = nn.Linear(channels, 3 * channels)  # one product is faster than three
+        for block in self.query_key_value.weight.chunk(3):
+            nn.init.xavier_uniform_(block, gain=math.sqrt(0.1))
+        nn.init.zeros_(self.query_key_value.bias)
+        self.out = _init(nn.Linear(channels, channels), 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → the same."""
+        y = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+        query, key, value = self.query_key_value(y)[:, None].chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(query, key, value)[:, 0]
+        y = self.out(y).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return (x + y) * math.sqrt(0.5)
+
+
+class Block(nn.Module):
+    """BigGAN's residual block with a time embedding; `resample` is "", "up" or "down"."""
+
+    def __init__(
+        self, inputs: int, outputs: int, width: int, dropout: float, resample: str = ""
+    ) -> None:
+        """From `inputs` to `outputs` channels; the embedding has `width`."""
+        super().__init__()
+        self.resample = resample
+        self.norm1, self.conv1 = _norm(inputs), _conv(inputs, outputs)
+        self.dense = _init(nn.Linear(width, outputs))
+        self.norm2, self.dropout = _norm(outputs), nn.Dropout(dropout, inplace=True)
+        self.conv2 = _conv(outputs, outputs, scale=0.0)
+        same = inputs == outputs and not resample
+        self.shortcut = nn.Identity() if same else _conv(inputs, outputs, size=1)
+
+    def _resample(self, x: Tensor) -> Tensor:
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.resample else x
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """(N, C, H, W) and silu(embedding) (N, E) → (N, C', H', W')."""
+        y = self.conv1(self._resample(F.silu(self.norm1(x))))
+        y = y + self.dense(temb)[:, :, None, None]
+        y = self.conv2(self.dropout(F.silu(self.norm2(y))))
+        return (self.shortcut(self._resample(x)) + y) * math.sqrt(0.5)
+
+
+class DDPMpp(nn.Module):
+    """The U-Net; the arguments are the fields of our config."""
+
+    def __init__(
+        self,
+        nf: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        dropout: float,
+        image_size: int,
+        channels: int,
+    ) -> None:
+        """See `models.ncsnpp.NCSNpp`."""
+        super().__init__()
+        self.nf, size, width = nf, image_size, 4 * nf
+        self.dense1, self.dense2 = _init(nn.Linear(nf, width)), _init(nn.Linear(width, width))
+        self.conv_in = _conv(channels, nf)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        current, skips = nf, [nf]
+        for level, mult in enumerate(ch_mult):
+            for _ in range(num_res_blocks):
+                layers = [Block(current, nf * mult, width, dropout)]
+                current = nf * mult
+                layers += [Attention(current)] if size in attn_resolutions else []
+                self.down.append(nn.ModuleList(layers))
+                skips.append(current)
+            if level != len(ch_mult) - 1:
+                block = Block(current, current, width, dropout, "down")
+                self.down.append(nn.ModuleList([block]))
+                skips.append(current)
+                size //= 2
+        self.middle = nn.ModuleList(
+            [
+                Block(current, current, width, dropout),
+                Attention(current),
+                Block(current, current, width, dropout),
+            ]
+        )
+        for level, mult in reversed(list(enumerate(ch_mult))):
+            for i in range(num_res_blocks + 1):
+                layers = [Block(current + skips.pop(), nf * mult, width, dropout)]
+                current = nf * mult
+                if i == num_res_blocks:
+                    layers += [Attention(current)] if size in attn_resolutions else []
+                    if level != 0:
+                        layers.append(Block(current, current, width, dropout, "up"))
+                        size *= 2
+                self.up.append(nn.ModuleList(layers))
+        self.norm_out, self.conv_out = _norm(current), _conv(current, channels, scale=0.0)
+        half = nf // 2
+        frequencies = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Images (N, C, H, W) and labels (N,), 0 … 999 → (N, C, H, W)."""
+        angles = labels[:, None] * self.frequencies
+        temb = self.dense1(torch.cat([angles.sin(), angles.cos()], dim=1))
+        temb = F.silu(self.dense2(F.silu(temb)))
+
+        def run(layers: nn.ModuleList, h: Tensor) -> Tensor:
+            for layer in layers:
+                h = layer(h, temb) if isinstance(layer, Block) else layer(h)
+            return h
+
+        h = self.conv_in(x)
+        skips = [h]
+        for layers in self.down:
+            h = run(layers, h)
+            skips.append(h)
+        h = run(self.middle, h)
+        for layers in self.up:
+            h = run(layers, torch.cat([h, skips.pop()], dim=1))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def build(
+    nf: int,
+    ch_mult: Sequence[int],
+    num_res_blocks: int,
+    attn_resolutions: Sequence[int],
+    dropout: float,
+    image_size: int,
+    channels: int,
+) -> nn.Module:
+    """DDPM++ in the channels_last layout; the arguments are the fields of our config."""
+    sizes = (dropout, image_size, channels)
+    network = DDPMpp(nf, ch_mult, num_res_blocks, attn_resolutions, *sizes)
+    return network.to(memory_format=torch.channels_last)
+
+
+def _integral_beta(t: Tensor) -> Tensor:
+    """B(t) = ∫₀ᵗ β(s) ds."""
+    return t * (BETA_MIN + 0.5 * t * (BETA_MAX - BETA_MIN))
+
+
+def _gamma(t: Tensor) -> Tensor:
+    """γ(t) = log σ²/α², elementwise."""
+    b = _integral_beta(t)
+    return b + torch.log(-torch.expm1(-b))
+
+
+def _importance_time(u: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """Times (N,) with density ∝ g²/σ² on [τ, 1], from uniforms; and the normaliser Z_τ."""
+    low, high = _gamma(tau), _gamma(torch.ones_like(tau))
+    b = F.softplus(low + u * (high - low))
+    slope = BETA_MAX - BETA_MIN
+    t = 2 * b / (BETA_MIN + torch.sqrt(BETA_MIN**2 + 2 * slope * b))
+    return torch.clamp(t, EPS, 1.0), high - low
+
+
+class Trainer:
+    """A training step and a forward pass, with PyTorch's own means of being fast."""
+
+    def __init__(
+        self, network: nn.Module, device: torch.device | str, compile: bool, autocast: bool
+    ) -> None:
+        """Take `network` to `device`; `autocast`: bfloat16 compute."""
+        self.device = torch.device(device)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:  # TF32, which is XLA's default there too
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
+        self.network = network.to(self.device, memory_format=torch.channels_last)
+        self._params = list(self.network.parameters())
+        self.ema_params = [p.detach().clone() for p in self._params]
+        self._run = torch.compile(self.network) if compile else self.network
+        self._autocast = autocast
+        self._adam = torch.optim.Adam(self._params, lr=LEARNING_RATE, eps=1e-8, fused=True)
+        self._num_updates = 0
+
+    def _precision(self) -> contextlib.AbstractContextManager[None]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
+
+    def _draw(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Levels (N, H, W, C) uint8 → x_t, t, z and the weight Z_τ."""
+        x = images.permute(0, 3, 1, 2) * (2 / 255) - 1
+        flip = torch.rand(len(x), 1, 1, 1, device=self.device) < 0.5
+        x = torch.where(flip, x.flip(3), x)
+        u = torch.rand(len(x) + 1, device=self.device)
+        tau = EPS ** (1 - u[0])  # P_1(τ) ∝ 1/τ
+        t, normalizer = _importance_time(u[1:], tau)
+        b = _integral_beta(t)[:, None, None, None]
+        z = torch.randn_like(x)
+        return torch.exp(-0.5 * b) * x + torch.sqrt(-torch.expm1(-b)) * z, t, z, normalizer
+
+    def step(self, images: Tensor) -> Tensor:
+        """One update with images (N, H, W, C) uint8 on the device; the loss, not waited for."""
+        self.network.train()
+        x_t, t, z, normalizer = self._draw(images)
+        with self._precision():
+            output = self._run(x_t, 999 * t)
+        # λ = g² over the density g²/(σ² Z_τ), of the noise's error: ½ Z_τ ‖z - output‖².
+        loss = 0.5 * normalizer * F.mse_loss(output.float(), z)
+        self._adam.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._params, GRAD_CLIP)
+        for group in self._adam.param_groups:
+            group["lr"] = LEARNING_RATE * min(self._num_updates / WARMUP, 1.0)
+        self._adam.step()
+        self._num_updates += 1
+        decay = min(EMA_RATE, (1 + self._num_updates) / (10 + self._num_updates))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema_params, self._params, 1 - decay)
+        return loss.detach()
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The network without dropout: (N, H, W, C) and (N,) → (N, H, W, C) float32."""
+        self.network.eval()
+        with self._precision():
+            return self._run(x.permute(0, 3, 1, 2), labels).float().permute(0, 2, 3, 1)
