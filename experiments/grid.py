@@ -11,7 +11,7 @@ about what the networks learnt, not about where a sampler stops. It stops at t =
 about 0.01 for VP as for VE, which leaves the training below that to the likelihood alone; with a
 fixed ε of 1e-2 it stops at 1e-2, where that network's training ends. All end with one denoising.
 RVE has another clock, by which t = 1e-3 is still pure noise: its sampler goes down to its ε, where
-its σ is 0.01 as well. (Sub-VP's σ at 1e-3 is far smaller, as σ² is for VP.)
+its σ is 0.01 as well. Sub-VP's σ at 1e-3 is 1e-4; tables compare within an SDE.
 """
 
 from typing import Any
