@@ -188,8 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     environment.prepare()
     log.setLevel(logging.INFO)
-    # Evaluations of different runs are often the same program.
-    jax.config.update("jax_compilation_cache_dir", str(options.workdirs.resolve() / "xla_cache"))
+    if not jax.config.jax_compilation_cache_dir:
+        # Evaluations of different runs are often the same program.
+        cache = options.workdirs.resolve() / "xla_cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         runs = select(load_sweep(options.sweep), options.shard, options.only)
         places = parse_places(options.set)
