@@ -45,7 +45,7 @@ def _known(scores: list[Score | None]) -> tuple[list[int], list[float], list[flo
 
 
 def _save(figure: Any, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -110,17 +110,18 @@ def _by_time(axes: Axes, curves: list[dict[str, Any]], name: str, deviation: str
 
 def draw_times(curves: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Loss, gradient, and what training sees, against t; a colour each run."""
-    figure, panels = plt.subplots(2, 2, figsize=(8.5, 6), sharex=True, layout="constrained")
+    figure, panels = plt.subplots(2, 2, figsize=(8, 5.5), sharex=True, layout="constrained")
     for axes, name, deviation, label in (
-        (panels[0, 0], "plain_loss", "plain_loss_variance", "integrand λ(t) of the loss, per dim"),
-        (panels[0, 1], "trained_loss", "trained_loss_variance", "an image's loss if drawn at t"),
-        (panels[1, 0], "grad_norm", "grad_variance", "gradient of the loss at t"),
+        (panels[0, 0], "plain_loss", "plain_loss_variance", "loss at t, times λ(t), per dimension"),
+        (panels[0, 1], "trained_loss", "trained_loss_variance", "what training adds up at t"),
+        (panels[1, 0], "grad_norm", "grad_variance", "gradient of the latter, norm"),
         (panels[1, 1], "share_of_steps", "", "share of steps with τ ≤ t"),
     ):
         _by_time(axes, curves, name, deviation)
         axes.set_ylabel(label)
         if deviation:
             axes.set_yscale("log")
+    panels[1, 1].set_ylim(0, 1.05)
     for axes in panels[0]:
         axes.set_xlabel("")
     figure.legend(

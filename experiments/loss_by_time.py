@@ -142,7 +142,7 @@ def _by_time(
         (loss, each), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
         return loss, grads, each
 
-    grid = np.geomspace(training.truncation_time, sde.T, num_times).astype(np.float32)
+    grid = np.geomspace(training.truncation_time, sde.T, num_times)
     factor = _inverse_density(config, sde, grid)
     share, density = share_of_steps(config, grid), density_of_times(config, sde, grid[:-1])
     progress, rows = reporting.Progress("loss by time", num_times * num_batches * size), []
@@ -176,11 +176,16 @@ def _by_time(
 
 
 def _of_objectives(
-    config: ConfigDict, setup: Setup, params: Any, train: datasets.Dataset, num_batches: int
+    config: ConfigDict,
+    setup: Setup,
+    params: Any,
+    train: datasets.Dataset,
+    truncations: tuple[str, ...],
+    num_batches: int,
 ) -> dict[str, dict[str, float]]:
     """Loss and gradient of mini-batches under each truncation, at the same parameters."""
     size, found = config.training.batch_size, {}
-    for truncation in ("fixed", "soft", "equivalent_weight"):
+    for truncation in truncations:
         other = config.copy_and_resolve_references()
         other.training.truncation = truncation
         loss_fn = losses.get_batch_loss_fn(
@@ -220,6 +225,7 @@ def measure(
     places: dict[str, str] | None = None,
     num_times: int = 40,
     num_batches: int = 8,
+    truncations: tuple[str, ...] = ("fixed", "soft", "equivalent_weight"),
     num_steps: int = 200,
 ) -> dict[str, Any]:
     """Losses and gradients of a trained run.
@@ -230,7 +236,8 @@ def measure(
       places: where data are, by field.
       num_times: from ε to T, at equal ratios.
       num_batches: mini-batches of test images at each, fewer if there are not so many.
-      num_steps: mini-batches of each objective.
+      truncations: objectives to compare, with the run's k and ε.
+      num_steps: mini-batches of each.
 
     Returns:
       `by_time`, a row for each time: the integrand of the objective as it is (`plain_loss`, a
@@ -257,7 +264,7 @@ def measure(
         "step": int(state.step),
         "batch_size": config.training.batch_size,
         "training": _of_training(workdir),
-        "objectives": _of_objectives(config, setup, params, data.train, num_steps),
+        "objectives": _of_objectives(config, setup, params, data.train, truncations, num_steps),
         "by_time": _by_time(config, setup, params, images, num_times, num_batches),
     }
 

@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     environment.prepare()
     log.setLevel(logging.INFO)
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # Evaluations of different runs are often the same program.
         cache = options.workdirs.resolve() / "xla_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache))
