@@ -385,6 +385,10 @@ def _score(scorer: _Scorer, images: _Images, parts: storage.Parts) -> dict[str, 
     if inception:
         score = evaluation.split_inception_score(np.concatenate(logits))
         report |= {"inception_score": score.value, "inception_score_stderr": score.stderr}
+    if not inception and len(fake.features) >= 20:
+        error = evaluation.frechet_distance_stderr(real.mean, real.cov, fake.features)
+        # Of a subset, if there are many: the variance falls as 1/N.
+        report[f"fd{suffix}_stderr"] = error * np.sqrt(len(fake.features) / fake.count)
     if len(real.features):
         kernel = evaluation.split_kernel_distance(real.features, fake.features)
         precision, recall = evaluation.precision_recall(real.features, fake.features)

@@ -66,6 +66,29 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return frechet_distance_of_moments(*(x for m in moments for x in (m.mean, m.cov)))
 
 
+def frechet_distance_stderr(
+    mean: np.ndarray, cov: np.ndarray, rows: np.ndarray, groups: int = 10
+) -> float:
+    """Standard error of the distance of `rows` to given moments: a jackknife over groups of rows.
+
+    It is of the drawing of `rows` alone; of the distance's bias, which depends on their number and
+    is the same for sets of one size, it says nothing.
+
+    Args:
+      mean, cov: (D,), (D, D), taken as certain.
+      rows: independent features (N, D), N at least two a group.
+      groups: each is left out once.
+    """
+    parts = np.array_split(rows, groups)
+    values = []
+    for i in range(groups):
+        rest = Moments()
+        for part in parts[:i] + parts[i + 1 :]:
+            rest.add(part)
+        values.append(frechet_distance_of_moments(mean, cov, rest.mean, rest.cov))
+    return float(np.sqrt((groups - 1) * np.var(values)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """A figure and its standard error."""

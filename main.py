@@ -1,24 +1,14 @@
 """Train, evaluate, sample, …: python main.py --config configs/vp/digits_st.py --mode train."""
 
 import errno
-import importlib.metadata
 import logging
-import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # On a CPU, these versions' new convolutions are up to twice as slow as the old ones. The flag
-    # must be set before JAX starts, and another version that does not know it would stop.
-    os.environ["XLA_FLAGS"] = " ".join(
-        [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_experimental_ynn_fusion_type="]
-    )
-
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
+import environment
 from configs.default import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -73,11 +63,7 @@ def _default_workdir() -> str:
 def main(argv: list[str]) -> None:
     """Do what the flags say."""
     del argv
-    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would show a traceback for a full disk
-    # The same: what Orbax's threads can't raise anywhere, they would show.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda _: None
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    environment.prepare()
     config, workdir = _CONFIG.value, _WORKDIR.value or _default_workdir()
     try:
         import hosts

@@ -58,6 +58,20 @@ def test_standard_errors_over_splits_are_honest():
         np.testing.assert_allclose(said, values.std(), rtol=0.25)
 
 
+def test_frechet_distance_stderr_is_honest():
+    """It is about the scatter of distances of many sets."""
+    rng, scale = np.random.default_rng(0), np.linspace(0.5, 2, 8)
+    draw = lambda: 0.3 + scale * rng.standard_normal((400, 8))  # noqa: E731
+    sets = [draw() for _ in range(150)]
+    mean, cov = np.zeros(8), np.eye(8)
+    distances = [
+        evaluation.frechet_distance_of_moments(mean, cov, rows.mean(0), np.cov(rows.T))
+        for rows in sets
+    ]
+    errors = [evaluation.frechet_distance_stderr(mean, cov, rows) for rows in sets]
+    assert 0.85 < np.sqrt(np.mean(np.square(errors))) / np.std(distances) < 1.15
+
+
 def test_the_order_of_samples_does_not_matter():
     # Files of a folder may be sorted by class: each split must still see all classes.
     logits = 10 * np.eye(10)[np.repeat(np.arange(10), 50)]

@@ -1,0 +1,25 @@
+"""The grid on scikit-learn's 8×8 digits, for a CPU: 20 points, three seeds, a minute or two a run.
+
+1,500 samples, as many as there are training images, and not the 10,000 of Fashion-MNIST.
+"""
+
+from configs.vp import digits_st
+from experiments.grid import get_points
+from experiments.sweep import Sweep
+
+
+def get_sweep() -> Sweep:
+    """The sweep."""
+    config = digits_st.get_config()
+    config.model.nf = 16
+    config.training.update(
+        n_iters=1000,
+        log_freq=20,
+        eval_freq=1000,
+        snapshot_freq=1000,
+        snapshot_freq_for_preemption=500,
+        snapshot_sampling=False,
+    )
+    config.sampling.update(method="dpm_solver", num_steps=20, truncation_time=1e-3)
+    config.eval.update(nelbo_draws=32, rtol=1e-3, atol=1e-3)
+    return Sweep("digits", config, get_points(sigma_max=5.0), seeds=(0, 1, 2))

@@ -1,0 +1,136 @@
+"""The figures of experiments.tables, as PNG."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+_AXES = ("NLL with residual (bits/dim)", "Fréchet distance, classifier")
+_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A figure with its standard error.
+
+    Attributes:
+      value: mean over seeds.
+      error: over seeds, or of the evaluation; None if neither is known.
+      num_seeds: how many there are; the error is over them if there are two or more.
+    """
+
+    value: float
+    error: float | None
+    num_seeds: int
+
+    def __str__(self) -> str:
+        """As a cell of a table."""
+        error = "" if self.error is None else f" ± {self.error:.4f}"
+        return f"{self.value:.4f}{error}{'' if self.num_seeds > 1 else '*'}"
+
+
+Point = tuple[str, Score | None, Score | None]  # label, NLL, Fréchet distance
+
+
+def _known(scores: list[Score | None]) -> tuple[list[int], list[float], list[float]]:
+    """(places of the scores that there are, values, standard errors)."""
+    known = [(i, score) for i, score in enumerate(scores) if score is not None]
+    return [i for i, _ in known], [s.value for _, s in known], [s.error or 0 for _, s in known]
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_curve(title: str, points: list[Point], path: pathlib.Path) -> None:
+    """Both scores against ε or k, each with its standard error; labels are "name = value"."""
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    name = points[0][0].split(" = ")[0]
+    labels = [label.split(" = ")[1] for label, *_ in points]
+    for place, axes in enumerate(panels):
+        x, values, errors = _known([(nll, distance)[place] for _, nll, distance in points])
+        axes.errorbar(x, values, errors, marker="o", capsize=3, color=_COLOURS[place])
+        axes.set(
+            xticks=range(len(labels)),
+            xticklabels=[label.replace(" ", "\n") for label in labels],
+            xlabel={"ε": "smallest time ε of training", "k": "exponent k of the prior on τ"}[name],
+            ylabel=_AXES[place],
+            xlim=(-0.4, len(labels) - 0.6),
+        )
+        axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def draw_pairs(title: str, points: list[Point], path: pathlib.Path) -> None:
+    """Both scores of pairs, a line each; labels are "group: kind"."""
+    groups = list(dict.fromkeys(label.split(": ")[0] for label, *_ in points))
+    kinds = list(dict.fromkeys(label.split(": ")[1] for label, *_ in points))
+    height = 1.5 + 0.45 * len(groups)
+    figure, panels = plt.subplots(1, 2, figsize=(8, height), sharey=True, layout="constrained")
+    for place, axes in enumerate(panels):
+        for i, kind in enumerate(kinds):
+            chosen = [point for point in points if point[0].split(": ")[1] == kind]
+            x, values, errors = _known([(nll, distance)[place] for _, nll, distance in chosen])
+            rows = [groups.index(chosen[j][0].split(": ")[0]) + 0.12 * (2 * i - 1) for j in x]
+            style = {"fmt": "os"[i % 2], "color": _COLOURS[i], "capsize": 3}
+            axes.errorbar(values, rows, xerr=errors, label=kind, **style)
+        axes.set(xlabel=_AXES[place], ylim=(len(groups) - 0.5, -0.5))
+        axes.set_yticks(range(len(groups)), groups)
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid(alpha=0.3)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        fontsize=9,
+    )
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def _by_time(axes: Axes, curves: list[dict[str, Any]], name: str, deviation: str) -> None:
+    for colour, curve in zip(_COLOURS, curves, strict=False):
+        rows = [row for row in curve["by_time"] if row[name] is not None]
+        t, values = (np.array([row[key] for row in rows]) for key in ("t", name))
+        axes.plot(t, values, color=colour, label=curve["run"])
+        if deviation:
+            spread = np.sqrt([row[deviation] for row in rows])
+            axes.plot(t, spread, color=colour, linestyle=":")
+    axes.set(xscale="log", xlabel="diffusion time t")
+    axes.grid(alpha=0.3)
+
+
+def draw_times(curves: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Loss, gradient, and what training sees, against t; a colour each run."""
+    figure, panels = plt.subplots(2, 2, figsize=(8, 5.5), sharex=True, layout="constrained")
+    for axes, name, deviation, label in (
+        (panels[0, 0], "plain_loss", "plain_loss_variance", "loss at t, times λ(t), per dimension"),
+        (panels[0, 1], "trained_loss", "trained_loss_variance", "what training adds up at t"),
+        (panels[1, 0], "grad_norm", "grad_variance", "gradient of the latter, norm"),
+        (panels[1, 1], "share_of_steps", "", "share of steps with τ ≤ t"),
+    ):
+        _by_time(axes, curves, name, deviation)
+        axes.set_ylabel(label)
+        if deviation:
+            axes.set_yscale("log")
+    panels[1, 1].set_ylim(0, 1.05)
+    for axes in panels[0]:
+        axes.set_xlabel("")
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=3,
+        fontsize=9,
+    )
+    figure.suptitle(
+        "Solid: mean. Dotted: standard deviation (of images; of mini-batches)", fontsize=11
+    )
+    _save(figure, path)

@@ -1,0 +1,298 @@
+"""Loss and gradient by diffusion time, and their variance: rows of JSON for the paper's imbalance.
+
+    python -m experiments.loss_by_time experiments/digits.py --workdirs runs/digits \
+        --out results/digits --only 'vp_(fixed_1e-5|soft_k1)_seed0'
+
+For each of these runs, which must have its checkpoint, it leaves OUT/loss_by_time/<run>.json.
+Everything is of the newest checkpoint's parameters (not their EMA: training's own) and of test
+images; parameters stay as they are.
+"""
+
+import argparse
+import json
+import logging
+import math
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+import checkpointing
+import datasets
+import environment
+import losses
+import reporting
+import storage
+from configs.default import UserError
+from experiments.sweep import Run, load_sweep, parse_places, select
+from models import utils as mutils
+from sde_lib import SDE
+from session import Setup, load_data, set_up
+
+log = logging.getLogger("soft_truncation")
+
+
+def share_of_steps(config: ConfigDict, t: np.ndarray) -> np.ndarray:
+    """Share of the training steps that see the times `t`, elementwise: P(τ ≤ t)."""
+    if config.training.truncation != "soft":
+        return np.ones_like(t)
+    prior = losses.TruncationPrior(config.training.k, config.training.truncation_time)
+    return np.asarray(prior.cdf(t))
+
+
+def density_of_times(config: ConfigDict, sde: SDE, t: np.ndarray, draws: int = 2000) -> np.ndarray:
+    """Density of the logarithm of training's times, by a sum over `draws` truncations.
+
+    Args:
+      config: of the run; its prior and way of drawing times.
+      sde: its SDE.
+      t: (N,), below T.
+      draws: of the prior, at equal probabilities.
+    """
+    training = config.training
+    tau = np.full(1, training.truncation_time)
+    if training.truncation == "soft":
+        prior = losses.TruncationPrior(training.k, training.truncation_time)
+        tau = np.asarray(prior.icdf((np.arange(draws) + 0.5) / draws))
+    if training.importance_sampling:
+        rate = np.asarray((sde.diffusion(t) / sde.std(t)) ** 2)
+        normalizer = np.asarray(sde.importance_normalizer(tau))
+    else:
+        rate, normalizer = np.ones_like(t), sde.T - tau
+    inside = tau[:, None] <= t
+    return t * np.mean(inside * rate / np.where(inside, normalizer[:, None], 1), axis=0)
+
+
+def _inverse_density(config: ConfigDict, sde: SDE, t: np.ndarray) -> np.ndarray:
+    """What training multiplies λ(t) by where τ = ε, elementwise."""
+    training = config.training
+    if training.importance_sampling:
+        rate = np.asarray((sde.diffusion(t) / sde.std(t)) ** 2)
+        factor = np.asarray(sde.importance_normalizer(training.truncation_time)) / rate
+    else:
+        factor = np.full_like(t, sde.T - training.truncation_time)
+    if training.truncation == "equivalent_weight":
+        prior = losses.TruncationPrior(training.k, training.truncation_time)
+        factor = factor * np.asarray(prior.cdf(t))
+    return factor
+
+
+class _Gradients:
+    """Means and variances of losses and gradients over mini-batches."""
+
+    def __init__(self) -> None:
+        self._sum: Any = None
+        self._losses: list[float] = []
+        self._squares: list[float] = []
+
+    def add(self, loss: Array, grads: Any) -> None:
+        self._sum = grads if self._sum is None else jax.tree.map(jnp.add, self._sum, grads)
+        self._losses.append(float(loss))
+        self._squares.append(float(optax.global_norm(grads)) ** 2)
+
+    def summary(self) -> dict[str, float]:
+        """Unbiased: `grad_variance` is summed over parameters, `grad_norm` is of the mean."""
+        count = len(self._squares)
+        of_mean = float(optax.global_norm(self._sum)) ** 2 / count**2
+        variance = (np.mean(self._squares) - of_mean) * count / (count - 1)
+        return {
+            "loss": float(np.mean(self._losses)),
+            "loss_variance": float(np.var(self._losses, ddof=1)),
+            # The mean of few batches has a part of their variance in its norm.
+            "grad_norm": math.sqrt(max(of_mean - float(variance) / count, 0.0)),
+            "grad_variance": float(variance),
+            "batch_grad_norm": float(np.mean(np.sqrt(self._squares))),
+            "batch_grad_norm_variance": float(np.var(np.sqrt(self._squares), ddof=1)),
+            "num_batches": count,
+        }
+
+
+def _by_time(
+    config: ConfigDict,
+    setup: Setup,
+    params: Any,
+    images: np.ndarray,
+    num_times: int,
+    num_batches: int,
+) -> list[dict[str, Any]]:
+    training, sde, size = config.training, setup.sde, config.training.batch_size
+    scale = 1 / math.prod(images.shape[1:]) if training.reduce_mean else 1.0
+
+    @jax.jit
+    def loss_and_grads(params: Any, key: Array, images: Array, t: Array) -> Any:
+        """The objective's integrand on a mini-batch at one t, its gradient, each image's."""
+        data_key, noise_key = jax.random.split(key)
+        x0 = datasets.preprocess(
+            images, jax.random.split(data_key, size), setup.num_levels, config, flip=False
+        )
+        z, times = jax.random.normal(noise_key, x0.shape), jnp.full(size, t)
+        weight = losses.weighting(sde, times, training.likelihood_weighting)
+
+        def mean_loss(params: Any) -> tuple[Array, Array]:
+            score_fn = mutils.get_score_fn(config, sde, setup.model, params)
+            each = losses.score_matching_loss(score_fn, sde, x0, times, z, weight) * scale
+            return jnp.mean(each), each
+
+        (loss, each), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+        return loss, grads, each
+
+    grid = np.geomspace(training.truncation_time, sde.T, num_times)
+    factor = _inverse_density(config, sde, grid)
+    share, density = share_of_steps(config, grid), density_of_times(config, sde, grid[:-1])
+    progress, rows = reporting.Progress("loss by time", num_times * num_batches * size), []
+    for i, t in enumerate(grid):
+        gradients, values = _Gradients(), []
+        for j in range(num_batches):
+            batch = images[j * size : (j + 1) * size]
+            # The same noise at all times, so that curves are smooth.
+            loss, grads, each = loss_and_grads(params, losses.step_key(config.seed, j), batch, t)
+            gradients.add(loss, grads)
+            values.append(np.asarray(each))
+            progress.advance(size)
+        of_batches = gradients.summary()
+        each, c = np.concatenate(values), float(factor[i])
+        rows.append(
+            {
+                "t": float(t),
+                "plain_loss": float(each.mean()),
+                "plain_loss_variance": float(each.var(ddof=1)),
+                "trained_loss": c * float(each.mean()),
+                "trained_loss_variance": c**2 * float(each.var(ddof=1)),
+                "grad_norm": c * of_batches["grad_norm"],
+                "grad_variance": c**2 * of_batches["grad_variance"],
+                "share_of_steps": float(share[i]),
+                "density_of_log_t": float(density[i]) if i < len(density) else None,
+                "num_images": len(each),
+                "num_batches": num_batches,
+            }
+        )
+    return rows
+
+
+def _of_objectives(
+    config: ConfigDict,
+    setup: Setup,
+    params: Any,
+    train: datasets.Dataset,
+    truncations: tuple[str, ...],
+    num_batches: int,
+) -> dict[str, dict[str, float]]:
+    """Loss and gradient of mini-batches under each truncation, at the same parameters."""
+    size, found = config.training.batch_size, {}
+    for truncation in truncations:
+        other = config.copy_and_resolve_references()
+        other.training.truncation = truncation
+        loss_fn = losses.get_batch_loss_fn(
+            other, setup.sde, setup.model, setup.num_levels, train=False
+        )
+
+        @jax.jit
+        def grad_fn(params: Any, key: Array, images: Array, loss_fn: Any = loss_fn) -> Any:
+            mean = lambda p: jnp.mean(loss_fn(p, key, images, jnp.arange(size))[0])  # noqa: E731
+            return jax.value_and_grad(mean)(params)
+
+        gradients = _Gradients()
+        batches = datasets.train_batches(train, size, config.seed)
+        for step in range(num_batches):
+            key = losses.step_key(config.seed, step)
+            gradients.add(*grad_fn(params, key, next(batches)["image"]))
+        log.info("objective with %s truncation: %s", truncation, gradients.summary())
+        found[truncation] = gradients.summary()
+    return found
+
+
+def _of_training(workdir: pathlib.Path) -> dict[str, float]:
+    """Of the gradient's norm as training logged it, over the second half of the steps."""
+    rows = [r for r in reporting.read_metrics(workdir / "metrics.jsonl") if "grad_norm" in r]
+    norms = np.array([row["grad_norm"] for row in rows[len(rows) // 2 :]])
+    return {
+        "first_step": rows[len(rows) // 2]["step"],
+        "num_logged": len(norms),
+        "grad_norm": float(norms.mean()),
+        "grad_norm_variance": float(norms.var(ddof=1)),
+    }
+
+
+def measure(
+    run: Run,
+    workdir: pathlib.Path,
+    places: dict[str, str] | None = None,
+    num_times: int = 40,
+    num_batches: int = 8,
+    truncations: tuple[str, ...] = ("fixed", "soft", "equivalent_weight"),
+    num_steps: int = 200,
+) -> dict[str, Any]:
+    """Losses and gradients of a trained run.
+
+    Args:
+      run: of a sweep.
+      workdir: its own, with a checkpoint.
+      places: where data are, by field.
+      num_times: from ε to T, at equal ratios.
+      num_batches: mini-batches of test images at each, fewer if there are not so many.
+      truncations: objectives to compare, with the run's k and ε.
+      num_steps: mini-batches of each.
+
+    Returns:
+      `by_time`, a row for each time: the integrand of the objective as it is (`plain_loss`, a
+      dimension's where the loss is) and over the density of t at τ = ε (`trained_loss`, what an
+      image adds to the loss), with variances over images; the latter's mean gradient's norm, and
+      its variance between mini-batches; share of the steps that see t, density of log t.
+      `objectives`, the same of mini-batches as each truncation would draw them.
+      `training`, of the gradients' norms that training logged.
+
+    Raises:
+      UserError: there is no checkpoint, or no data.
+    """
+    config = run.config(places)
+    setup, data = set_up(config), load_data(config)
+    state = checkpointing.restore_latest(config, workdir, setup.state_shape)
+    num_batches = min(num_batches, len(data.test) // config.training.batch_size)
+    images = datasets.in_order(data.test, num_batches * config.training.batch_size)["image"]
+    images, params = np.random.default_rng(0).permutation(images), jax.device_put(state.params)
+    return {
+        "run": run.name,
+        "point": run.point,
+        "seed": run.seed,
+        "config_hash": run.config_hash,
+        "step": int(state.step),
+        "batch_size": config.training.batch_size,
+        "training": _of_training(workdir),
+        "objectives": _of_objectives(config, setup, params, data.train, truncations, num_steps),
+        "by_time": _by_time(config, setup, params, images, num_times, num_batches),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="experiments.loss_by_time", description=__doc__)
+    parser.add_argument("sweep", help="a file with get_sweep()")
+    parser.add_argument("--workdirs", required=True, type=pathlib.Path, help="where the runs are")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="for loss_by_time/")
+    parser.add_argument("--only", required=True, help="regular expression: runs of such names")
+    parser.add_argument("--set", action="append", default=[], help="as of experiments.run")
+    options = parser.parse_args(arguments)
+    environment.prepare()
+    log.setLevel(logging.INFO)
+    try:
+        places = parse_places(options.set)
+        storage.make_folder(options.out / "loss_by_time", "--out")
+        for run in select(load_sweep(options.sweep), only=options.only):
+            measured = measure(run, options.workdirs / run.name, places)
+            path = options.out / "loss_by_time" / f"{run.name}.json"
+            path.write_text(json.dumps(measured, indent=1) + "\n")
+            log.info("%s", path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Train and evaluate the runs of a sweep, and leave a row for each.
+
+    python -m experiments.run experiments/digits.py --out results/digits --workdirs runs/digits
+
+A run whose row is there is skipped, one that was cut off goes on: the same command finishes a
+sweep. Machines share one by --shard; each run has a row of its own, a file in OUT/rows, so that
+their rows need only be copied together.
+"""
+
+import argparse
+import json
+import logging
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+import environment
+import reporting
+import run_lib
+import storage
+from configs.default import UserError
+from experiments.sweep import Run, load_sweep, parse_places, select
+
+log = logging.getLogger("soft_truncation")
+
+
+class Stopped(Exception):
+    """A signal asked to stop; the same command goes on."""
+
+
+def row_path(out: pathlib.Path, run: Run) -> pathlib.Path:
+    """Where a run's row is."""
+    return out / "rows" / f"{run.name}.json"
+
+
+def is_done(out: pathlib.Path, run: Run) -> bool:
+    """Whether a run has its row.
+
+    Raises:
+      UserError: the row is of another config.
+    """
+    path = row_path(out, run)
+    if not path.exists():
+        return False
+    if json.loads(path.read_text()).get("config_hash") != run.config_hash:
+        raise UserError(
+            f"{path} is of another config than {run.name} of {run.sweep.name} has now; move it "
+            "away, or choose another --out"
+        )
+    return True
+
+
+def _git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = pathlib.Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _versions() -> dict[str, str | None]:
+    packages = ("jax", "jaxlib", "flax", "optax")
+    found: dict[str, str | None] = {name: version(name) for name in packages}
+    return found | {"python": platform.python_version(), "commit": _git_commit()}
+
+
+def _compute_row(run: Run, workdir: pathlib.Path, places: dict[str, str]) -> dict[str, Any]:
+    """Train and evaluate a run."""
+    config, whole = run.config(places), not (workdir / "checkpoints").exists()
+    start = time.time()
+    step = int(run_lib.train(config, workdir).step)
+    trained = time.time()
+    if step < config.training.n_iters:
+        raise Stopped
+    if step > config.training.n_iters:
+        raise UserError(f"{workdir} is at step {step}, beyond the sweep's; choose other --workdirs")
+    report = run_lib.evaluate(config, workdir)
+    rates = [
+        row.get("images_per_second") for row in reporting.read_metrics(workdir / "metrics.jsonl")
+    ]
+    known = [rate for rate in rates if rate is not None]
+    return {
+        "sweep": run.sweep.name,
+        "point": run.point,
+        "seed": run.seed,
+        "overrides": run.overrides,
+        "config_hash": run.config_hash,
+        "steps": step,
+        "images_per_second": statistics.median(known) if known else None,
+        # With compiling; not known of a run that was cut off.
+        "train_seconds": trained - start if whole else None,
+        "eval_seconds": time.time() - trained,
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "versions": _versions(),
+        "scores": report,
+    }
+
+
+def _write_row(row: dict[str, Any], path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def run_sweep(
+    runs: list[Run],
+    out: pathlib.Path,
+    workdirs: pathlib.Path,
+    places: dict[str, str] | None = None,
+    discard: bool = False,
+) -> list[str]:
+    """Do what is not done yet of `runs`, one after the other.
+
+    Args:
+      runs: of `select`.
+      out: the rows go to rows/ in it.
+      workdirs: each run has a folder in it.
+      places: fields that say where data and caches are.
+      discard: delete a run's checkpoints once it has its row.
+
+    Returns:
+      The names of the runs that failed; the others have their rows.
+
+    Raises:
+      UserError: a row is of another config; nothing was run.
+      Stopped: by a signal.
+    """
+    waiting = [run for run in runs if not is_done(out, run)]
+    log.info("%d of %d runs are done already", len(runs) - len(waiting), len(runs))
+    storage.make_folder(out, "--out")
+    failed: list[str] = []
+    start = time.time()
+    for i, run in enumerate(waiting):
+        seconds = (time.time() - start) / max(i, 1)
+        left = f", {reporting.clock(seconds * (len(waiting) - i))} left" if i else ""
+        log.info("run %d of %d: %s%s", i + 1, len(waiting), run.name, left)
+        workdir = workdirs / run.name
+        try:
+            row = _compute_row(run, workdir, places or {})
+        except UserError as error:
+            log.error("run %s failed: %s", run.name, error)
+            failed.append(run.name)
+            continue
+        except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
+            log.exception("run %s failed: %s", run.name, storage.reason(error))
+            failed.append(run.name)
+            continue
+        finally:
+            jax.clear_caches()  # each run compiles its own programs
+        _write_row(row, row_path(out, run))
+        if discard:
+            shutil.rmtree(workdir / "checkpoints")
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the command line says.
+
+    Returns:
+      The exit status: 0; 1: runs failed; 2: a mistake in the command.
+    """
+    parser = argparse.ArgumentParser(prog="experiments.run", description="Run a sweep.")
+    parser.add_argument("sweep", help="a file with get_sweep(), such as experiments/digits.py")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="rows go to OUT/rows")
+    parser.add_argument(
+        "--workdirs", required=True, type=pathlib.Path, help="the runs' own files go below it"
+    )
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th run from the i-th on")
+    parser.add_argument("--only", default="", help="regular expression: only runs of such names")
+    parser.add_argument(
+        "--set", action="append", default=[], help="data.path=…, data.tfds_dir=…, eval.cache_dir=…"
+    )
+    parser.add_argument(
+        "--discard", action="store_true", help="delete a run's checkpoints when its row is written"
+    )
+    options = parser.parse_args(arguments)
+    environment.prepare()
+    log.setLevel(logging.INFO)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # Evaluations of different runs are often the same program.
+        cache = options.workdirs.resolve() / "xla_cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    try:
+        runs = select(load_sweep(options.sweep), options.shard, options.only)
+        places = parse_places(options.set)
+        failed = run_sweep(runs, options.out, options.workdirs, places, options.discard)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt):
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 1
+    if failed:
+        print(f"error: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
+        return 1
+    log.info("all %d runs have their rows in %s", len(runs), options.out / "rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""What a sweep is: a base config, points that override fields of it, and seeds.
+
+A sweep is a Python file with a function `get_sweep()`. A run is a point with a seed.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import pathlib
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.default import UserError
+
+# Where data and caches are on a machine: they decide no score, so they are no part of a run's hash.
+PLACES = ("data.path", "data.tfds_dir", "eval.cache_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A grid of runs.
+
+    Attributes:
+      name: of the sweep; rows carry it.
+      config: the base, whose seed is not read.
+      points: from a point's short name to its overrides, values by dotted field.
+      seeds: each point is run with each of them.
+    """
+
+    name: str
+    config: ConfigDict
+    points: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+
+    @property
+    def runs(self) -> list["Run"]:
+        """All runs, seed by seed: a sweep that is cut off has whole tables of fewer seeds."""
+        return [Run(self, point, seed) for seed in self.seeds for point in self.points]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a sweep."""
+
+    sweep: Sweep
+    point: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its row and its workdir."""
+        return f"{self.point}_seed{self.seed}"
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Of the sweep's base, by dotted field."""
+        return self.sweep.points[self.point]
+
+    def config(self, places: dict[str, str] | None = None) -> ConfigDict:
+        """Its config, with `places` of this machine, by dotted field.
+
+        Raises:
+          UserError: an override names no field, or is of another type.
+        """
+        config = self.sweep.config.copy_and_resolve_references()
+        config.seed = self.seed
+        for field, value in {**self.overrides, **(places or {})}.items():
+            section, _, name = field.partition(".")
+            try:
+                config[section][name] = value
+            except (KeyError, AttributeError, TypeError) as error:
+                raise UserError(
+                    f"point {self.point}: {field}={value!r} can't be set: {error}"
+                ) from error
+        return config
+
+    @property
+    def config_hash(self) -> str:
+        """A name of its config, without the places of a machine."""
+        fields = json.loads(self.config().to_json_best_effort())
+        for field in PLACES:
+            section, _, name = field.partition(".")
+            del fields[section][name]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_sweep(path: str) -> Sweep:
+    """The sweep of a Python file.
+
+    Raises:
+      UserError: there is none.
+    """
+    spec = importlib.util.spec_from_file_location("sweep_file", path)
+    if not pathlib.Path(path).is_file() or spec is None or spec.loader is None:
+        raise UserError(f"there is no sweep file {path}; for example experiments/digits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_sweep"):
+        raise UserError(f"{path} is no sweep: it has no function get_sweep")
+    return module.get_sweep()
+
+
+def select(sweep: Sweep, shard: str = "0/1", only: str = "") -> list[Run]:
+    """Every n-th run from the i-th on, of shard "i/n"; of those whose names `only` is found in.
+
+    Raises:
+      UserError: the shard or the regular expression can't be read, or no run's name matches.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    number, count = (int(x) for x in match.groups()) if match else (1, 1)
+    if number >= count:
+        raise UserError(f"--shard is {shard!r}; it must be i/n with i from 0 to n - 1, as in 0/4")
+    try:
+        runs = [run for run in sweep.runs if re.search(only, run.name)]
+    except re.error as error:
+        raise UserError(f"--only is {only!r}, which is no regular expression: {error}") from error
+    if not runs:
+        raise UserError(f"--only: no run of {sweep.name} has {only!r} in its name")
+    return runs[number::count]
+
+
+def parse_places(settings: list[str]) -> dict[str, str]:
+    """Of "field=value" each.
+
+    Raises:
+      UserError: it is no such setting, or of a field that belongs into the sweep.
+    """
+    places = dict(setting.partition("=")[::2] for setting in settings)
+    for field in places:
+        if field not in PLACES:
+            raise UserError(
+                f"--set {field}: only {', '.join(PLACES)} can be set; what decides scores belongs "
+                "into the sweep's file"
+            )
+    return places

@@ -1,0 +1,234 @@
+"""Rows of a sweep as tables and figures.
+
+    python -m experiments.tables results/digits
+
+reads results/digits/rows and loss_by_time, and writes tables.md and a PNG for each table that has
+rows. What was not run is left out of figures, and said in tables.
+"""
+
+import argparse
+import json
+import logging
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+
+import environment
+import evaluation
+from configs.default import UserError
+from experiments import figures
+from experiments.figures import Score
+from experiments.grid import TABLES
+
+log = logging.getLogger("soft_truncation")
+
+# Score in a report, and a table's head for it.
+SCORES = (
+    ("nll", "NLL, bits/dim"),
+    ("nll_without_residual", "NLL without residual"),
+    ("nelbo", "NELBO"),
+    ("fd_classifier", "fd_classifier"),
+)
+_TITLES = {
+    "a": "Fixed truncation ε (VP, likelihood weighting)",
+    "b": "Soft truncation by the prior's exponent k (VP, likelihood weighting)",
+    "c": "Soft truncation on and off",
+    "d": "Soft truncation and the equivalent weight (VP)",
+}
+_NOTES = """± is the standard error: over seeds where there are two or more; where there is
+one, marked *, of the evaluation alone (over test images and their noise, or over samples), which
+says nothing of another training. NLL and NELBO are with the residual and at each run's own ε, which
+bounds the likelihood whatever ε is; NLL without residual does not compare rows of different ε.
+fd_classifier is a Fréchet distance between features of a small classifier, no FID; its bias by the
+number of samples is the same in all rows. Less is better everywhere."""
+
+Rows = dict[str, list[dict[str, Any]]]  # of each point, by seed
+
+
+def load_rows(folder: pathlib.Path) -> Rows:
+    """The rows of a sweep.
+
+    Raises:
+      UserError: there are none, one can't be read, or they don't belong together.
+    """
+    rows: Rows = {}
+    for path in sorted((folder / "rows").glob("*.json")):
+        try:
+            row = json.loads(path.read_text())
+            rows.setdefault(row["point"], []).append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no row of a sweep ({error}); delete it") from error
+    if not rows:
+        raise UserError(f"{folder}/rows has no rows; python -m experiments.run makes them")
+    every = [row for of_point in rows.values() for row in of_point]
+    for name, kinds in (
+        ("sweep", {row["sweep"] for row in every}),
+        ("classifier", {row["scores"].get("classifier_weights") for row in every} - {None}),
+    ):
+        if len(kinds) > 1:
+            raise UserError(
+                f"{folder}/rows are of more than one {name} ({', '.join(sorted(kinds))}), whose "
+                "scores don't compare; keep those of one"
+            )
+    return {point: sorted(of_point, key=lambda r: r["seed"]) for point, of_point in rows.items()}
+
+
+def get_score(rows: list[dict[str, Any]], name: str) -> Score | None:
+    """A score of a point, from its rows; None if they have none."""
+    values = [row["scores"][name] for row in rows if name in row["scores"]]
+    if not values:
+        return None
+    if len(values) > 1:
+        estimate = evaluation.Estimate.of(np.array(values))
+        return Score(estimate.value, estimate.stderr, len(values))
+    return Score(values[0], rows[0]["scores"].get(f"{name}_stderr"), 1)
+
+
+def get_difference(
+    first: list[dict[str, Any]], second: list[dict[str, Any]], name: str
+) -> Score | None:
+    """The second point's score less the first's, seed by seed; None without a common seed."""
+    values = [
+        {r["seed"]: r["scores"][name] for r in p if name in r["scores"]} for p in (first, second)
+    ]
+    seeds = sorted(values[0].keys() & values[1].keys())
+    if not seeds:
+        return None
+    differences = np.array([values[1][seed] - values[0][seed] for seed in seeds])
+    if len(seeds) > 1:
+        estimate = evaluation.Estimate.of(differences)
+        return Score(estimate.value, estimate.stderr, len(seeds))
+    errors = [get_score(p[:1], name) for p in (first, second)]
+    known = [e.error for e in errors if e is not None and e.error is not None]
+    return Score(
+        float(differences[0]), float(np.linalg.norm(known)) if len(known) == 2 else None, 1
+    )
+
+
+def _line(*cells: Any) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def _table(rows: Rows, letter: str) -> list[str]:
+    lines = [_line("", *(head for _, head in SCORES), "seeds"), "|" + "---|" * (len(SCORES) + 2)]
+    for label, point in TABLES[letter]:
+        of_point = rows.get(point, [])
+        scores = [get_score(of_point, name) for name, _ in SCORES]
+        lines.append(_line(label, *("not run" if s is None else s for s in scores), len(of_point)))
+    return lines
+
+
+def _differences(rows: Rows, letter: str) -> list[str]:
+    """Of the pairs of a table, second less first."""
+    lines = [_line("second less first", *(head for _, head in SCORES), "seeds")]
+    lines.append("|" + "---|" * (len(SCORES) + 2))
+    entries = TABLES[letter]
+    for (label, first), (other, second) in zip(entries[::2], entries[1::2], strict=True):
+        pair = rows.get(first, []), rows.get(second, [])
+        scores = [get_difference(*pair, name) for name, _ in SCORES]
+        count = max((s.num_seeds for s in scores if s is not None), default=0)
+        name = f"{label.split(': ')[0]}: {other.split(': ')[1]} less {label.split(': ')[1]}"
+        lines.append(_line(name, *("not run" if s is None else s for s in scores), count))
+    return lines
+
+
+def _origin(rows: Rows) -> str:
+    """What the rows are of, and what made them."""
+    every = [row for of_point in rows.values() for row in of_point]
+
+    def values(*keys: str) -> str:
+        found = set()
+        for row in every:
+            value: Any = row
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            found.add(str(value))
+        return ", ".join(sorted(found))
+
+    return (
+        f"Sweep {values('sweep')}: {len(every)} runs of {len(rows)} points, {values('steps')} "
+        f"steps each; {values('scores', 'num_test_images')} test images, "
+        f"{values('scores', 'num_samples')} samples of {values('scores', 'sampling_nfe')} score "
+        f"evaluations. For scale, fd_classifier of real test images: "
+        f"{values('scores', 'fd_classifier_of_test_images')}. On {values('device')}; JAX "
+        f"{values('versions', 'jax')}, Flax {values('versions', 'flax')}, Python "
+        f"{values('versions', 'python')}, commit {values('versions', 'commit')}."
+    )
+
+
+def load_curves(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """What experiments.loss_by_time measured, a run each."""
+    return [json.loads(p.read_text()) for p in sorted((folder / "loss_by_time").glob("*.json"))]
+
+
+def _gradients(curves: list[dict[str, Any]]) -> list[str]:
+    """Of mini-batches under each objective, at one run's parameters."""
+    heads = ("loss", "its variance", "norm of the mean gradient", "gradient's variance", "batches")
+    lines = [_line("parameters of", "truncation", *heads), "|" + "---|" * (len(heads) + 2)]
+    for curve in curves:
+        for truncation, of in curve["objectives"].items():
+            names = ("loss", "loss_variance", "grad_norm", "grad_variance")
+            cells = (f"{of[name]:.4g}" for name in names)
+            lines.append(
+                _line(curve["run"], truncation.replace("_", " "), *cells, of["num_batches"])
+            )
+    return lines
+
+
+def write_tables(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    """Write tables.md and figures of the rows in `folder` into `out`.
+
+    Returns:
+      The paths of the figures.
+
+    Raises:
+      UserError: there are no rows, or they don't belong together.
+    """
+    rows, curves, drawn = load_rows(folder), load_curves(folder), []
+    out.mkdir(parents=True, exist_ok=True)
+    text = [f"# {next(iter(rows.values()))[0]['sweep']}", "", _origin(rows), "", _NOTES]
+    for letter, entries in TABLES.items():
+        text += ["", f"## ({letter}) {_TITLES[letter]}", "", *_table(rows, letter)]
+        if letter in "cd":
+            text += ["", *_differences(rows, letter)]
+        points = [
+            (label, get_score(rows[point], "nll"), get_score(rows[point], "fd_classifier"))
+            for label, point in entries
+            if point in rows
+        ]
+        if points:
+            drawn.append(out / f"{letter}.png")
+            draw = figures.draw_pairs if letter in "cd" else figures.draw_curve
+            draw(_TITLES[letter], points, drawn[-1])
+            text += ["", f"![{_TITLES[letter]}]({letter}.png)"]
+    if curves:
+        drawn.append(out / "e.png")
+        figures.draw_times(curves, drawn[-1])
+        text += ["", "## (e) Loss and gradient by diffusion time", "", *_gradients(curves)]
+        text += ["", "![Loss and gradient by diffusion time](e.png)"]
+    (out / "tables.md").write_text("\n".join(text) + "\n")
+    return drawn
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="experiments.tables", description="Rows as tables.")
+    parser.add_argument("folder", type=pathlib.Path, help="the --out of experiments.run")
+    parser.add_argument("--out", type=pathlib.Path, help="default: the folder itself")
+    options = parser.parse_args(arguments)
+    environment.prepare()
+    log.setLevel(logging.INFO)
+    out = options.out or options.folder
+    try:
+        drawn = write_tables(options.folder, out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    log.info("%s and %d figures beside it", out / "tables.md", len(drawn))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

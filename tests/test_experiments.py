@@ -1,0 +1,253 @@
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import environment
+import losses
+import run_lib
+import sde_lib
+from configs.default import UserError, validate
+from experiments import digits, fashion_mnist, loss_by_time, tables
+from experiments import run as runner
+from experiments.grid import TABLES
+from experiments.sweep import load_sweep, parse_places, select
+
+SWEEP = """
+from experiments.sweep import Sweep
+from tests.helpers import tiny_config
+
+def get_sweep():
+    config = tiny_config(n_iters=4)
+    config.sampling.update(method="dpm_solver", num_steps=3)
+    # Other tests have bits/dim, which take long to compile.
+    config.eval.update(enable_bpd=False, batch_size=20, num_samples=20, num_reference=100)
+    points = {  # they share the programs, which take most of the time
+        "vp_fixed_1e-5": {"training.n_iters": 3},
+        "vp_soft_k1": {"training.k": 1.0},
+    }
+    return Sweep("tiny", config, points, seeds=(0,))
+"""
+RUNS = ["vp_fixed_1e-5_seed0", "vp_soft_k1_seed0"]
+
+
+@pytest.fixture(autouse=True)
+def own_log(monkeypatch):
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Training and evaluation that give a function of the config, as the real ones do."""
+
+    def train(config, workdir):
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (workdir / "metrics.jsonl").touch()
+        return SimpleNamespace(step=config.training.n_iters)
+
+    def evaluate(config, workdir):
+        return {"nll": 1 / config.training.n_iters, "nll_stderr": 0.1}
+
+    monkeypatch.setattr(run_lib, "train", train)
+    monkeypatch.setattr(run_lib, "evaluate", evaluate)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Has a sweep, and what it leaves."""
+    folder = tmp_path_factory.mktemp("experiments")
+    (folder / "tiny.py").write_text(SWEEP)
+    return folder
+
+
+def sweep_main(folder, name, *options):
+    """The exit status of the runner, which leaves rows in <name> and workdirs in <name>_runs."""
+    paths = [str(folder / "tiny.py"), "--out", str(folder / name)]
+    paths += ["--workdirs", str(folder / f"{name}_runs")]
+    return runner.main([*paths, f"--set=eval.cache_dir={folder / 'cache'}", *options])
+
+
+def read_rows(folder):
+    """Rows by name, without what differs from run to run."""
+    rows = {path.stem: json.loads(path.read_text()) for path in (folder / "rows").glob("*.json")}
+    for row in rows.values():
+        for name in ("images_per_second", "train_seconds", "eval_seconds"):
+            row.pop(name)
+    return rows
+
+
+def assert_same_tables(folder, *names):
+    for name in names:
+        tables.write_tables(folder / name, folder / f"{name}_tables")
+    first, second = ((folder / f"{name}_tables" / "tables.md").read_text() for name in names)
+    assert first == second and "not run" in first
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The name of one run's rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "prepare", lambda: None)
+        assert sweep_main(folder, "trained", "--only=soft") == 0
+    return "trained"
+
+
+def test_a_run_leaves_a_row_with_its_scores(folder, trained):
+    ((name, row),) = read_rows(folder / trained).items()
+    assert name == RUNS[1] and row["steps"] == 4 and row["seed"] == 0
+    assert row["overrides"] == {"training.k": 1.0} and row["versions"]["jax"] == jax.__version__
+    scores = row["scores"]
+    assert np.isfinite(scores["fd_classifier"]) and scores["fd_classifier_stderr"] > 0
+    assert len(scores["classifier_weights"]) == 64
+
+
+@pytest.mark.parametrize(
+    "real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["stand_ins", "real"]
+)
+def test_shards_and_a_cut_give_the_same_table(folder, real, request, monkeypatch, capsys):
+    """One shard ends, the other is cut between training and evaluation and goes on."""
+    if not real:
+        request.getfixturevalue("stand_ins")
+    whole, parts = f"whole_{real}", f"parts_{real}"
+    assert sweep_main(folder, whole) == 0
+    assert sweep_main(folder, parts, "--shard=0/2", "--discard") == 0
+    assert not (folder / f"{parts}_runs" / RUNS[0] / "checkpoints").exists()
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_lib, "evaluate", cut)
+        assert sweep_main(folder, parts, "--shard=1/2") == 1
+    assert "the same command goes on" in capsys.readouterr().err
+    assert sorted(read_rows(folder / parts)) == RUNS[:1]
+    assert sweep_main(folder, parts, "--shard=1/2") == 0
+    assert (folder / f"{parts}_runs" / RUNS[1] / "checkpoints").exists()
+    assert read_rows(folder / parts) == read_rows(folder / whole)
+    monkeypatch.setattr(run_lib, "train", cut)  # whatever is done is not done again
+    assert sweep_main(folder, parts) == 0
+    assert_same_tables(folder, parts, whole)
+
+
+def test_a_failed_run_does_not_stop_the_others(folder, stand_ins, monkeypatch, capsys, caplog):
+    train, (name, other) = run_lib.train, RUNS
+
+    def failing(config, workdir):
+        if config.training.n_iters == 3:
+            raise UserError("the loss is nan")
+        return train(config, workdir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_lib, "train", failing)
+        assert sweep_main(folder, "some") == 1
+    assert capsys.readouterr().err.strip() == f"error: 1 runs failed: {name}"
+    assert f"run {name} failed: the loss is nan" in caplog.text
+    assert list(read_rows(folder / "some")) == [other]
+    assert sweep_main(folder, "some") == 0
+    assert sorted(read_rows(folder / "some")) == RUNS
+
+
+def test_a_row_of_another_config_is_refused(folder, stand_ins, monkeypatch, capsys):
+    assert sweep_main(folder, "other", "--only=soft") == 0
+    path = folder / "other" / "rows" / f"{RUNS[1]}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config_hash": "0"}))
+    monkeypatch.setattr(run_lib, "train", None)
+    assert sweep_main(folder, "other") == 2
+    error = capsys.readouterr().err.strip()
+    assert RUNS[1] in error and "another config" in error and "\n" not in error
+
+
+def test_losses_by_time_of_a_run(folder, trained):
+    (run,) = select(load_sweep(str(folder / "tiny.py")), only="soft")
+    workdir = folder / f"{trained}_runs" / run.name
+    sizes = {"num_times": 3, "num_batches": 4, "truncations": ("soft",), "num_steps": 3}
+    measured = loss_by_time.measure(run, workdir, **sizes)
+    rows = measured["by_time"]
+    assert [row["share_of_steps"] for row in rows] == pytest.approx([0, 0.5, 1], abs=1e-4)
+    assert all(row["plain_loss"] > 0 and row["plain_loss_variance"] > 0 for row in rows)
+    assert all(row["grad_variance"] > 0 for row in rows)
+    assert measured["objectives"]["soft"]["grad_variance"] > 0
+    json.dumps(measured)
+
+
+@pytest.mark.parametrize("point", ["vp_soft_k1", "vp_variance_soft", "ve_soft", "vp_fixed_1e-3"])
+def test_the_density_of_times_is_that_of_training(point):
+    (run,) = select(digits.get_sweep(), only=f"^{point}_seed0")
+    config = run.config()
+    sde = sde_lib.get_sde(config)
+    drawn = jax.vmap(lambda step: losses.times_of_step(config, sde, step)[1])(jnp.arange(2000))
+    edges = np.geomspace(config.training.truncation_time, 0.99, 401)
+    density = loss_by_time.density_of_times(config, sde, edges)
+    for low, high in ((0, 200), (200, 300), (300, 400)):
+        part = slice(low, high + 1)
+        expected = np.trapezoid(density[part], np.log(edges[part]))
+        share = np.mean((drawn >= edges[low]) & (drawn < edges[high]))
+        assert share == pytest.approx(expected, abs=0.02)
+
+
+def test_gradients_are_told_from_their_noise():
+    rng, gradients = np.random.default_rng(0), loss_by_time._Gradients()
+    for _ in range(400):
+        noise = jnp.asarray(0.5 * rng.standard_normal(100))
+        gradients.add(jnp.asarray(rng.standard_normal()), {"a": 0.2 + noise})
+    found = gradients.summary()
+    assert found["grad_norm"] == pytest.approx(2, rel=0.05)  # 0.2 √100
+    assert found["grad_variance"] == pytest.approx(25, rel=0.05)
+    assert found["loss_variance"] == pytest.approx(1, rel=0.2)
+
+
+@pytest.mark.parametrize("module", [digits, fashion_mnist])
+def test_all_points_are_valid_and_none_is_there_twice(module):
+    sweep = module.get_sweep()
+    for run in sweep.runs:
+        validate(run.config(), 1)
+    assert len({run.config_hash for run in sweep.runs}) == len(sweep.runs) == 60
+    in_tables = {point for entries in TABLES.values() for _, point in entries}
+    assert in_tables == set(sweep.points)
+
+
+def test_shards_share_all_runs_and_places_are_no_part_of_a_run(folder):
+    sweep = digits.get_sweep()
+    parts = [select(sweep, f"{i}/7") for i in range(7)]
+    assert sorted(run.name for part in parts for run in part) == sorted(r.name for r in sweep.runs)
+    run = sweep.runs[0]
+    assert run.config({"data.path": "somewhere"}).data.path == "somewhere"
+    with pytest.raises(UserError, match=r"training.k: only data.path"):
+        parse_places(["training.k=2"])
+    for shard in ("2/2", "x"):
+        with pytest.raises(UserError, match="--shard"):
+            select(sweep, shard)
+    with pytest.raises(UserError, match="no sweep file"):
+        load_sweep(str(folder / "nowhere.py"))
+
+
+def synthetic(folder, point, seed, **scores):
+    row = {"sweep": "s", "point": point, "seed": seed, "scores": scores}
+    (folder / "rows").mkdir(parents=True, exist_ok=True)
+    (folder / "rows" / f"{point}_seed{seed}.json").write_text(json.dumps(row))
+
+
+def test_tables_say_mean_and_error(tmp_path):
+    for seed, (off, on) in enumerate([(3.0, 2.5), (3.2, 2.7), (3.4, 2.9)]):
+        synthetic(tmp_path, "ve_fixed", seed, nll=off, fd_classifier=1.0 + seed)
+        synthetic(tmp_path, "ve_soft", seed, nll=on)
+    synthetic(tmp_path, "rve_soft", 0, nll=4.0, nll_stderr=0.25, fd_classifier=2.0)
+    drawn = tables.write_tables(tmp_path, tmp_path / "out")
+    assert [path.name for path in drawn] == ["c.png"] and drawn[0].stat().st_size < 100_000
+    text = (tmp_path / "out" / "tables.md").read_text()
+    # 0.2 / √3
+    assert "| VE: fixed ε | 3.2000 ± 0.1155 | not run | not run | 2.0000 ± 0.5774 | 3 |" in text
+    assert "| RVE: soft truncation | 4.0000 ± 0.2500* | not run | not run | 2.0000* | 1 |" in text
+    assert "VE: soft truncation less fixed ε | -0.5000 ± 0.0000 |" in text
+
+
+def test_rows_that_do_not_belong_together_are_refused(tmp_path):
+    with pytest.raises(UserError, match="has no rows"):
+        tables.load_rows(tmp_path)
+    synthetic(tmp_path, "ve_soft", 0, nll=1.0, classifier_weights="a")
+    synthetic(tmp_path, "ve_soft", 1, nll=1.0, classifier_weights="b")
+    with pytest.raises(UserError, match="more than one classifier"):
+        tables.load_rows(tmp_path)
