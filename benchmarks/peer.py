@@ -7,8 +7,12 @@ in the "channels_last" layout, which is the same memory.
 """
 
 import contextlib
+import json
 import math
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -257,3 +261,51 @@ class Trainer:
         self.network.eval()
         with self._precision():
             return self._run(x.permute(0, 3, 1, 2), labels).float().permute(0, 2, 3, 1)
+
+
+def _seconds_a_call(call: Callable[[], Any], wait: Callable[[], None], at_least: float) -> float:
+    """The median over five rounds of calls, each of which is waited for at its end."""
+
+    def measure(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        wait()
+        return (time.perf_counter() - start) / count
+
+    measure(1)
+    count = max(1, round(at_least / 5 / measure(1)))
+    return sorted(measure(count) for _ in range(5))[2]
+
+
+def main() -> None:
+    """Rows for benchmarks/train.py, as JSON; the job is the first argument, JSON too."""
+    job = json.loads(sys.argv[1])
+    on_gpu = torch.cuda.is_available()
+    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
+    size, channels = job["network"][-2:]
+    # Compiled where that is faster and known to work: on a CPU it needs a C++ compiler.
+    trainer = Trainer(
+        build(*job["network"]), "cuda" if on_gpu else "cpu", on_gpu, job["dtype"] == "bfloat16"
+    )
+    shape = (job["batch"], size, size, channels)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=trainer.device)
+    x, labels = torch.randn(shape, device=trainer.device), torch.linspace(0, 999, job["batch"])
+    labels, rows = labels.to(trainer.device), []
+    calls = {
+        "training": lambda: trainer.step(images),
+        "forward": lambda: trainer.forward(x, labels),
+    }
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        wait()
+        row = {"": f"{name}, {job['dtype']}", "first": time.perf_counter() - start}
+        row["seconds"] = _seconds_a_call(call, wait, 3.0)
+        row["peak"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+        rows.append(row)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

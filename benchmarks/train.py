@@ -28,12 +28,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import datasets
+import environment
 import losses
-import main as program
 import run_lib
 import session
 from configs.vp import cifar10_st
-from models import utils as mutils
 from sources import ArraySource
 
 COLUMNS = ("", "batch", "images/s", "ms", "TFLOP/s", "share", "peak GiB", "first call s")
@@ -76,8 +75,8 @@ def print_profile(run: Callable[[], Any], steps: int, rows: int) -> None:
             jax.block_until_ready(run())
         (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
-        times: dict[str, float] = collections.Counter()
-        counts: dict[str, int] = collections.Counter()
+        times: dict[str, float] = collections.defaultdict(float)
+        counts: dict[str, int] = collections.defaultdict(int)
         for plane in profile.planes:
             for line in plane.lines:
                 if "GPU" in plane.name and line.name.startswith("Stream"):
@@ -113,8 +112,9 @@ def ours(config: ConfigDict, profile: int) -> Iterator[dict[str, Any]]:
     first = time.perf_counter() - start
     x, labels = jnp.zeros((batch, *shape)), jnp.linspace(0, 999, batch)
     params = losses.unpack_state(run_lib.first_copy(packed)).params
-    flops = jax.jit(setup.model.apply).lower({"params": params}, x[:1], labels[:1])
-    gflop = flops.cost_analysis()["flops"] / 1e9
+    lowered = jax.jit(setup.model.apply).lower({"params": params}, x[:1], labels[:1])
+    cost: Any = lowered.cost_analysis()
+    gflop = cost["flops"] / 1e9
     seconds = seconds_a_call(train) / steps
     yield {"": f"training, {name}", "first": first, "gflop": 3 * gflop, "seconds": seconds}
     if profile:
@@ -141,6 +141,7 @@ def peers(config: ConfigDict) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Do it."""
+    environment.prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--batch", type=int, nargs="+", default=[64] if on_cpu else [128, 512])
@@ -156,9 +157,7 @@ def main() -> None:
     lines = []
     for batch in flags.batch:
         config = cifar10_st.get_config()
-        config.model.update(
-            nf=flags.nf, num_res_blocks=flags.num_res_blocks, dtype=flags.dtype
-        )
+        config.model.update(nf=flags.nf, num_res_blocks=flags.num_res_blocks, dtype=flags.dtype)
         config.training.batch_size = batch
         rows = list(ours(config, flags.profile))
         gflop = {row[""].split(",")[0]: row["gflop"] for row in rows}
@@ -181,5 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.set_xla_flags()
     main()

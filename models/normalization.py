@@ -7,7 +7,7 @@ too large for a kernel, it is plain JAX.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 EPSILON = 1e-6
-_TILE = 8192  # values that a program of a kernel's grid works on at a time
-_WARP = 1024  # of them, a warp's
+_TILE = 2048  # values that a program of a kernel's grid works on at a time
+_WARP = 512  # of them, a warp's
 
 
 class Options(NamedTuple):
@@ -30,23 +30,29 @@ class Options(NamedTuple):
     rate: float = 0.0
 
 
-def keeps(keys: Sequence[Array], places: Array, rate: float) -> Array:
-    """Where dropout keeps values, as a hash of a key and of a value's place in its image.
+def _mix(x: Array) -> Array:
+    """A permutation of 32 bits in which each one changes all: MurmurHash3's last step."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
+
+
+def keeps(key: Sequence[Array], pixel: Array, channel: Array, rate: float) -> Array:
+    """Where dropout keeps values: a hash, which takes a fraction of Threefry's time.
 
     Args:
-      keys: two words, (…) uint32, which broadcast against places.
-      places: (…) uint32.
+      key: two words, (…) uint32.
+      pixel, channel: places of the values, uint32; all four broadcast against one another.
       rate: the share that is dropped.
 
     Returns:
-      (…) bool. A hash (MurmurHash3's finaliser, twice) takes a tenth of Threefry's time.
+      (…) bool.
     """
-    h = places * np.uint32(0x9E3779B9) + keys[0]
-    for word in (keys[1], None):
-        h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-        h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-        h = h ^ (h >> np.uint32(16))
-        h = h if word is None else h ^ word
+    rows, columns = (
+        _mix(_mix(place + word) + word) for place, word in zip((pixel, channel), key, strict=True)
+    )
+    h = (rows ^ columns) * np.uint32(0x9E3779B1)
+    h = (h ^ (h >> np.uint32(15))) * np.uint32(0x85EBCA77)
     return h >= np.uint32(round(rate * 2**32))
 
 
@@ -70,68 +76,77 @@ def plain(
     y = ((grouped - mean) * factor + bias.reshape(options.groups, -1)).reshape(x.shape)
     y = jax.nn.silu(y) if options.silu else y
     if keys is not None:
-        places = jnp.arange(h * w * channels, dtype=jnp.uint32).reshape(1, h, w, channels)
-        keep = keeps(list(keys.T[:, :, None, None, None]), places, options.rate)
+        pixel = jnp.arange(h * w, dtype=jnp.uint32).reshape(h, w, 1)
+        channel = jnp.arange(channels, dtype=jnp.uint32)
+        keep = keeps(list(keys.T[:, :, None, None, None]), pixel, channel, options.rate)
         y = jnp.where(keep, y / (1 - options.rate), 0)
     return y.astype(x.dtype)
 
 
-def _layout(options: Options, x: Array) -> tuple[int, int, int]:
-    """Of x (N, H, W, C): channels and pixels of a tile, and channels of it that are used.
-
-    A tile's sides are powers of 2; its channels are whole groups, and lie together in memory.
-    """
-    pixels, size = x.shape[1] * x.shape[2], x.shape[3] // options.groups
-    width = max(32, min(128, 16_384 // pl.next_power_of_2(pixels)))
-    rows = min(pixels & -pixels, _TILE // width)
-    return width, rows, width // size * size
+def _layout(x: Array) -> tuple[int, int]:
+    """Channels and pixels of a tile of x (N, H, W, C), powers of 2; channels lie together."""
+    pixels = x.shape[1] * x.shape[2]
+    width = max(32, min(128, 16_384 // pl.next_power_of_2(pixels), x.shape[3] & -x.shape[3]))
+    return width, min(pixels & -pixels, _TILE // width)
 
 
 def _fits(options: Options, x: Array) -> bool:
-    _, rows, used = _layout(options, x)
-    return rows >= 16 and used > 0
+    width, rows = _layout(x)
+    size = x.shape[3] // options.groups
+    return rows >= 16 and x.shape[3] % width == 0 and width % size == 0
 
 
 class _Part:
     """A program's part of an image: all pixels of some groups, a tile at a time."""
 
-    def __init__(self, options: Options, x_ref: Any, width: int, rows: int, used: int) -> None:
+    def __init__(self, options: Options, x_ref: Any, width: int, rows: int) -> None:
         _, self.pixels, self.channels = x_ref.shape
         lane, size = jnp.arange(width), self.channels // options.groups
-        self._image, self._start = pl.program_id(0), pl.program_id(1) * used
-        self._inside = (lane < used) & (self._start + lane < self.channels)
-        self._area = jnp.broadcast_to(self._inside[None, :], (rows, width))
-        self._same = (lane[:, None] // size == lane[None, :] // size) & self._inside[None, :]
+        self._image, self._start = pl.program_id(0), pl.program_id(1) * width
+        self._same = lane[:, None] // size == lane[None, :] // size
         self._count, self._rows, self._lane = self.pixels * size, rows, lane
-        self.zeros = jnp.zeros(width)
+        self._width = width
 
-    def loop(self, body: Any, carry: Any) -> Any:
-        """`body(tile's number, carry)` over all tiles."""
-        return jax.lax.fori_loop(0, self.pixels // self._rows, body, carry)
+    def sums(self, terms: Callable[[Array], tuple[Array, ...]], count: int) -> list[Array]:
+        """Over all pixels, (width,) each, of what `terms(tile's number)` gives for a tile."""
+
+        def add(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+            return tuple(total + term for total, term in zip(totals, terms(i), strict=True))
+
+        # Each place of the tile has its own sum: a sum over places makes all warps wait.
+        zeros = (jnp.zeros((self._rows, self._width)),) * count
+        totals = jax.lax.fori_loop(0, self.pixels // self._rows, add, zeros)
+        return [jnp.sum(total, axis=0) for total in totals]
+
+    def write(self, ref: Any, value: Callable[[Array], Array]) -> None:
+        """`value(tile's number)` into all tiles."""
+
+        def store(i: Array, carry: Any) -> Any:
+            tile = value(i).astype(ref.dtype)
+            plgpu.store(ref.at[self._where(i)], tile)
+            return carry
+
+        jax.lax.fori_loop(0, self.pixels // self._rows, store, 0)
 
     def _where(self, tile: Array) -> tuple[Any, ...]:
         return (
             self._image,
             pl.ds(tile * self._rows, self._rows),
-            pl.ds(self._start, len(self.zeros)),
+            pl.ds(self._start, self._width),
         )
 
     def tile(self, ref: Any, tile: Array) -> Array:
-        """(rows, width) float32, 0 where no channel is."""
-        value = plgpu.load(ref.at[self._where(tile)], mask=self._area, other=0)
-        return value.astype(jnp.float32)
-
-    def store_tile(self, ref: Any, tile: Array, value: Array) -> None:
-        plgpu.store(ref.at[self._where(tile)], value.astype(ref.dtype), mask=self._area)
+        """(rows, width) float32."""
+        return plgpu.load(ref.at[self._where(tile)]).astype(jnp.float32)
 
     def vector(self, ref: Any) -> Array:
         """(width,) float32 of a vector of channels, or of one for each image."""
-        where = (self._image,) * (len(ref.shape) - 1) + (pl.ds(self._start, len(self.zeros)),)
-        return plgpu.load(ref.at[where], mask=self._inside, other=0).astype(jnp.float32)
+        where = (self._image,) * (len(ref.shape) - 1) + (pl.ds(self._start, self._width),)
+        return plgpu.load(ref.at[where]).astype(jnp.float32)
 
     def store_vector(self, ref: Any, value: Array) -> None:
-        where = (self._image, pl.ds(self._start, len(self.zeros)))
-        plgpu.store(ref.at[where], value.astype(ref.dtype), mask=self._inside)
+        where = (self._image, pl.ds(self._start, self._width))
+        plgpu.store(ref.at[where], value.astype(ref.dtype))
 
     def group_mean(self, sums: Array) -> Array:
         """Sums over the pixels of each channel → the mean over its group."""
@@ -140,47 +155,53 @@ class _Part:
     def drop(self, keys_ref: Any, tile: Array, value: Array, rate: float) -> Array:
         pixel = (tile * self._rows + jnp.arange(self._rows)).astype(jnp.uint32)
         channel = (self._start + self._lane).astype(jnp.uint32)
-        places = pixel[:, None] * np.uint32(self.channels) + channel[None, :]
         keys = [plgpu.load(keys_ref.at[self._image, jnp.int32(i)]) for i in (0, 1)]
-        return jnp.where(keeps(keys, places, rate), value / (1 - rate), 0.0)
+        return jnp.where(
+            keeps(keys, pixel[:, None], channel[None, :], rate), value * (1 / (1 - rate)), 0.0
+        )
+
+
+def _sigmoid(x: Array, dtype: Any) -> Array:
+    if dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+        return 0.5 + 0.5 * plgpu.approx_tanh(0.5 * x)  # one instruction, exact to 2^-11
+    return jax.nn.sigmoid(x)
 
 
 def _forward_kernel(
-    options: Options, layout: tuple[int, int, int], names: tuple[str, ...], *refs: Any
+    options: Options, layout: tuple[int, int], names: tuple[str, ...], *refs: Any
 ) -> None:
     ref = dict(zip(names, refs, strict=True))
     part = _Part(options, ref["x"], *layout)
-    shift = part.vector(ref["shift"]) if "shift" in ref else part.zeros
+    shift = part.vector(ref["shift"]) if "shift" in ref else 0.0 * part.vector(ref["bias"])
 
-    def add(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+    def moments(i: Array) -> tuple[Array, Array]:
         x = part.tile(ref["x"], i) + shift[None, :]
-        return sums[0] + jnp.sum(x, axis=0), sums[1] + jnp.sum(x * x, axis=0)
+        return x, x * x
 
-    mean, square = map(part.group_mean, part.loop(add, (part.zeros, part.zeros)))
+    mean, square = map(part.group_mean, part.sums(moments, 2))
     factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + EPSILON)
     part.store_vector(ref["mean"], mean)
     part.store_vector(ref["factor"], factor)
     slope = factor * part.vector(ref["scale"])
     offset = (shift - mean) * slope + part.vector(ref["bias"])
 
-    def write(i: Array, carry: Any) -> Any:
+    def result(i: Array) -> Array:
         y = part.tile(ref["x"], i) * slope[None, :] + offset[None, :]
-        y = y * jax.nn.sigmoid(y) if options.silu else y
-        y = part.drop(ref["keys"], i, y, options.rate) if "keys" in ref else y
-        part.store_tile(ref["y"], i, y)
-        return carry
+        y = y * _sigmoid(y, ref["x"].dtype) if options.silu else y
+        return part.drop(ref["keys"], i, y, options.rate) if "keys" in ref else y
 
-    part.loop(write, 0)
+    part.write(ref["y"], result)
 
 
 def _backward_kernel(
-    options: Options, layout: tuple[int, int, int], names: tuple[str, ...], *refs: Any
+    options: Options, layout: tuple[int, int], names: tuple[str, ...], *refs: Any
 ) -> None:
     ref = dict(zip(names, refs, strict=True))
     part = _Part(options, ref["x"], *layout)
-    shift = part.vector(ref["shift"]) if "shift" in ref else part.zeros
     factor, scale, bias = (part.vector(ref[name]) for name in ("factor", "scale", "bias"))
-    offset = (shift - part.vector(ref["mean"])) * factor
+    offset = -part.vector(ref["mean"]) * factor
+    if "shift" in ref:
+        offset += part.vector(ref["shift"]) * factor
 
     def tiles(i: Array) -> tuple[Array, Array]:
         """(x̂, the gradient of what SiLU takes)."""
@@ -189,25 +210,22 @@ def _backward_kernel(
         dy = part.drop(ref["keys"], i, dy, options.rate) if "keys" in ref else dy
         if options.silu:
             y = normal * scale[None, :] + bias[None, :]
-            gate = jax.nn.sigmoid(y)
+            gate = _sigmoid(y, ref["x"].dtype)
             dy *= gate * (1 + y * (1 - gate))
         return normal, dy
 
-    def add(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+    def moments(i: Array) -> tuple[Array, ...]:
         normal, dy = tiles(i)
-        terms = (dy, dy * normal, normal)
-        return tuple(s + jnp.sum(term, axis=0) for s, term in zip(sums, terms, strict=True))
+        return dy, dy * normal, normal
 
-    dbias, dscale, total = part.loop(add, (part.zeros,) * 3)
+    dbias, dscale, total = part.sums(moments, 3)
     mean, slope = part.group_mean(scale * dbias), part.group_mean(scale * dscale)
 
-    def write(i: Array, carry: Any) -> Any:
+    def result(i: Array) -> Array:
         normal, dy = tiles(i)
-        dx = dy * scale[None, :] - mean[None, :] - normal * slope[None, :]
-        part.store_tile(ref["dx"], i, dx * factor[None, :])
-        return carry
+        return (dy * scale[None, :] - mean[None, :] - normal * slope[None, :]) * factor[None, :]
 
-    part.loop(write, 0)
+    part.write(ref["dx"], result)
     part.store_vector(ref["dbias"], dbias)
     part.store_vector(ref["dscale"], dscale)
     if "dshift" in ref:
@@ -222,11 +240,11 @@ def _call(
     inputs = {name: value for name, value in inputs.items() if value is not None}
     x = inputs["x"]
     n, h, w, channels = x.shape
-    layout = _layout(options, x)
+    layout = _layout(x)
     flat = {k: v.reshape(n, h * w, channels) if v.ndim == 4 else v for k, v in inputs.items()}
     results = pl.pallas_call(
         functools.partial(kernel, options, layout, (*flat, *outputs)),
-        grid=(n, pl.cdiv(channels, layout[2])),
+        grid=(n, channels // layout[0]),
         out_shape=tuple(
             jax.ShapeDtypeStruct((n, h * w, channels) if len(shape) == 4 else shape, dtype)
             for shape, dtype in outputs.values()
