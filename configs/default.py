@@ -39,6 +39,7 @@ def get_default_config() -> ConfigDict:
     # ncsnv2_256 (they read dtype and nf).
     model.name = "ncsnpp"
     model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are always float32
+    model.remat = False  # a larger batch for a slower step: what is cheap is computed again
     model.nf = 128
     model.ch_mult = (1, 2, 2, 2)
     model.num_res_blocks = 4

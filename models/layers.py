@@ -10,10 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from models import normalization
 
 Dtype = Any
+
+# For rematerialisation: all but the results of convolutions is computed again.
+SAVE_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names("convolution")
 
 
 def variance_scaling(scale: float = 1.0) -> nn.initializers.Initializer:
@@ -136,6 +140,7 @@ class Conv(nn.Module):
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        y = checkpoint_name(y, "convolution")
         bias = self.gain * bias
         return (y, bias) if apart else y + bias.astype(self.dtype)
 

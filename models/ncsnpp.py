@@ -4,6 +4,7 @@ With their options they are also the unbounded UNCSN++ and UDDPM++, and the plai
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -41,6 +42,7 @@ class NCSNpp(nn.Module):
       scale_by_sigma: divide the output by the labels, which are σ(t).
       centered: the data are in [-1, 1]; else they are brought there first.
       dtype: compute dtype; parameters are float32.
+      remat: keep only the convolutions' results for the gradient, and compute the rest again.
     """
 
     nf: int
@@ -63,6 +65,7 @@ class NCSNpp(nn.Module):
     scale_by_sigma: bool = False
     centered: bool = True
     dtype: layers.Dtype = jnp.float32
+    remat: bool = False
 
     def _resample_conv(self, features: int, up: bool) -> nn.Module:
         if self.fir_kernel:
@@ -109,9 +112,21 @@ class NCSNpp(nn.Module):
             "init_scale": self.init_scale,
             "dtype": self.dtype,
         }
-        res_block: Any = functools.partial(
-            layers.ResBlock, dropout=self.dropout, resblock_type=self.resblock_type, **common
-        )
+        numbers = itertools.count()
+        kind: Any = layers.ResBlock
+        if self.remat:
+            kind = nn.remat(kind, policy=layers.SAVE_CONVOLUTIONS, static_argnums=(4,))
+
+        def res_block(features: int, resample: Any = None) -> Any:
+            return kind(
+                features,
+                dropout=self.dropout,
+                resblock_type=self.resblock_type,
+                resample=resample,
+                **common,
+                name=f"ResBlock_{next(numbers)}",  # whatever class nn.remat makes
+            )
+
         attn_block: Any = functools.partial(layers.AttnBlock, **common)
         up = functools.partial(layers.upsample, fir_kernel=self.fir_kernel)
         down = functools.partial(layers.downsample, fir_kernel=self.fir_kernel)

@@ -53,6 +53,7 @@ def create_model(config: ConfigDict) -> Model:
         resamp_with_conv=model.resamp_with_conv,
         centered=centered,
         dtype=dtype,
+        remat=model.remat,
         **options,
     )
 
