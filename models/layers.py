@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from models import normalization
+from models import norm_kernels, normalization
 
 Dtype = Any
 
@@ -228,8 +228,8 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         options = normalization.Options(min(channels // 4, 32), self.silu, self.rate)
-        return normalization.norm_act(
-            x.astype(self.dtype), scale, bias, shift, keys, options=options, train=train
+        return norm_kernels.norm_act(
+            options, x.astype(self.dtype), scale, bias, shift, keys, train=train
         )
 
 

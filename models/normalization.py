@@ -1,28 +1,26 @@
-"""Group normalisation (arXiv 1803.08494) with what surrounds it in a residual block, in one pass.
+"""Group normalisation (arXiv 1803.08494) with SiLU and dropout, in as few passes as there can be.
 
-A block adds the time embedding to its features, normalises them, applies SiLU and dropout. On an
-NVIDIA GPU that is one kernel here, which reads the features once and writes the result once, and
-one for the gradient; XLA makes several passes over the memory of each. Elsewhere, and for images
-too large for a kernel, it is plain JAX.
+All that needs every pixel are two sums in each direction and one elementwise function; the rest is
+(N, C). The gradient is written out since XLA would keep the normalised values and the sigmoid for
+it, which on a CPU cost more to write and read back than to compute again.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+from jax.custom_derivatives import linear_call
 
 EPSILON = 1e-6
-_WARP = 1024  # values that a warp works on at a time
 
 
 class Options(NamedTuple):
-    """What is done besides: the number of groups, whether SiLU follows, and dropout's rate."""
+    """The number of groups, whether SiLU follows, and the rate of the dropout after that."""
 
     groups: int
     silu: bool
@@ -55,7 +53,72 @@ def keeps(key: Sequence[Array], pixel: Array, channel: Array, rate: float) -> Ar
     return h >= np.uint32(round(rate * 2**32))
 
 
-def plain(
+def _sum(x: Array) -> Array:
+    """Sum over the pixels: (N, H, W, C) → (N, C)."""
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    if jax.default_backend() == "cpu":  # XLA's sums are not vectorised there; additions are
+        while x.shape[1] % 4 == 0:
+            first, second, third, fourth = jnp.split(x, 4, axis=1)
+            x = (first + second) + (third + fourth)
+    return jnp.sum(x, axis=1)
+
+
+def _spread(value: Array) -> Array:
+    """(N, C) → (N, 1, 1, C)."""
+    return value[:, None, None, :]
+
+
+@jax.custom_jvp
+def _moments(x: Array) -> tuple[Array, Array]:
+    """Sums of x and of its square over the pixels: (N, H, W, C) → (N, C) each."""
+    return _sum(x), _sum(x * x)
+
+
+@_moments.defjvp
+def _moments_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    def push(x: Array, dx: Array) -> tuple[Array, Array]:
+        return _sum(dx), _sum(2 * x * dx)
+
+    def pull(x: Array, gradients: tuple[Array, Array]) -> Array:
+        of_sum, of_square = gradients
+        return _spread(of_sum) + 2 * x * _spread(of_square)
+
+    return _moments(*primals), linear_call(push, pull, *primals, *tangents)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _affine(x: Array, factor: Array, shift: Array, silu: bool) -> Array:
+    """x · factor + shift, or its SiLU: (N, H, W, C) and (N, C) twice → (N, H, W, C)."""
+    y = x * _spread(factor) + _spread(shift)
+    return nn.silu(y) if silu else y
+
+
+@_affine.defjvp
+def _affine_jvp(
+    silu: bool, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
+    def slope(x: Array, factor: Array, shift: Array) -> Array | float:
+        if not silu:
+            return 1.0
+        y = x * _spread(factor) + _spread(shift)
+        # Written like this, XLA does not take it for the sigmoid that was computed on the way.
+        sigmoid = 0.5 + 0.5 * jnp.tanh(0.5 * y)
+        return sigmoid * (1 + y * (1 - sigmoid))
+
+    def push(primals: Any, tangents: Any) -> Array:
+        x, factor, _ = primals
+        dx, dfactor, dshift = tangents
+        return slope(*primals) * (dx * _spread(factor) + x * _spread(dfactor) + _spread(dshift))
+
+    def pull(primals: Any, gradient: Array) -> tuple[Array, Array, Array]:
+        x, factor, _ = primals
+        gradient = gradient * slope(*primals)
+        return gradient * _spread(factor), _sum(gradient * x), _sum(gradient)
+
+    return _affine(*primals, silu), linear_call(push, pull, primals, tangents)
+
+
+def norm_act(
     options: Options,
     x: Array,
     scale: Array,
@@ -63,275 +126,33 @@ def plain(
     shift: Array | None = None,
     keys: Array | None = None,
 ) -> Array:
-    """`norm_act` in plain JAX."""
-    n, h, w, channels = x.shape
-    wide = x.astype(jnp.float32)
-    if shift is not None:
-        wide += shift.astype(jnp.float32)[:, None, None, :]
-    grouped = wide.reshape(n, h * w, options.groups, -1)
-    mean = grouped.mean(axis=(1, 3), keepdims=True)
-    variance = jnp.maximum((grouped**2).mean(axis=(1, 3), keepdims=True) - mean**2, 0)
-    factor = jax.lax.rsqrt(variance + EPSILON) * scale.reshape(options.groups, -1)
-    y = ((grouped - mean) * factor + bias.reshape(options.groups, -1)).reshape(x.shape)
-    y = jax.nn.silu(y) if options.silu else y
+    """Group normalisation of x + shift, then SiLU and dropout as `options` say.
+
+    Args:
+      options: the number of groups, SiLU, and dropout's rate.
+      x: features, (N, H, W, C).
+      scale, bias: of the normalised features, (C,).
+      shift: added to each image's features first, (N, C).
+      keys: of dropout, two words an image, (N, 2) uint32; None: nothing is dropped.
+
+    Returns:
+      (N, H, W, C), of x's dtype; all computation is in float32, or in x's dtype if that is wider.
+    """
+    _, h, w, channels = x.shape
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = wide if shift is None else wide + _spread(shift.astype(wide.dtype))
+
+    def group_mean(total: Array) -> Array:
+        size = channels // options.groups
+        mean = total.reshape(len(x), options.groups, size).sum(-1) / (h * w * size)
+        return jnp.repeat(mean, size, axis=-1)
+
+    mean, square = (group_mean(total) for total in _moments(wide))
+    factor = scale * jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + EPSILON)
+    y = _affine(wide, factor, bias - mean * factor, options.silu)
     if keys is not None:
         pixel = jnp.arange(h * w, dtype=jnp.uint32).reshape(h, w, 1)
         channel = jnp.arange(channels, dtype=jnp.uint32)
         keep = keeps(list(keys.T[:, :, None, None, None]), pixel, channel, options.rate)
         y = jnp.where(keep, y / (1 - options.rate), 0)
     return y.astype(x.dtype)
-
-
-def _layout(x: Array) -> tuple[int, int]:
-    """Channels and pixels of a tile of x (N, H, W, C), powers of 2; channels lie together.
-
-    As measured on an H100: narrower rows waste memory accesses, wider ones leave a small batch
-    with too few programs.
-    """
-    pixels, channels = x.shape[1] * x.shape[2], x.shape[3]
-    return min(64, channels & -channels), min(pixels & -pixels, 128 if pixels > 256 else 64)
-
-
-def _fits(options: Options, x: Array) -> bool:
-    width, rows = _layout(x)
-    size = x.shape[3] // options.groups
-    return rows >= 16 and width >= 32 and width % size == 0
-
-
-class _Part:
-    """A program's part of an image: all pixels of some groups, a tile at a time."""
-
-    def __init__(self, options: Options, x_ref: Any, width: int, rows: int) -> None:
-        _, self.pixels, self.channels = x_ref.shape
-        lane, size = jnp.arange(width), self.channels // options.groups
-        self._image, self._start = pl.program_id(0), pl.program_id(1) * width
-        self._same = lane[:, None] // size == lane[None, :] // size
-        self._count, self._rows, self._lane = self.pixels * size, rows, lane
-        self._width = width
-
-    def sums(self, terms: Callable[[Array], tuple[Array, ...]], count: int) -> list[Array]:
-        """Over all pixels, (width,) each, of what `terms(tile's number)` gives for a tile."""
-
-        def add(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-            return tuple(total + term for total, term in zip(totals, terms(i), strict=True))
-
-        # Each place of the tile has its own sum: a sum over places makes all warps wait.
-        zeros = (jnp.zeros((self._rows, self._width)),) * count
-        totals = jax.lax.fori_loop(0, self.pixels // self._rows, add, zeros)
-        return [jnp.sum(total, axis=0) for total in totals]
-
-    def write(self, ref: Any, value: Callable[[Array], Array]) -> None:
-        """`value(tile's number)` into all tiles."""
-
-        def store(i: Array, carry: Any) -> Any:
-            tile = value(i).astype(ref.dtype)
-            plgpu.store(ref.at[self._where(i)], tile)
-            return carry
-
-        jax.lax.fori_loop(0, self.pixels // self._rows, store, 0)
-
-    def _where(self, tile: Array) -> tuple[Any, ...]:
-        return (
-            self._image,
-            pl.ds(tile * self._rows, self._rows),
-            pl.ds(self._start, self._width),
-        )
-
-    def tile(self, ref: Any, tile: Array) -> Array:
-        """(rows, width) float32."""
-        return plgpu.load(ref.at[self._where(tile)]).astype(jnp.float32)
-
-    def vector(self, ref: Any) -> Array:
-        """(width,) float32 of a vector of channels, or of one for each image."""
-        where = (self._image,) * (len(ref.shape) - 1) + (pl.ds(self._start, self._width),)
-        return plgpu.load(ref.at[where]).astype(jnp.float32)
-
-    def store_vector(self, ref: Any, value: Array) -> None:
-        where = (self._image, pl.ds(self._start, self._width))
-        plgpu.store(ref.at[where], value.astype(ref.dtype))
-
-    def group_mean(self, sums: Array) -> Array:
-        """Sums over the pixels of each channel → the mean over its group."""
-        return jnp.sum(jnp.where(self._same, sums[None, :], 0.0), axis=1) / self._count
-
-    def drop(self, keys_ref: Any, tile: Array, value: Array, rate: float) -> Array:
-        pixel = (tile * self._rows + jnp.arange(self._rows)).astype(jnp.uint32)
-        channel = (self._start + self._lane).astype(jnp.uint32)
-        keys = [plgpu.load(keys_ref.at[self._image, jnp.int32(i)]) for i in (0, 1)]
-        return jnp.where(
-            keeps(keys, pixel[:, None], channel[None, :], rate), value * (1 / (1 - rate)), 0.0
-        )
-
-
-def _sigmoid(x: Array, dtype: Any) -> Array:
-    if dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
-        return 0.5 + 0.5 * plgpu.approx_tanh(0.5 * x)  # one instruction, exact to 2^-11
-    return jax.nn.sigmoid(x)
-
-
-def _forward_kernel(
-    options: Options, layout: tuple[int, int], names: tuple[str, ...], *refs: Any
-) -> None:
-    ref = dict(zip(names, refs, strict=True))
-    part = _Part(options, ref["x"], *layout)
-    shift = part.vector(ref["shift"]) if "shift" in ref else 0.0 * part.vector(ref["bias"])
-
-    def moments(i: Array) -> tuple[Array, Array]:
-        x = part.tile(ref["x"], i) + shift[None, :]
-        return x, x * x
-
-    mean, square = map(part.group_mean, part.sums(moments, 2))
-    factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + EPSILON)
-    part.store_vector(ref["mean"], mean)
-    part.store_vector(ref["factor"], factor)
-    slope = factor * part.vector(ref["scale"])
-    offset = (shift - mean) * slope + part.vector(ref["bias"])
-
-    def result(i: Array) -> Array:
-        y = part.tile(ref["x"], i) * slope[None, :] + offset[None, :]
-        y = y * _sigmoid(y, ref["x"].dtype) if options.silu else y
-        return part.drop(ref["keys"], i, y, options.rate) if "keys" in ref else y
-
-    part.write(ref["y"], result)
-
-
-def _backward_kernel(
-    options: Options, layout: tuple[int, int], names: tuple[str, ...], *refs: Any
-) -> None:
-    ref = dict(zip(names, refs, strict=True))
-    part = _Part(options, ref["x"], *layout)
-    factor, scale, bias = (part.vector(ref[name]) for name in ("factor", "scale", "bias"))
-    offset = -part.vector(ref["mean"]) * factor
-    if "shift" in ref:
-        offset += part.vector(ref["shift"]) * factor
-
-    def tiles(i: Array) -> tuple[Array, Array]:
-        """(x̂, the gradient of what SiLU takes)."""
-        normal = part.tile(ref["x"], i) * factor[None, :] + offset[None, :]
-        dy = part.tile(ref["dy"], i)
-        dy = part.drop(ref["keys"], i, dy, options.rate) if "keys" in ref else dy
-        if options.silu:
-            y = normal * scale[None, :] + bias[None, :]
-            gate = _sigmoid(y, ref["x"].dtype)
-            dy *= gate * (1 + y * (1 - gate))
-        return normal, dy
-
-    def moments(i: Array) -> tuple[Array, ...]:
-        normal, dy = tiles(i)
-        return dy, dy * normal, normal
-
-    dbias, dscale, total = part.sums(moments, 3)
-    mean, slope = part.group_mean(scale * dbias), part.group_mean(scale * dscale)
-
-    def result(i: Array) -> Array:
-        normal, dy = tiles(i)
-        return (dy * scale[None, :] - mean[None, :] - normal * slope[None, :]) * factor[None, :]
-
-    part.write(ref["dx"], result)
-    part.store_vector(ref["dbias"], dbias)
-    part.store_vector(ref["dscale"], dscale)
-    if "dshift" in ref:
-        dshift = factor * (scale * dbias - part.pixels * mean - slope * total)
-        part.store_vector(ref["dshift"], dshift)
-
-
-def _call(
-    kernel: Any, options: Options, inputs: dict[str, Any], outputs: dict[str, Any]
-) -> dict[str, Array]:
-    """Run a kernel over all images, with what is given of the inputs by name."""
-    inputs = {name: value for name, value in inputs.items() if value is not None}
-    x = inputs["x"]
-    n, h, w, channels = x.shape
-    layout = _layout(x)
-    flat = {k: v.reshape(n, h * w, channels) if v.ndim == 4 else v for k, v in inputs.items()}
-    results = pl.pallas_call(
-        functools.partial(kernel, options, layout, (*flat, *outputs)),
-        grid=(n, channels // layout[0]),
-        out_shape=tuple(
-            jax.ShapeDtypeStruct((n, h * w, channels) if len(shape) == 4 else shape, dtype)
-            for shape, dtype in outputs.values()
-        ),
-        compiler_params=plgpu.CompilerParams(num_warps=max(1, layout[0] * layout[1] // _WARP)),
-        interpret=jax.default_backend() != "gpu",
-    )(*flat.values())
-    return {
-        name: result.reshape(shape)
-        for (name, (shape, _)), result in zip(outputs.items(), results, strict=True)
-    }
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fused(
-    options: Options,
-    x: Array,
-    scale: Array,
-    bias: Array,
-    shift: Array | None = None,
-    keys: Array | None = None,
-) -> Array:
-    """`norm_act` as a kernel, whose gradient is one too. There is no forward mode."""
-    return _fused_forward(options, x, scale, bias, shift, keys)[0]
-
-
-def _fused_forward(options: Options, *given: Any) -> tuple[Array, Any]:
-    inputs = dict(zip(("x", "scale", "bias", "shift", "keys"), given, strict=True))
-    x = inputs["x"]
-    per_image = ((len(x), x.shape[-1]), jnp.float32)
-    outputs = {"y": (x.shape, x.dtype), "mean": per_image, "factor": per_image}
-    results = _call(_forward_kernel, options, inputs, outputs)
-    return results.pop("y"), inputs | results
-
-
-def _fused_backward(options: Options, saved: Any, dy: Array) -> tuple[Array | None, ...]:
-    x, shift = saved["x"], saved["shift"]
-    per_image = ((len(x), x.shape[-1]), jnp.float32)
-    outputs: dict[str, Any] = {"dx": (x.shape, x.dtype), "dscale": per_image, "dbias": per_image}
-    if shift is not None:
-        outputs["dshift"] = per_image
-    d = _call(_backward_kernel, options, saved | {"dy": dy}, outputs)
-    dscale, dbias = (
-        d["d" + name].sum(axis=0).astype(saved[name].dtype) for name in ("scale", "bias")
-    )
-    return d["dx"], dscale, dbias, None if shift is None else d["dshift"].astype(shift.dtype), None
-
-
-fused.defvjp(_fused_forward, _fused_backward)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _fused_inference(options: Options, *inputs: Any) -> Array:
-    return fused(options, *inputs)
-
-
-@_fused_inference.defjvp
-def _(options: Options, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return jax.jvp(functools.partial(plain, options), primals, tangents)
-
-
-def norm_act(
-    x: Array,
-    scale: Array,
-    bias: Array,
-    shift: Array | None = None,
-    keys: Array | None = None,
-    *,
-    options: Options,
-    train: bool,
-) -> Array:
-    """Group normalisation of x + shift, then SiLU and dropout as `options` say.
-
-    Args:
-      x: features, (N, H, W, C).
-      scale, bias: of the normalised features, (C,).
-      shift: added to each image's features first, (N, C).
-      keys: of dropout, two words an image, (N, 2) uint32; None: nothing is dropped.
-      options: the rest.
-      train: on a GPU its gradient is a kernel, and it has no forward mode; else it has both modes.
-
-    Returns:
-      (N, H, W, C), of x's dtype; all computation is in float32.
-    """
-    if jax.default_backend() != "gpu" or not _fits(options, x):
-        return plain(options, x, scale, bias, shift, keys)
-    function = fused if train else _fused_inference
-    return function(options, x, scale, bias, shift, keys)

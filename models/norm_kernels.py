@@ -1,0 +1,268 @@
+"""Group normalisation with what surrounds it in a residual block, as kernels for NVIDIA GPUs.
+
+`normalization.norm_act` is one kernel here, which gets the features from memory once and writes the
+result once, and one for the gradient; XLA makes several passes over the memory of each. It is for
+images whose features fit into tiles of powers of 2.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from models import normalization
+from models.normalization import EPSILON, Options, keeps
+
+_WARP = 1024  # values that a warp works on at a time
+
+
+def _layout(x: Array) -> tuple[int, int]:
+    """Channels and pixels of a tile of x (N, H, W, C), powers of 2; channels lie together.
+
+    As measured on an H100: narrower rows waste memory accesses, wider ones leave a small batch
+    with too few programs.
+    """
+    pixels, channels = x.shape[1] * x.shape[2], x.shape[3]
+    return min(64, channels & -channels), min(pixels & -pixels, 128 if pixels > 256 else 64)
+
+
+def fits(options: Options, x: Array) -> bool:
+    """Whether there is a kernel for x (N, H, W, C): whole groups fill a tile."""
+    width, rows = _layout(x)
+    size = x.shape[3] // options.groups
+    return rows >= 16 and width >= 32 and width % size == 0
+
+
+class _Part:
+    """A program's part of an image: all pixels of some groups, a tile at a time."""
+
+    def __init__(self, options: Options, x_ref: Any, width: int, rows: int) -> None:
+        _, self.pixels, self.channels = x_ref.shape
+        lane, size = jnp.arange(width), self.channels // options.groups
+        self._image, self._start = pl.program_id(0), pl.program_id(1) * width
+        self._same = lane[:, None] // size == lane[None, :] // size
+        self._count, self._rows, self._lane = self.pixels * size, rows, lane
+        self._width = width
+
+    def sums(self, terms: Callable[[Array], tuple[Array, ...]], count: int) -> list[Array]:
+        """Over all pixels, (width,) each, of what `terms(tile's number)` gives for a tile."""
+
+        def add(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+            return tuple(total + term for total, term in zip(totals, terms(i), strict=True))
+
+        # Each place of the tile has its own sum: a sum over places makes all warps wait.
+        zeros = (jnp.zeros((self._rows, self._width)),) * count
+        totals = jax.lax.fori_loop(0, self.pixels // self._rows, add, zeros)
+        return [jnp.sum(total, axis=0) for total in totals]
+
+    def write(self, ref: Any, value: Callable[[Array], Array]) -> None:
+        """`value(tile's number)` into all tiles."""
+
+        def store(i: Array, carry: Any) -> Any:
+            tile = value(i).astype(ref.dtype)
+            plgpu.store(ref.at[self._where(i)], tile)
+            return carry
+
+        jax.lax.fori_loop(0, self.pixels // self._rows, store, 0)
+
+    def _where(self, tile: Array) -> tuple[Any, ...]:
+        return (
+            self._image,
+            pl.ds(tile * self._rows, self._rows),
+            pl.ds(self._start, self._width),
+        )
+
+    def tile(self, ref: Any, tile: Array) -> Array:
+        """(rows, width) float32."""
+        return plgpu.load(ref.at[self._where(tile)]).astype(jnp.float32)
+
+    def vector(self, ref: Any) -> Array:
+        """(width,) float32 of a vector of channels, or of one for each image."""
+        where = (self._image,) * (len(ref.shape) - 1) + (pl.ds(self._start, self._width),)
+        return plgpu.load(ref.at[where]).astype(jnp.float32)
+
+    def store_vector(self, ref: Any, value: Array) -> None:
+        where = (self._image, pl.ds(self._start, self._width))
+        plgpu.store(ref.at[where], value.astype(ref.dtype))
+
+    def group_mean(self, sums: Array) -> Array:
+        """Sums over the pixels of each channel → the mean over its group."""
+        return jnp.sum(jnp.where(self._same, sums[None, :], 0.0), axis=1) / self._count
+
+    def drop(self, keys_ref: Any, tile: Array, value: Array, rate: float) -> Array:
+        pixel = (tile * self._rows + jnp.arange(self._rows)).astype(jnp.uint32)
+        channel = (self._start + self._lane).astype(jnp.uint32)
+        keys = [plgpu.load(keys_ref.at[self._image, jnp.int32(i)]) for i in (0, 1)]
+        return jnp.where(
+            keeps(keys, pixel[:, None], channel[None, :], rate), value * (1 / (1 - rate)), 0.0
+        )
+
+
+def _sigmoid(x: Array, dtype: Any) -> Array:
+    if dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
+        return 0.5 + 0.5 * plgpu.approx_tanh(0.5 * x)  # one instruction, exact to 2^-11
+    return jax.nn.sigmoid(x)
+
+
+def _forward_kernel(
+    options: Options, layout: tuple[int, int], names: tuple[str, ...], *refs: Any
+) -> None:
+    ref = dict(zip(names, refs, strict=True))
+    part = _Part(options, ref["x"], *layout)
+    shift = part.vector(ref["shift"]) if "shift" in ref else 0.0 * part.vector(ref["bias"])
+
+    def moments(i: Array) -> tuple[Array, Array]:
+        x = part.tile(ref["x"], i) + shift[None, :]
+        return x, x * x
+
+    mean, square = map(part.group_mean, part.sums(moments, 2))
+    factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + EPSILON)
+    part.store_vector(ref["mean"], mean)
+    part.store_vector(ref["factor"], factor)
+    slope = factor * part.vector(ref["scale"])
+    offset = (shift - mean) * slope + part.vector(ref["bias"])
+
+    def result(i: Array) -> Array:
+        y = part.tile(ref["x"], i) * slope[None, :] + offset[None, :]
+        y = y * _sigmoid(y, ref["x"].dtype) if options.silu else y
+        return part.drop(ref["keys"], i, y, options.rate) if "keys" in ref else y
+
+    part.write(ref["y"], result)
+
+
+def _backward_kernel(
+    options: Options, layout: tuple[int, int], names: tuple[str, ...], *refs: Any
+) -> None:
+    ref = dict(zip(names, refs, strict=True))
+    part = _Part(options, ref["x"], *layout)
+    factor, scale, bias = (part.vector(ref[name]) for name in ("factor", "scale", "bias"))
+    offset = -part.vector(ref["mean"]) * factor
+    if "shift" in ref:
+        offset += part.vector(ref["shift"]) * factor
+
+    def tiles(i: Array) -> tuple[Array, Array]:
+        """(x̂, the gradient of what SiLU takes)."""
+        normal = part.tile(ref["x"], i) * factor[None, :] + offset[None, :]
+        dy = part.tile(ref["dy"], i)
+        dy = part.drop(ref["keys"], i, dy, options.rate) if "keys" in ref else dy
+        if options.silu:
+            y = normal * scale[None, :] + bias[None, :]
+            gate = _sigmoid(y, ref["x"].dtype)
+            dy *= gate * (1 + y * (1 - gate))
+        return normal, dy
+
+    def moments(i: Array) -> tuple[Array, ...]:
+        normal, dy = tiles(i)
+        return dy, dy * normal, normal
+
+    dbias, dscale, total = part.sums(moments, 3)
+    mean, slope = part.group_mean(scale * dbias), part.group_mean(scale * dscale)
+
+    def result(i: Array) -> Array:
+        normal, dy = tiles(i)
+        return (dy * scale[None, :] - mean[None, :] - normal * slope[None, :]) * factor[None, :]
+
+    part.write(ref["dx"], result)
+    part.store_vector(ref["dbias"], dbias)
+    part.store_vector(ref["dscale"], dscale)
+    if "dshift" in ref:
+        dshift = factor * (scale * dbias - part.pixels * mean - slope * total)
+        part.store_vector(ref["dshift"], dshift)
+
+
+def _call(
+    kernel: Any, options: Options, inputs: dict[str, Any], outputs: dict[str, Any]
+) -> dict[str, Array]:
+    """Run a kernel over all images, with what is given of the inputs by name."""
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    x = inputs["x"]
+    n, h, w, channels = x.shape
+    layout = _layout(x)
+    flat = {k: v.reshape(n, h * w, channels) if v.ndim == 4 else v for k, v in inputs.items()}
+    results = pl.pallas_call(
+        functools.partial(kernel, options, layout, (*flat, *outputs)),
+        grid=(n, channels // layout[0]),
+        out_shape=tuple(
+            jax.ShapeDtypeStruct((n, h * w, channels) if len(shape) == 4 else shape, dtype)
+            for shape, dtype in outputs.values()
+        ),
+        compiler_params=plgpu.CompilerParams(num_warps=max(1, layout[0] * layout[1] // _WARP)),
+        interpret=jax.default_backend() != "gpu",
+    )(*flat.values())
+    return {
+        name: result.reshape(shape)
+        for (name, (shape, _)), result in zip(outputs.items(), results, strict=True)
+    }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fused(
+    options: Options,
+    x: Array,
+    scale: Array,
+    bias: Array,
+    shift: Array | None = None,
+    keys: Array | None = None,
+) -> Array:
+    """`norm_act` as a kernel, whose gradient is one too. There is no forward mode."""
+    return _fused_forward(options, x, scale, bias, shift, keys)[0]
+
+
+def _fused_forward(options: Options, *given: Any) -> tuple[Array, Any]:
+    inputs = dict(zip(("x", "scale", "bias", "shift", "keys"), given, strict=True))
+    x = inputs["x"]
+    per_image = ((len(x), x.shape[-1]), jnp.float32)
+    outputs = {"y": (x.shape, x.dtype), "mean": per_image, "factor": per_image}
+    results = _call(_forward_kernel, options, inputs, outputs)
+    return results.pop("y"), inputs | results
+
+
+def _fused_backward(options: Options, saved: Any, dy: Array) -> tuple[Array | None, ...]:
+    x, shift = saved["x"], saved["shift"]
+    per_image = ((len(x), x.shape[-1]), jnp.float32)
+    outputs: dict[str, Any] = {"dx": (x.shape, x.dtype), "dscale": per_image, "dbias": per_image}
+    if shift is not None:
+        outputs["dshift"] = per_image
+    d = _call(_backward_kernel, options, saved | {"dy": dy}, outputs)
+    dscale, dbias = (
+        d["d" + name].sum(axis=0).astype(saved[name].dtype) for name in ("scale", "bias")
+    )
+    return d["dx"], dscale, dbias, None if shift is None else d["dshift"].astype(shift.dtype), None
+
+
+fused.defvjp(_fused_forward, _fused_backward)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _fused_inference(options: Options, *inputs: Any) -> Array:
+    return fused(options, *inputs)
+
+
+@_fused_inference.defjvp
+def _(options: Options, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return jax.jvp(functools.partial(normalization.norm_act, options), primals, tangents)
+
+
+def norm_act(
+    options: Options,
+    x: Array,
+    scale: Array,
+    bias: Array,
+    shift: Array | None = None,
+    keys: Array | None = None,
+    train: bool = False,
+) -> Array:
+    """`normalization.norm_act`, as a kernel where there is one.
+
+    With `train` the gradient is a kernel too, and there is no forward mode; else there are both
+    modes.
+    """
+    inputs = (x, scale, bias, shift, keys)
+    if jax.default_backend() != "gpu" or not fits(options, x):
+        return normalization.norm_act(options, *inputs)
+    return (fused if train else _fused_inference)(options, *inputs)
