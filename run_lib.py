@@ -200,10 +200,14 @@ def _saves(config: ConfigDict, step: int) -> bool:
     return step == training.n_iters or any(step % freq == 0 for freq in regular)
 
 
+def _on_accelerator() -> bool:
+    return jax.default_backend() != "cpu"
+
+
 def steps_a_call(config: ConfigDict) -> int:
     """The most steps, up to `n_jitted_steps`, between which there is never anything to do."""
     training = config.training
-    if jax.default_backend() == "cpu":  # gradients of convolutions crawl in its loops
+    if not _on_accelerator():  # gradients of convolutions crawl in a CPU's loops
         return 1
     regular = (training.snapshot_freq, training.snapshot_freq_for_preemption)
     return math.gcd(training.n_jitted_steps, training.log_freq, training.eval_freq, *regular)
@@ -218,7 +222,7 @@ def get_call(config: ConfigDict, setup: Setup, train: datasets.Dataset, first_st
     step_fn = losses.get_step_fn(config, setup.sde, setup.model, setup.optimizer, setup.num_levels)
     num_local, images = jax.local_device_count(), None
     resident: tuple[Any, ...] = ()
-    if jax.default_backend() != "cpu":
+    if _on_accelerator():
         images = datasets.in_memory(train, _RESIDENT)
     batches = datasets.train_batches(
         train,

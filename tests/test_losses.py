@@ -12,7 +12,7 @@ import losses
 import sde_lib
 import session
 from models import utils as mutils
-from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, tiny_config
+from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, random_params, tiny_config
 
 KS = [0, 0.5, 0.8, 0.9, 0.999, 1 - 1e-7, 1, 1 + 1e-7, 1.001, 1.1, 1.2, 2, 3, 8]
 SDE = sde_lib.VPSDE()
@@ -397,3 +397,37 @@ def test_reconstruction_loss_is_added_at_tau(dequantization):
     assert abs(added.mean() - term.mean()) < 5 * stderr
     assert abs(term.mean()) > 4 * stderr
     assert np.isfinite(with_it).all()
+
+
+def test_a_packed_state_comes_back():
+    config = tiny_config()
+    config.model.update(embedding_type="fourier")
+    setup = session.set_up(config)
+    state = session.init_state(config, setup.model, setup.optimizer)
+    packed = losses.pack_state(state)
+    assert len(jax.tree.leaves(packed)) < 16
+    assert packed.params.fixed.size == config.model.nf  # the Fourier frequencies alone
+    again = losses.unpack_state(packed)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_rematerialisation_changes_nothing_but_memory():
+    def value_and_grads(remat):
+        config = tiny_config()
+        config.model.update(remat=remat, dropout=0.3, init_scale=1.0, attn_resolutions=(8,))
+        model = mutils.create_model(config)
+        loss_fn = losses.get_batch_loss_fn(config, SDE, model, 17, train=True)
+        images = np.random.default_rng(0).integers(0, 17, (8, 8, 8, 1), dtype=np.uint8)
+        mean = lambda p: jnp.mean(loss_fn(p, losses.step_key(0, 1), images, jnp.arange(8))[0])  # noqa: E731
+        params = random_params(config)
+        saved = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(mean, p)[1], params))
+        memory = sum(x.size * x.dtype.itemsize for x in saved if x.ndim == 4)
+        return jax.jit(jax.value_and_grad(mean))(params), memory
+
+    (kept, memory), (again, less) = value_and_grads(False), value_and_grads(True)
+    assert jax.tree.structure(kept) == jax.tree.structure(again)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert less < 0.8 * memory

@@ -337,3 +337,37 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     facts = json.loads((tmp_path / "not_finite.json").read_text())
     assert facts["step"] == 5 and len(facts["t"]) == 8
     assert 1e-5 <= facts["tau"] <= min(facts["t"]) and max(facts["t"]) <= 1
+
+
+def test_several_steps_a_call_with_the_data_on_the_device_are_the_same_run(tmp_path, monkeypatch):
+    config = tiny_config(n_iters=13, n_jitted_steps=6, log_freq=3, eval_freq=6)
+    one = run_lib.train(config, tmp_path / "one")
+    monkeypatch.setattr(run_lib, "_on_accelerator", lambda: True)
+    assert run_lib.steps_a_call(config) == 3  # never past a step that logs or saves
+    several = run_lib.train(config, tmp_path / "several")
+    # Resumed at a step that no call of three begins at: single ones up to the next that does.
+    part = config.copy_and_resolve_references()
+    part.training.n_iters = 4
+    run_lib.train(part, tmp_path / "resumed")
+    resumed = run_lib.train(config, tmp_path / "resumed", override=True)
+    for state in (several, resumed):
+        assert int(state.step) == 13
+        for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(state.params), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    losses = losses_of(tmp_path / "one")
+    assert list(losses) == [3, 6, 9, 12, 13]
+    # A window of the log begins anew after the first call, which compiles.
+    for name, start in (("several", 6), ("resumed", 9)):
+        ours = losses_of(tmp_path / name)
+        for step in range(start, 13, 3):
+            np.testing.assert_allclose(ours[step], losses[step], rtol=1e-4)
+
+
+def test_skipped_steps_are_counted_over_calls_of_several():
+    tally = run_lib._Tally()
+    for skipped in ([0, 0, 1], [1, 1, 1], [1, 0, 1]):
+        skipped = np.array(skipped)
+        tally.add({"loss": np.where(skipped, np.nan, 2.0), "skipped": skipped})
+        last = tally.read()
+        assert last["streak"] == {1: 1, 4: 4, 6: 1}[last["skipped"]]
+    assert (last["loss"], last["steps"], last["skipped"]) == (6.0, 3, 6)
