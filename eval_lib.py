@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 import checkpointing
 import datasets
+import environment
 import evaluation
 import features
 import hosts
@@ -275,7 +276,7 @@ def _features_only(parts: Iterable[dict[str, np.ndarray]]) -> Iterator[np.ndarra
 
 
 def _cache_dir(config: ConfigDict) -> pathlib.Path:
-    return pathlib.Path(config.eval.cache_dir or features.default_cache_dir())
+    return pathlib.Path(config.eval.cache_dir or environment.cache_dir())
 
 
 def _reference_facts(

@@ -161,12 +161,6 @@ def load_statistics(path: pathlib.Path, facts: dict[str, Any]) -> Statistics:
     return statistics
 
 
-def default_cache_dir() -> pathlib.Path:
-    """The user's cache folder for this project."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "soft_truncation"
-
-
 def _batches(images: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
     for start in range(0, len(images), size):
         part = images[start : start + size]

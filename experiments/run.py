@@ -188,10 +188,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     environment.prepare()
     log.setLevel(logging.INFO)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # Evaluations of different runs are often the same program.
-        cache = options.workdirs.resolve() / "xla_cache"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         runs = select(load_sweep(options.sweep), options.shard, options.only)
         places = parse_places(options.set)
