@@ -316,7 +316,9 @@ def load_samples(path: pathlib.Path, size: int, channels: int) -> Source:
     except FileNotFoundError as error:
         raise UserError(f"eval.samples: there is no file or folder {path}") from error
     except Exception as error:  # a damaged archive raises anything at all
-        raise UserError(f"eval.samples: {path} can't be read: {error}") from error
+        # NumPy takes what is no archive for a pickle, and its advice is to trust it.
+        reason = "it is no archive" if "pickle" in str(error) else error
+        raise UserError(f"eval.samples: {path} can't be read: {reason}") from error
     expected = ("N ≥ 4", size, size, channels)
     if images.shape[1:] != expected[1:] or images.dtype != np.uint8 or len(images) < 4:
         raise UserError(

@@ -9,6 +9,7 @@ that is not 0, and nothing written.
 import concurrent.futures
 import os
 import pathlib
+import re
 import struct
 import subprocess
 import sys
@@ -40,7 +41,7 @@ CONFIGS = (
     "--config.model.ema_rate=1.0",
     "--config.optim.lr=nan",
     "--config.optim.optimizer=SGD",
-    "--config.sampling.predictor=none",
+    "--config.sampling.method=pc --config.sampling.predictor=none",
     "--config.eval.begin_ckpt=3 --config.eval.end_ckpt=1",
     "--config.seed=-1",
     "--num_processes=2",
@@ -96,7 +97,8 @@ def try_it(flags: str, workdir: pathlib.Path) -> tuple[str, bool]:
     command += [f"--workdir={workdir}", *flags.split()]
     env = dict(os.environ, JAX_PLATFORMS="cpu")
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    lines = result.stderr.strip().splitlines()
+    # What was done before, such as checking files, has the time in front.
+    lines = [x for x in result.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d checking", x)]
     well = result.returncode != 0 and len(lines) == 1 and lines[0].startswith("error: ")
     return " / ".join(lines), well and not result.stdout and not workdir.exists()
 
