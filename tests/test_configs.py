@@ -233,7 +233,10 @@ def mock_images(dataset, size, category):
 
 
 # Compiling these networks takes minutes.
-SLOW = ("rve/ffhq_1024_uncsn", "rve/bedroom_uncsn", "vp/cifar10_ddpmpp_fid_st_deepest")
+SLOW = (
+    *("rve/ffhq_1024_uncsn", "rve/bedroom_uncsn", "rve/celebahq_256_uncsn"),
+    "vp/cifar10_ddpmpp_fid_st_deepest",
+)
 
 
 @pytest.mark.parametrize(
