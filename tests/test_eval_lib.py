@@ -211,7 +211,7 @@ def test_a_folder_of_other_images_is_one_line(tmp_path):
         run_lib.evaluate(config, tmp_path / "run")
 
 
-@pytest.mark.slow  # the one above is its quick form
+@pytest.mark.slow  # test_an_evaluation_goes_on_where_it_was_cut_off is its quick form
 def test_a_killed_evaluation_ends_with_the_same_report(trained, tmp_path):
     shutil.copytree(trained / "run" / "checkpoints", tmp_path / "run" / "checkpoints")
     args = [
