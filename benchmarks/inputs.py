@@ -43,10 +43,13 @@ def tfds_dataset(images: np.ndarray, folder: pathlib.Path) -> Dataset:
         """Random images."""
 
         VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = folder
 
         def _info(self) -> Any:
             features = {"image": tfds.features.Image(shape=images.shape[1:])}
-            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, dl_manager: Any) -> Any:
             del dl_manager
