@@ -238,16 +238,6 @@ def _fused_backward(options: Options, saved: Any, dy: Array) -> tuple[Array | No
 fused.defvjp(_fused_forward, _fused_backward)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _fused_inference(options: Options, *inputs: Any) -> Array:
-    return fused(options, *inputs)
-
-
-@_fused_inference.defjvp
-def _(options: Options, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return jax.jvp(functools.partial(normalization.norm_act, options), primals, tangents)
-
-
 def norm_act(
     options: Options,
     x: Array,
@@ -257,12 +247,11 @@ def norm_act(
     keys: Array | None = None,
     train: bool = False,
 ) -> Array:
-    """`normalization.norm_act`, as a kernel where there is one.
+    """`normalization.norm_act`; in training on a GPU as a kernel, where there is one for x.
 
-    With `train` the gradient is a kernel too, and there is no forward mode; else there are both
-    modes.
+    Not elsewhere: a kernel has no forward mode, and XLA can't share one out over devices by itself,
+    as evaluation needs; in training each device has its own part already.
     """
-    inputs = (x, scale, bias, shift, keys)
-    if jax.default_backend() != "gpu" or not fits(options, x):
-        return normalization.norm_act(options, *inputs)
-    return (fused if train else _fused_inference)(options, *inputs)
+    if train and jax.default_backend() == "gpu" and fits(options, x):
+        return fused(options, x, scale, bias, shift, keys)
+    return normalization.norm_act(options, x, scale, bias, shift, keys)
