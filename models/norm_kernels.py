@@ -24,8 +24,8 @@ _WARP = 1024  # values that a warp works on at a time
 def _layout(x: Array) -> tuple[int, int]:
     """Channels and pixels of a tile of x (N, H, W, C), powers of 2; channels lie together.
 
-    As measured on an H100: narrower rows waste memory accesses, wider ones leave a small batch
-    with too few programs.
+    Narrower rows waste memory accesses (measured on an H100); wider ones would leave a small batch
+    with too few programs for all of its processors.
     """
     pixels, channels = x.shape[1] * x.shape[2], x.shape[3]
     return min(64, channels & -channels), min(pixels & -pixels, 128 if pixels > 256 else 64)
