@@ -234,7 +234,8 @@ def mock_images(dataset, size, category):
 
 # Compiling these networks takes minutes.
 SLOW = (
-    *("rve/ffhq_1024_uncsn", "rve/bedroom_uncsn", "rve/celebahq_256_uncsn"),
+    *("rve/ffhq_1024_uncsn", "rve/ffhq_256_uncsn", "rve/celebahq_256_uncsn"),
+    *("rve/bedroom_uncsn", "rve/church_uncsn"),
     "vp/cifar10_ddpmpp_fid_st_deepest",
 )
 
