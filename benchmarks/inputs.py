@@ -3,7 +3,7 @@
 python -m benchmarks.inputs
 
 Batches are made as in training, by `datasets.train_batches`, and nothing is done with them. The
-files hold Fashion-MNIST's or random images of CIFAR-10's size and are made in a temporary folder.
+files hold random images of CIFAR-10's size and are made in a temporary folder.
 On an accelerator a set of up to 1 GiB lives on the device, whatever its source is: then only the
 places of a batch's images are made here, which is the first row.
 """
@@ -53,10 +53,10 @@ def tfds_dataset(images: np.ndarray, folder: pathlib.Path) -> Dataset:
 
         def _split_generators(self, dl_manager: Any) -> Any:
             del dl_manager
-            return {"train": ((i, {"image": image}) for i, image in enumerate(images))}
+            return {"train": self._generate_examples()}
 
         def _generate_examples(self) -> Any:
-            raise NotImplementedError
+            yield from ((i, {"image": image}) for i, image in enumerate(images))
 
     builder = Random32(data_dir=folder, file_format="array_record")
     builder.download_and_prepare()
@@ -76,7 +76,7 @@ def main() -> None:
     shape = (flags.images, 32, 32, 3)
     # Smooth noise: PNG files of it are as large as photographs'.
     coarse = rng.integers(0, 256, (flags.images, 8, 8, 3), dtype=np.uint8)
-    images = coarse.repeat(4, axis=1).repeat(4, axis=2) // 2 + rng.integers(0, 64, shape) // 1
+    images = coarse.repeat(4, axis=1).repeat(4, axis=2) // 2 + rng.integers(0, 64, shape)
     images = images.astype(np.uint8)
     memory = Dataset("memory", ArraySource(images, np.zeros(len(images))), 256, 0)
     rows = [("places, for data on the device", rate(memory, flags.batch, flags.seconds, True))]

@@ -42,8 +42,8 @@ class _Part:
     """A program's part of an image: all pixels of some groups, a tile at a time."""
 
     def __init__(self, options: Options, x_ref: Any, width: int, rows: int) -> None:
-        _, self.pixels, self.channels = x_ref.shape
-        lane, size = jnp.arange(width), self.channels // options.groups
+        _, self.pixels, channels = x_ref.shape
+        lane, size = jnp.arange(width), channels // options.groups
         self._image, self._start = pl.program_id(0), pl.program_id(1) * width
         self._same = lane[:, None] // size == lane[None, :] // size
         self._count, self._rows, self._lane = self.pixels * size, rows, lane

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import datasets
+import sources
 from configs.default import UserError
 from configs.rve import celebahq_256_uncsn
 from configs.vp import celeba_ddpmpp_nll_st, cifar10_st, fashion_mnist_st
@@ -271,3 +272,18 @@ def test_bits_offset_counts_the_levels():
     # Uniform noise over the whole range costs log2(levels) bits per dimension.
     density_bits = np.log2(2.0)  # -log2 of the uniform density 1/2 on [-1, 1]
     np.testing.assert_allclose(density_bits + datasets.bits_offset(17, True), np.log2(17))
+
+
+def test_a_small_set_of_files_is_read_into_memory(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (150, 8, 8, 3), dtype=np.uint8)
+    files = [tmp_path / f"{i:03}.png" for i in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        Image.fromarray(image).save(file)
+    source = sources.FolderSource(files, np.zeros(len(files)), sources.Fit(8, 3))
+    dataset = datasets.Dataset("files", source, 256, 0)
+    np.testing.assert_array_equal(datasets.in_memory(dataset, images.nbytes), images)
+    assert datasets.in_memory(dataset, images.nbytes - 1) is None
+    # Their places in it are those of the batches' images.
+    batch = next(datasets.train_batches(dataset, 16, seed=3))
+    places = next(datasets.train_batches(dataset, 16, seed=3, places=True))
+    np.testing.assert_array_equal(images[places["image"]], batch["image"])
