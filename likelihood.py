@@ -68,7 +68,7 @@ def diffusion_term(
     time for each image, drawn with a density whose reciprocal is `inverse_density`. The last two
     terms have expectations that are known; they are put in by `get_nelbo_fn`.
     """
-    weight = losses.weighting(sde, t, likelihood=True) * inverse_density
+    weight = sde.diffusion(t) ** 2 * inverse_density
     return losses.score_matching_loss(score_fn, sde, x0, t, z, weight)
 
 

@@ -96,6 +96,17 @@ class TruncationPrior:
         return jnp.where(inside, ratio ** (-self.k) / (self.eps * normalizer), 0.0)
 
 
+# The prior on τ by `training.prior`: what has `icdf(u)` and `cdf(t)` as TruncationPrior does.
+PRIORS: dict[str, Callable[[ConfigDict], Any]] = {
+    "power": lambda config: TruncationPrior(config.training.k, config.training.truncation_time),
+}
+
+
+def get_prior(config: ConfigDict) -> Any:
+    """The prior on the truncation that a config names."""
+    return PRIORS[config.training.prior](config)
+
+
 def draw_times(
     sde: SDE, u: Array, tau: ArrayLike, importance_sampling: bool
 ) -> tuple[Array, Array]:
@@ -123,9 +134,18 @@ def sum_image(x: Array) -> Array:
     return jnp.sum(x.astype(jnp.float32), axis=tuple(range(1, x.ndim)))
 
 
-def weighting(sde: SDE, t: Array, likelihood: bool) -> Array:
-    """λ(t): g² (likelihood weighting) or σ² (variance weighting)."""
-    return sde.diffusion(t) ** 2 if likelihood else sde.std(t) ** 2
+# λ(t) by `training.weighting`; without one `training.likelihood_weighting` says which.
+WEIGHTINGS: dict[str, Callable[[SDE, Array], Array]] = {
+    "likelihood": lambda sde, t: sde.diffusion(t) ** 2,
+    "variance": lambda sde, t: sde.std(t) ** 2,
+}
+
+
+def get_weighting(config: ConfigDict) -> Callable[[SDE, Array], Array]:
+    """(sde, t (N,)) → λ(t) (N,), the weighting that a config names."""
+    training = config.training
+    chosen = "likelihood" if training.likelihood_weighting else "variance"
+    return WEIGHTINGS[training.weighting or chosen]
 
 
 def perturb(sde: SDE, x0: Array, t: Array, z: Array) -> Array:
@@ -294,8 +314,7 @@ def draw_truncation(key: Array, config: ConfigDict) -> Array:
     """The truncation of one step, a scalar: drawn from the prior, or ε."""
     if config.training.truncation != "soft":
         return jnp.asarray(config.training.truncation_time, jnp.float32)
-    prior = TruncationPrior(config.training.k, config.training.truncation_time)
-    return prior.icdf(jax.random.uniform(key))
+    return get_prior(config).icdf(jax.random.uniform(key))
 
 
 def _image_keys(image_key: Array, i: Array) -> Array:
@@ -309,16 +328,15 @@ def _times_and_weights(
     """Times of images, and the weight of each one's loss, from uniform numbers; (N,) each."""
     training = config.training
     t, inverse_density = draw_times(sde, u, tau, training.importance_sampling)
-    weight = weighting(sde, t, training.likelihood_weighting) * inverse_density
+    weight = get_weighting(config)(sde, t) * inverse_density
     if training.mixed:
         other_t, other_inverse = draw_times(sde, u, tau, importance_sampling=False)
-        other_weight = weighting(sde, other_t, likelihood=False) * other_inverse
+        other_weight = WEIGHTINGS["variance"](sde, other_t) * other_inverse
         first = index % 2 == 0
         t = jnp.where(first, t, other_t)
         weight = jnp.where(first, weight, other_weight)
     if training.truncation == "equivalent_weight":
-        prior = TruncationPrior(training.k, training.truncation_time)
-        weight = weight * prior.cdf(t)
+        weight = weight * get_prior(config).cdf(t)
     return t, weight
 
 

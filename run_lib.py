@@ -67,7 +67,8 @@ def _report_start(config: ConfigDict, setup: Setup, data: Data, workdir: pathlib
         *(len(devices), devices[0].device_kind, batch, batch // len(devices)),
         len(data.train) / batch,
     )
-    weight = "likelihood (g²)" if config.training.likelihood_weighting else "variance (σ²)"
+    flag = "likelihood (g²)" if config.training.likelihood_weighting else "variance (σ²)"
+    weight = config.training.weighting or flag
     drawn = "importance-sampled" if config.training.importance_sampling else "uniform"
     exponent = "" if config.training.truncation == "fixed" else f", k = {config.training.k:g}"
     log.info(

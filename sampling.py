@@ -348,6 +348,33 @@ def ode_sample(
     return x, nfe
 
 
+# A method: (config, sde, score_fn, key, shape (N, H, W, C)) → (x, score evaluations).
+SamplerFn = Callable[[ConfigDict, SDE, ScoreFn, Array, tuple[int, ...]], tuple[Array, ArrayLike]]
+
+
+def _along_the_ode(solve: Callable[..., tuple[Array, ArrayLike]], *options: str) -> SamplerFn:
+    """A method that starts from latents, and takes some of `config.sampling`'s fields."""
+
+    def sample(
+        config: ConfigDict, sde: SDE, score_fn: ScoreFn, key: Array, shape: tuple[int, ...]
+    ) -> tuple[Array, ArrayLike]:
+        z = sde.prior_std() * jax.random.normal(key, shape)
+        given = {name: config.sampling[name] for name in ("noise_removal", *options)}
+        return solve(sde, score_fn, z, eps=config.sampling.truncation_time, **given)
+
+    return sample
+
+
+SAMPLERS: dict[str, SamplerFn] = {
+    "pc": lambda config, sde, score_fn, key, shape: pc_sample(
+        sde, score_fn, key, shape, **pc_options(config)
+    ),
+    "ode": _along_the_ode(ode_sample, "rtol", "atol"),
+    "heun": _along_the_ode(heun_sample, "num_steps"),
+    "dpm_solver": _along_the_ode(dpm_solver_sample, "num_steps"),
+}
+
+
 def get_sampling_fn(
     config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, batch_size: int
 ) -> Callable[[Any, Array], tuple[Array, Array]]:
@@ -355,23 +382,10 @@ def get_sampling_fn(
 
     x is (batch_size, H, W, C) in the model's range.
     """
-    sampling = config.sampling
     shape = (batch_size, config.data.image_size, config.data.image_size, config.data.num_channels)
-    common: dict[str, Any] = {
-        "eps": sampling.truncation_time,
-        "noise_removal": sampling.noise_removal,
-    }
 
     def sample(params: Any, key: Array) -> tuple[Array, ArrayLike]:
-        score_fn = make_score_fn(params)
-        if sampling.method == "pc":
-            return pc_sample(sde, score_fn, key, shape, **pc_options(config))
-        z = sde.prior_std() * jax.random.normal(key, shape)
-        if sampling.method == "ode":
-            tolerances = {"rtol": sampling.rtol, "atol": sampling.atol}
-            return ode_sample(sde, score_fn, z, **common, **tolerances)
-        solver = heun_sample if sampling.method == "heun" else dpm_solver_sample
-        return solver(sde, score_fn, z, num_steps=sampling.num_steps, **common)
+        return SAMPLERS[config.sampling.method](config, sde, make_score_fn(params), key, shape)
 
     return jax.jit(lambda params, key: jax.tree.map(jnp.asarray, sample(params, key)))
 

@@ -7,6 +7,7 @@ the shape of `t`, and are accurate in float32 on [1e-5, 1].
 import abc
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -320,14 +321,16 @@ class RVESDE(_VarianceExploding):
         return 1 / jnp.linspace(1 / self.T, 1 / eps, num)
 
 
+SDES: dict[str, Callable[[ConfigDict], SDE]] = {
+    "vpsde": lambda config: VPSDE(config.model.beta_min, config.model.beta_max),
+    "subvpsde": lambda config: SubVPSDE(config.model.beta_min, config.model.beta_max),
+    "vesde": lambda config: VESDE(config.model.sigma_min, config.model.sigma_max),
+    "reciprocal_vesde": lambda config: RVESDE(
+        config.model.sigma_min, config.model.sigma_max, eps=config.training.truncation_time
+    ),
+}
+
+
 def get_sde(config: ConfigDict) -> SDE:
     """The SDE that `config.training.sde` names."""
-    model, name = config.model, config.training.sde
-    if name in ("vpsde", "subvpsde"):
-        kind = VPSDE if name == "vpsde" else SubVPSDE
-        return kind(beta_min=model.beta_min, beta_max=model.beta_max)
-    if name == "vesde":
-        return VESDE(sigma_min=model.sigma_min, sigma_max=model.sigma_max)
-    if name == "reciprocal_vesde":
-        return RVESDE(model.sigma_min, model.sigma_max, eps=config.training.truncation_time)
-    raise ValueError(f"there is no SDE {name!r}")
+    return SDES[config.training.sde](config)

@@ -25,6 +25,17 @@ from models import utils as mutils
 log = logging.getLogger("soft_truncation")
 
 
+# What fields name; a config's own file can add to each (docs/extending.md).
+REGISTRIES: dict[str, dict[str, Any]] = {
+    "training.sde": sde_lib.SDES,
+    "training.prior": losses.PRIORS,
+    "training.weighting": losses.WEIGHTINGS,
+    "sampling.method": sampling.SAMPLERS,
+    "sampling.predictor": sampling.PREDICTORS,
+    "sampling.corrector": sampling.CORRECTORS,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What a config names, but for its data; checked, and nothing is compiled yet."""
@@ -63,7 +74,7 @@ def set_up(config: ConfigDict) -> Setup:
     Raises:
       UserError: one line that says what is wrong with it.
     """
-    validate(config, jax.device_count())
+    validate(config, jax.device_count(), REGISTRIES)
     sde, model = sde_lib.get_sde(config), mutils.create_model(config)
     optimizer = losses.get_optimizer(config)
     try:

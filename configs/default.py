@@ -6,7 +6,7 @@ the objective has, however its time is drawn; `model.dtype` is ours.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
@@ -81,9 +81,11 @@ def get_default_config() -> ConfigDict:
     training.batch_size = 128  # over all devices
     training.n_iters = 1_300_001
     training.truncation = "soft"  # fixed, soft or equivalent_weight
-    training.k = 1.0  # exponent of the prior on the truncation
+    training.prior = "power"  # on the truncation, of losses.PRIORS: P(τ) ∝ τ^-k
+    training.k = 1.0  # its exponent
     training.truncation_time = 1e-5
     training.likelihood_weighting = True  # λ = g²; else λ = σ²
+    training.weighting = ""  # another λ, of losses.WEIGHTINGS
     training.importance_sampling = True  # t ~ g²/σ²; else uniform
     training.mixed = False  # half of a batch: that; the other half: λ = σ², t uniform
     training.ddpm_weight = 0.01  # the other half's weight
@@ -154,11 +156,7 @@ _CHOICES = {
     "model.progressive_combine": ("sum", "cat"),
     "model.embedding_type": ("positional", "fourier"),
     "optim.optimizer": ("Adam",),
-    "training.sde": ("vpsde", "subvpsde", "vesde", "reciprocal_vesde"),
     "training.truncation": ("fixed", "soft", "equivalent_weight"),
-    "sampling.method": ("pc", "ode", "heun", "dpm_solver"),
-    "sampling.predictor": ("none", "euler_maruyama", "reverse_diffusion", "ancestral_sampling"),
-    "sampling.corrector": ("none", "langevin", "ald"),
     "sampling.task": ("generate", "inpaint", "colorize"),
 }
 
@@ -217,13 +215,16 @@ _NOT_NEGATIVE = (
 )
 
 
-def _problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
+def _problems(
+    config: ConfigDict, num_devices: int, registries: Mapping[str, Collection[str]]
+) -> Iterator[str]:
     get = lambda name: config[name.split(".")[0]][name.split(".")[1]]  # noqa: E731
     for name in ("model.ch_mult", "model.attn_resolutions"):
         if not all(isinstance(n, int) and n > 0 for n in get(name)):
             yield f"{name} is {tuple(get(name))}; it must be a list of positive whole numbers"
-    for name, choices in _CHOICES.items():
-        if get(name) not in choices:
+    for name, choices in {**_CHOICES, **registries}.items():
+        unset = name == "training.weighting" and not get(name)
+        if get(name) not in choices and not unset:
             yield f"{name} is {get(name)!r}; it must be one of {', '.join(choices)}"
     for name in _POSITIVE:
         if not (get(name) > 0 and math.isfinite(get(name))):
@@ -377,11 +378,18 @@ def _sampling_problems(config: ConfigDict) -> Iterator[str]:
         )
 
 
-def validate(config: ConfigDict, num_devices: int) -> None:
+def validate(
+    config: ConfigDict, num_devices: int, registries: Mapping[str, Collection[str]]
+) -> None:
     """Refuse a config that cannot work.
+
+    Args:
+      config: all its fields.
+      num_devices: that share a batch.
+      registries: the names that a field can have, by field; of `session.REGISTRIES`.
 
     Raises:
       UserError: one line that names the first wrong field.
     """
-    for problem in _problems(config, num_devices):
+    for problem in _problems(config, num_devices, registries):
         raise UserError(f"config: {problem}")

@@ -42,8 +42,7 @@ def share_of_steps(config: ConfigDict, t: np.ndarray) -> np.ndarray:
     """Share of the training steps that see the times `t`, elementwise: P(τ ≤ t)."""
     if config.training.truncation != "soft":
         return np.ones_like(t)
-    prior = losses.TruncationPrior(config.training.k, config.training.truncation_time)
-    return np.asarray(prior.cdf(t))
+    return np.asarray(losses.get_prior(config).cdf(t))
 
 
 def density_of_times(config: ConfigDict, sde: SDE, t: np.ndarray, draws: int = 2000) -> np.ndarray:
@@ -58,8 +57,7 @@ def density_of_times(config: ConfigDict, sde: SDE, t: np.ndarray, draws: int = 2
     training = config.training
     tau = np.full(1, training.truncation_time)
     if training.truncation == "soft":
-        prior = losses.TruncationPrior(training.k, training.truncation_time)
-        tau = np.asarray(prior.icdf((np.arange(draws) + 0.5) / draws))
+        tau = np.asarray(losses.get_prior(config).icdf((np.arange(draws) + 0.5) / draws))
     if training.importance_sampling:
         rate = np.asarray((sde.diffusion(t) / sde.std(t)) ** 2)
         normalizer = np.asarray(sde.importance_normalizer(tau))
@@ -78,8 +76,7 @@ def _inverse_density(config: ConfigDict, sde: SDE, t: np.ndarray) -> np.ndarray:
     else:
         factor = np.full_like(t, sde.T - training.truncation_time)
     if training.truncation == "equivalent_weight":
-        prior = losses.TruncationPrior(training.k, training.truncation_time)
-        factor = factor * np.asarray(prior.cdf(t))
+        factor = factor * np.asarray(losses.get_prior(config).cdf(t))
     return factor
 
 
@@ -132,7 +129,7 @@ def _by_time(
             images, jax.random.split(data_key, size), setup.num_levels, config, flip=False
         )
         z, times = jax.random.normal(noise_key, x0.shape), jnp.full(size, t)
-        weight = losses.weighting(sde, times, training.likelihood_weighting)
+        weight = losses.get_weighting(config)(sde, times)
 
         def mean_loss(params: Any) -> tuple[Array, Array]:
             score_fn = mutils.get_score_fn(config, sde, setup.model, params)

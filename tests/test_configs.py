@@ -17,6 +17,7 @@ import sde_lib
 import session
 from configs.default import get_default_config, validate
 from models import utils as mutils
+from session import REGISTRIES
 from tests.helpers import GOLDEN, random_params
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -180,7 +181,7 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_is_valid_and_its_network_can_be_built_at_full_width(name):
     config = get_recipe(name)
-    validate(config, 1)
+    validate(config, 1, REGISTRIES)
     setup = session.set_up(config)
     count = mutils.count_params(setup.state_shape.params)
     assert count == PARAMETERS.get(name, count)

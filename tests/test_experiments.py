@@ -15,6 +15,7 @@ from experiments import digits, fashion_mnist, loss_by_time, tables
 from experiments import run as runner
 from experiments.grid import TABLES
 from experiments.sweep import load_sweep, parse_places, select
+from session import REGISTRIES
 
 SWEEP = """
 from experiments.sweep import Sweep
@@ -203,7 +204,7 @@ def test_gradients_are_told_from_their_noise():
 def test_all_points_are_valid_and_none_is_there_twice(module):
     sweep = module.get_sweep()
     for run in sweep.runs:
-        validate(run.config(), 1)
+        validate(run.config(), 1, REGISTRIES)
     assert len({run.config_hash for run in sweep.runs}) == len(sweep.runs) == 60
     in_tables = {point for entries in TABLES.values() for _, point in entries}
     assert in_tables == set(sweep.points)

@@ -17,6 +17,7 @@ import checkpointing
 import run_lib
 import session
 from configs.default import UserError, get_default_config, validate
+from session import REGISTRIES
 from tests.helpers import GOLDEN, tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -265,11 +266,11 @@ def test_a_mistake_is_one_line(tmp_path, args, line):
 )
 def test_a_config_that_cannot_work_is_refused(field, value, line):
     config = get_default_config()
-    validate(config, 4)
+    validate(config, 4, REGISTRIES)
     section, name = field.split(".")
     config[section][name] = value
     with pytest.raises(UserError) as error:
-        validate(config, 4)
+        validate(config, 4, REGISTRIES)
     assert line in str(error.value) and name in str(error.value)
 
 
@@ -318,7 +319,7 @@ def test_options_that_do_not_go_together_are_refused(changes, line):
         section, name = field.split(".")
         config[section][name] = value
     with pytest.raises(UserError, match=line):
-        validate(config, 4)
+        validate(config, 4, REGISTRIES)
 
 
 def test_a_misspelt_field_in_a_recipe_is_refused():
