@@ -53,6 +53,17 @@ class ArraySource:
         return hashlib.sha256(np.ascontiguousarray(self.images).data).digest()
 
 
+def _flatten(image: Image.Image) -> Image.Image:
+    """As viewers show it: turned as its camera says, on white where transparent, of 8 bits."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip at 255
+        return Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
+
+
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """How an image of any size becomes size × size: crop the centre, then resize.
@@ -71,7 +82,7 @@ class Fit:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """(size, size, channels) uint8."""
-        image = image.convert("L" if self.channels == 1 else "RGB")
+        image = _flatten(image).convert("L" if self.channels == 1 else "RGB")
         if 0 < self.crop <= min(image.size):
             left, top = (image.width - self.crop) // 2, (image.height - self.crop) // 2
             image = image.crop((left, top, left + self.crop, top + self.crop))
@@ -239,27 +250,30 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
 
 
 def readable(files: list[pathlib.Path], skip: bool) -> list[pathlib.Path]:
-    """Those of the files that are whole images; all are read once, in threads.
+    """Those of the files that are whole images; all are read once, in threads, and summed up.
 
     Raises:
       UserError: some are not, and they are not to be skipped; it names the first of them.
     """
     progress = reporting.Progress("checking image files", len(files))
 
-    def problem(file: pathlib.Path) -> str:
+    def read(file: pathlib.Path) -> tuple[str, tuple[int, int], bool]:
         try:
             with Image.open(file) as image:
                 image.load()
+                return "", image.size, image.mode in ("1", "L", "LA") or image.mode.startswith("I")
         except Exception as error:  # a damaged file makes PIL raise anything at all
-            return str(error) or type(error).__name__
-        return ""
+            return str(error) or type(error).__name__, (0, 0), False
 
-    problems = {}
+    problems, sizes, num_grey = {}, [], 0
     with concurrent.futures.ThreadPoolExecutor() as threads:
-        for file, reason in zip(files, threads.map(problem, files), strict=True):
+        for file, (reason, size, grey) in zip(files, threads.map(read, files), strict=True):
             progress.advance(1)
             if reason:
                 problems[file] = reason
+            else:
+                sizes.append(size)
+                num_grey += grey
     if problems and not skip:
         file, reason = next(iter(problems.items()))
         raise UserError(
@@ -268,12 +282,19 @@ def readable(files: list[pathlib.Path], skip: bool) -> list[pathlib.Path]:
         )
     for file, reason in problems.items():
         log.warning("left out: %s is not a readable image (%s)", file, reason)
+    if sizes:
+        sizes.sort(key=min)
+        log.info(
+            "%d images of %d × %d to %d × %d pixels, %d of them grey",
+            *(len(sizes), *sizes[0], *sizes[-1], num_grey),
+        )
     return [file for file in files if file not in problems]
 
 
 def image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """All images below a folder, in the order of their names."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    """All images below a folder, in the order of their names; hidden files are none."""
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(p for p in files if not p.name.startswith("."))
 
 
 def load_samples(path: pathlib.Path, size: int, channels: int) -> Source:

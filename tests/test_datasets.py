@@ -216,6 +216,23 @@ def test_a_folder_of_images(tmp_path):
         datasets.in_order(datasets.get_dataset(config, "train"))
 
 
+def test_images_are_read_as_viewers_show_them(tmp_path):
+    half = np.zeros((8, 8, 4), np.uint8)
+    half[:4, :, 3] = 255  # black above, transparent below
+    Image.fromarray(half).save(tmp_path / "0.png")
+    Image.fromarray(np.full((8, 8), 51 * 257, np.uint16)).save(tmp_path / "1.png")
+    turned = Image.fromarray(np.repeat(np.uint8([[10] * 4 + [200] * 4]), 8, axis=0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    turned.save(tmp_path / "2.png", exif=exif)
+    (tmp_path / "._2.png").write_bytes(b"a Mac leaves such files")
+    config = folder_config(tmp_path)
+    black, grey, turned = datasets.in_order(datasets.get_dataset(config, "train"))["image"]
+    assert (black[:4] == 0).all() and (black[4:] == 255).all()
+    assert (grey == 51).all()
+    assert (turned[:4] == 10).all() and (turned[4:] == 200).all()
+
+
 def test_a_folder_with_its_own_splits_numbers_classes_alike(tmp_path):
     for kind in ("train/a", "train/b", "test/b"):
         (tmp_path / kind).mkdir(parents=True)

@@ -19,6 +19,7 @@ import session
 from configs.default import UserError, get_default_config, validate
 from session import REGISTRIES
 from tests.helpers import GOLDEN, tiny_config
+from tests.make_folder import make_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = (
@@ -209,6 +210,24 @@ def test_inpainting_and_a_lossless_evaluation_leave_what_they_promise(tmp_path):
     config.sampling.mask = "nothing"
     with pytest.raises(UserError, match=r"sampling\.mask is 'nothing'"):
         run_lib.sample(config, tmp_path)
+
+
+def test_a_strangers_folder_trains_with_the_command_of_the_readme(tmp_path):
+    paths = make_folder(tmp_path / "my folder", 500)
+    paths[7].write_bytes(paths[7].read_bytes()[:200])
+    args = [f"--config.data.path={tmp_path}/my folder", f"--workdir={tmp_path}/run"]
+    args += ["--config.data.image_size=8", "--config.model.nf=8", "--config.model.ch_mult=(1,)"]
+    args += ["--config.training.n_iters=3", "--config.training.log_freq=1"]
+    args += ["--config.training.snapshot_sampling=False"]
+    broken = run_main("vp/folder_st.py", *args)
+    assert broken.returncode != 0
+    *progress, line = broken.stderr.strip().splitlines()
+    assert line.startswith("error: 1 of 4") and str(paths[7]) in line
+    assert all("checking image files" in other for other in progress)
+    result = run_main("vp/folder_st.py", *args, "--config.data.skip_unreadable=True")
+    assert result.returncode == 0, result.stderr
+    assert f"left out: {paths[7]}" in result.stderr + result.stdout
+    assert list(losses_of(tmp_path / "run")) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,28 @@
+"""Your own images: any below `data.path`, of any size, as squares of `data.image_size` pixels.
+
+A DDPM++ of 7.0 M parameters for one GPU. Larger images: `data.image_size` and a `model.ch_mult` of
+one more level each time that it doubles.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.default import get_default_config
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = get_default_config()
+    config.data.dataset = "folder"
+    config.model.update(nf=64, ch_mult=(1, 2, 2), num_res_blocks=2, ema_rate=0.999)
+    config.optim.warmup = 1000
+    config.training.update(
+        batch_size=64,
+        n_iters=100_000,
+        log_freq=100,
+        eval_freq=1000,
+        snapshot_freq=10_000,
+        snapshot_freq_for_preemption=2000,
+    )
+    config.sampling.update(method="dpm_solver", truncation_time=1e-3)
+    config.eval.num_samples = 10_000
+    return config
