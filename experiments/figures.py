@@ -69,6 +69,39 @@ def draw_curve(title: str, points: list[Point], path: pathlib.Path) -> None:
     _save(figure, path)
 
 
+def draw_tradeoff(title: str, series: dict[str, list[Point]], path: pathlib.Path) -> None:
+    """Fréchet distance against NLL, a line for each series; labels are "name = value"."""
+    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for i, (name, points) in enumerate(series.items()):
+        known = [(label, x, y) for label, x, y in points if x is not None and y is not None]
+        axes.errorbar(
+            [x.value for _, x, _ in known],
+            [y.value for *_, y in known],
+            [y.error or 0 for *_, y in known],
+            [x.error or 0 for _, x, _ in known],
+            marker="os"[i % 2],
+            color=_COLOURS[i],
+            elinewidth=0.8,
+            label=name,
+        )
+        for label, x, y in known:
+            text = label.split(" = ")[1]
+            axes.annotate(
+                text, (x.value, y.value), (5, 5), textcoords="offset points", color=_COLOURS[i]
+            )
+    axes.set(
+        xlabel=f"{_AXES[0]}: less is better",
+        ylabel=f"{_AXES[1]}: less is better",
+        yscale="log",
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend()
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
 def draw_pairs(title: str, points: list[Point], path: pathlib.Path) -> None:
     """Both scores of pairs, a line each; labels are "group: kind"."""
     groups = list(dict.fromkeys(label.split(": ")[0] for label, *_ in points))

@@ -37,6 +37,7 @@ _TITLES = {
     "c": "Soft truncation on and off",
     "d": "Soft truncation and the equivalent weight (VP)",
 }
+_TRADEOFF = "Likelihood against samples (VP, likelihood weighting)"
 _NOTES = """± is the standard error: over seeds where there are two or more; where there is
 one, marked *, of the evaluation alone (over test images and their noise, or over samples), which
 says nothing of another training. NLL and NELBO are with the residual and at each run's own ε, which
@@ -177,6 +178,15 @@ def _gradients(curves: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _points(rows: Rows, entries: tuple[tuple[str, str], ...]) -> list[figures.Point]:
+    """What a figure shows of a table: the rows that were run."""
+    return [
+        (label, get_score(rows[point], "nll"), get_score(rows[point], "fd_classifier"))
+        for label, point in entries
+        if point in rows
+    ]
+
+
 def write_tables(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     """Write tables.md and figures of the rows in `folder` into `out`.
 
@@ -189,19 +199,23 @@ def write_tables(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     rows, curves, drawn = load_rows(folder), load_curves(folder), []
     out.mkdir(parents=True, exist_ok=True)
     text = [f"# {next(iter(rows.values()))[0]['sweep']}", "", _origin(rows), "", _NOTES]
-    for letter, entries in TABLES.items():
+    points = {letter: _points(rows, entries) for letter, entries in TABLES.items()}
+    if points["a"] and points["b"]:
+        drawn.append(out / "tradeoff.png")
+        series = {
+            "fixed ε": points["a"],
+            "soft truncation, k": [p for p in points["b"] if "∞" not in p[0]],
+        }
+        figures.draw_tradeoff(_TRADEOFF, series, drawn[-1])
+        text += ["", f"![{_TRADEOFF}](tradeoff.png)"]
+    for letter in TABLES:
         text += ["", f"## ({letter}) {_TITLES[letter]}", "", *_table(rows, letter)]
         if letter in "cd":
             text += ["", *_differences(rows, letter)]
-        points = [
-            (label, get_score(rows[point], "nll"), get_score(rows[point], "fd_classifier"))
-            for label, point in entries
-            if point in rows
-        ]
-        if points:
+        if points[letter]:
             drawn.append(out / f"{letter}.png")
             draw = figures.draw_pairs if letter in "cd" else figures.draw_curve
-            draw(_TITLES[letter], points, drawn[-1])
+            draw(_TITLES[letter], points[letter], drawn[-1])
             text += ["", f"![{_TITLES[letter]}]({letter}.png)"]
     if curves:
         drawn.append(out / "e.png")
