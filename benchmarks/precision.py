@@ -59,8 +59,10 @@ def main() -> None:
     for steps in np.array_split(np.arange(len(losses["float32"])), flags.windows):
         first, second = (losses[dtype][steps] for dtype in DTYPES)
         change = second - first
-        cells = (first.mean(), second.mean(), change.mean(), change.std(ddof=1) / len(steps) ** 0.5)
-        numbers = " | ".join(f"{cell:.4g}" for cell in cells)
+        error = change.std(ddof=1) / len(steps) ** 0.5
+        numbers = " | ".join(
+            f"{x:.4g}" for x in (first.mean(), second.mean(), change.mean(), error)
+        )
         print(f"| {steps[0] + 1} to {steps[-1] + 1} | {numbers} |")
     print("\n".join(lines))
 
