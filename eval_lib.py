@@ -106,7 +106,7 @@ def _bits_of_batch(
         if not np.isfinite(value).all():
             raise UserError(
                 f"{name} is not finite for some images: the weights are broken, or the solver "
-                "failed; try a smaller eval.rtol and eval.atol"
+                "failed; try a smaller eval.rtol and eval.atol, or more eval.nll_steps"
             )
     return values
 
@@ -120,7 +120,7 @@ def _bits_per_dim(
     params = spread(params, everywhere)
     key, devices = jax.random.key(config.seed + 4), jax.device_count()
     full = -(-min(config.eval.batch_size, count) // devices) * devices
-    solver = {k: config.eval[k] for k in ("batch_size", "nelbo_draws", "rtol", "atol")}
+    solver = {k: config.eval[k] for k in ("batch_size", "nelbo_draws", "nll_steps", "rtol", "atol")}
     digest = storage.digest(params, *_network_fields(config), solver, datasets.fingerprint(test))
     progress, drawn = reporting.Progress(f"bits/dim, {name}", count * num_draws), []
 
@@ -182,7 +182,7 @@ def _evaluate_bpd(run: _Run, params: Any) -> dict[str, Any]:
     count, draws = run.num_test, run.config.eval.num_draws
     values = _bits_per_dim(run, params, count, draws, "trained network")
     report: dict[str, Any] = {"num_test_images": count, "num_draws": draws}
-    report |= {name: run.config.eval[name] for name in ("nelbo_draws", "rtol", "atol")}
+    report |= {name: run.config.eval[name] for name in ("nelbo_draws", "nll_steps", "rtol", "atol")}
     report["nll_nfe"] = float(values.pop("nfe").mean())
     for name in sorted(values):
         mean, stderr, of_draws = likelihood.mean_and_errors(values[name])

@@ -155,11 +155,14 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
             )
     if "nll" in report:
         draws, but = report["num_draws"], ", but for the lossless"
+        solver = f"rtol {report['rtol']:g}, atol {report['atol']:g}"
+        if report["nll_steps"]:
+            solver = f"{report['nll_steps']} steps of a fixed size"
         yield (
             f"Bits/dim: {report['num_test_images']} test images of {report['num_levels']} levels, "
             f"uniformly dequantised{but if 'nelbo_lossless' in report else ''}, "
             f"{draws} draw{'s' if draws > 1 else ''} each; {report['nll_nfe']:.0f} score "
-            f"evaluations a solve (rtol {report['rtol']:g}, atol {report['atol']:g}), "
+            f"evaluations a solve ({solver}), "
             f"{report['nelbo_draws']} times an image for NELBO. "
             f"The standard error is over images{' and draws' if draws > 1 else ''}."
         )

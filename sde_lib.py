@@ -80,9 +80,17 @@ class SDE(abc.ABC):
         gamma = self.gamma(tau) + jnp.asarray(u) * self.importance_normalizer(tau)
         return jnp.clip(self.inverse_gamma(gamma), jnp.asarray(tau), self.T)
 
+    def clock(self, t: ArrayLike) -> Array:
+        """The SDE's own clock, increasing in t, on which a solver's steps are of like size."""
+        return jnp.asarray(t)
+
+    def inverse_clock(self, c: ArrayLike) -> Array:
+        """The t with clock(t) = c."""
+        return jnp.asarray(c)
+
     def time_grid(self, eps: float, num: int) -> Array:
-        """`num` times from T down to eps, equally spaced on the SDE's own clock."""
-        return jnp.linspace(self.T, eps, num)
+        """`num` times from T down to eps, equally spaced on the clock."""
+        return self.inverse_clock(jnp.linspace(self.clock(self.T), self.clock(eps), num))
 
     def denoise(self, x: Array, t: ArrayLike, score: Array) -> Array:
         """Tweedie's formula, E[x_0 | x_t = x] = (x + σ² s)/α; t is a scalar or (N,)."""
@@ -317,8 +325,11 @@ class RVESDE(_VarianceExploding):
         u, tau = jnp.asarray(u), jnp.asarray(tau)
         return jnp.clip(tau / ((1 - u) + u * tau), tau, self.T)
 
-    def time_grid(self, eps: float, num: int) -> Array:
-        return 1 / jnp.linspace(1 / self.T, 1 / eps, num)
+    def clock(self, t: ArrayLike) -> Array:
+        return -1 / jnp.asarray(t)
+
+    def inverse_clock(self, c: ArrayLike) -> Array:
+        return -1 / jnp.asarray(c)
 
 
 SDES: dict[str, Callable[[ConfigDict], SDE]] = {

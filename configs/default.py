@@ -136,6 +136,7 @@ def get_default_config() -> ConfigDict:
     evaluation.num_test_data = 10_000
     evaluation.num_draws = 1  # of dequantisation and noise for each test image
     evaluation.nelbo_draws = 4  # times drawn for each of these
+    evaluation.nll_steps = 0  # Runge-Kutta steps, equal in log-SNR; 0: adaptive ones
     evaluation.rtol = 1e-5
     evaluation.atol = 1e-5
     evaluation.cache_dir = ""  # for extractors and statistics; empty: the user's cache folder
@@ -211,7 +212,7 @@ _POSITIVE = [
 _NOT_NEGATIVE = (
     *("model.dropout", "model.init_scale", "model.beta_min", "model.embedding_dim"),
     *("optim.weight_decay", "optim.warmup"),
-    *("eval.begin_ckpt", "eval.end_ckpt", "eval.num_reference"),
+    *("eval.begin_ckpt", "eval.end_ckpt", "eval.num_reference", "eval.nll_steps"),
 )
 
 

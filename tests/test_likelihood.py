@@ -129,13 +129,41 @@ def test_golden_likelihood(name):
     np.testing.assert_allclose(bits, golden["elbo.bpd_without_residual"], rtol=1e-3)
 
 
+SDES = {
+    "vp": SDE,
+    "subvp": sde_lib.SubVPSDE(),
+    "ve": sde_lib.VESDE(0.001, 50.0),
+    "rve": sde_lib.RVESDE(0.001, 50.0),
+}
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_the_solvers_of_the_ode_agree(name):
+    sde, data = SDES[name], Mixture((2, 2, 1), 0.05, 0.7)
+    x, score_fn = data.sample(16), data.score_fn(sde)
+    probe = jax.random.rademacher(jax.random.key(0), x.shape, dtype=jnp.float32)
+
+    def bits(**solver):
+        solve = lambda x: likelihood.ode_log_likelihood(  # noqa: E731
+            sde, score_fn, x, probe, eps=1e-5, **solver
+        )
+        logp, latent, _ = jax.jit(solve)(x)
+        return np.asarray(logp) / (4 * np.log(2)), np.asarray(latent) / sde.prior_std()
+
+    value, latent = bits(rtol=1e-5, atol=1e-5)
+    coarse, fine = (bits(num_steps=n) for n in (24, 96))
+    np.testing.assert_allclose(fine[0], value, atol=1e-3)
+    np.testing.assert_allclose(fine[1], latent, atol=1e-3)
+    # Of fourth order: a quarter of the step has 1/256 of the error, and float32 its own.
+    error = np.abs(coarse[0] - value).max()
+    assert np.abs(fine[0] - value).max() < error / 64 + 5e-4
+    # On t an adaptive solver is off by whole bits on RVE, whose clock is 1/t.
+    np.testing.assert_allclose(bits(rtol=1e-3, atol=1e-3)[0], value, atol=0.05)
+
+
 @pytest.mark.parametrize("name", ["subvp", "ve", "rve"])
 def test_likelihood_is_exact_on_every_sde(name):
-    sde = {
-        "subvp": sde_lib.SubVPSDE(),
-        "ve": sde_lib.VESDE(0.001, 50.0),
-        "rve": sde_lib.RVESDE(0.001, 50.0),
-    }[name]
+    sde = SDES[name]
     x = DATA.sample(4000)
     make_score_fn = lambda _: DATA.score_fn(sde)  # noqa: E731
     nll = likelihood.get_nll_fn(config(), sde, make_score_fn)(None, jax.random.key(0), x)
