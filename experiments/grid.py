@@ -4,9 +4,9 @@
 that it was trained at. With the residual, NLL and NELBO bound the likelihood of the same images
 whatever ε is, so they compare points of different ε; below its ε a network is untrained, and a
 score there would be of an extrapolation. Without the residual a figure says nothing of what lies
-below ε, and does not compare points of different ε.
-NLL is solved in steps of a fixed size: an adaptive solver's error at a loose tolerance (0.01 to 0.02
-bits/dim on digits) differs from network to network, and would be taken for theirs.
+below ε, and does not compare points of different ε. NLL is solved in steps of a fixed size: an
+adaptive solver's error at a loose tolerance (0.01 to 0.02 bits/dim on digits) differs from network
+to network, and would be taken for theirs.
 
 **How samples are drawn.** By one sampler with one number of evaluations for all, since the claim is
 about what the networks learnt, not about where a sampler stops. It stops at t = 1e-3, where σ is
