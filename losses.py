@@ -12,7 +12,7 @@ devices nor an interruption changes a run.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,16 @@ from ml_collections import ConfigDict
 import datasets
 from models import utils as mutils
 from sde_lib import SDE, expand
+
+
+class Prior(Protocol):
+    """What a prior on the truncation has."""
+
+    def icdf(self, u: ArrayLike) -> Array:
+        """The τ with P(τ' ≤ τ) = u, elementwise on `u` in [0, 1]."""
+
+    def cdf(self, t: ArrayLike) -> Array:
+        """P(τ ≤ t), elementwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +106,13 @@ class TruncationPrior:
         return jnp.where(inside, ratio ** (-self.k) / (self.eps * normalizer), 0.0)
 
 
-# The prior on τ by `training.prior`: what has `icdf(u)` and `cdf(t)` as TruncationPrior does.
-PRIORS: dict[str, Callable[[ConfigDict], Any]] = {
+# The prior on τ by `training.prior`.
+PRIORS: dict[str, Callable[[ConfigDict], Prior]] = {
     "power": lambda config: TruncationPrior(config.training.k, config.training.truncation_time),
 }
 
 
-def get_prior(config: ConfigDict) -> Any:
+def get_prior(config: ConfigDict) -> Prior:
     """The prior on the truncation that a config names."""
     return PRIORS[config.training.prior](config)
 

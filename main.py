@@ -4,6 +4,7 @@ import errno
 import logging
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -30,6 +31,7 @@ _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Ask SLURM, Open MPI or t
 
 def _parse(argv: list[str]) -> list[str]:
     """Flags, with every mistake as one line."""
+    environment.prepare()  # before the config's file, which may use JAX
     try:
         rest = flags.FLAGS(argv)
         if _CONFIG.value is None:
@@ -46,8 +48,19 @@ def _parse(argv: list[str]) -> list[str]:
         given = [arg for arg in argv if arg.startswith("--config.") and field and field in arg]
         if given and isinstance(error, (AttributeError, KeyError)):
             _fail(UserError(f"the config has no such field: {' '.join(given)}"))
-        _fail(UserError(f"--config can't be loaded: {type(error).__name__}: {error}"))
+        what = f"{type(error).__name__}: {error}{_place(error)}"
+        _fail(UserError(f"--config can't be loaded: {what}"))
     return rest
+
+
+def _place(error: Exception) -> str:
+    """Where in the config's file it was raised."""
+    places = [
+        f" ({frame.f_code.co_filename}, line {line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") == "config_config"  # ml_collections' name for the file
+    ]
+    return places[-1] if places else ""
 
 
 def _fail(error: Exception) -> None:
@@ -63,7 +76,6 @@ def _default_workdir() -> str:
 def main(argv: list[str]) -> None:
     """Do what the flags say."""
     del argv
-    environment.prepare()
     config, workdir = _CONFIG.value, _WORKDIR.value or _default_workdir()
     try:
         import hosts

@@ -67,16 +67,16 @@ def _report_start(config: ConfigDict, setup: Setup, data: Data, workdir: pathlib
         *(len(devices), devices[0].device_kind, batch, batch // len(devices)),
         len(data.train) / batch,
     )
-    flag = "likelihood (g²)" if config.training.likelihood_weighting else "variance (σ²)"
-    weight = config.training.weighting or flag
-    drawn = "importance-sampled" if config.training.importance_sampling else "uniform"
-    exponent = "" if config.training.truncation == "fixed" else f", k = {config.training.k:g}"
-    log.info(
-        "objective: %s weighting, %s time, %s truncation%s, ε = %g",
-        *(weight, drawn, config.training.truncation.replace("_", " "), exponent),
-        config.training.truncation_time,
-    )
     training = config.training
+    flag = "likelihood (g²)" if training.likelihood_weighting else "variance (σ²)"
+    weight = training.weighting or flag
+    drawn = "importance-sampled" if training.importance_sampling else "uniform"
+    prior = f"k = {training.k:g}" if training.prior == "power" else f"{training.prior} prior"
+    log.info(
+        "objective: %s, %s weighting, %s time, %s truncation%s, ε = %g",
+        *(training.sde, weight, drawn, training.truncation.replace("_", " ")),
+        *("" if training.truncation == "fixed" else f", {prior}", training.truncation_time),
+    )
     if training.mixed:
         log.info(
             "mixed: half of a batch has the variance weighting and uniform time, times %g%s",

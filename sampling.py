@@ -199,7 +199,7 @@ def pc_sample(
     return x, nfe
 
 
-def _noise_ratio_grid(sde: SDE, eps: float, num_steps: int, rho: float = 7.0) -> Array:
+def noise_ratio_grid(sde: SDE, eps: float, num_steps: int, rho: float = 7.0) -> Array:
     """Times at which σ/α falls from T to eps as EDM's grid does (arXiv 2206.00364, eq. 5)."""
     start, stop = (jnp.exp(0.5 * sde.gamma(t) / rho) for t in (sde.T, eps))
     ratios = jnp.linspace(start, stop, num_steps + 1) ** rho
@@ -230,7 +230,7 @@ def heun_sample(
     Returns:
       (x at eps or denoised, number of score evaluations).
     """
-    times = _noise_ratio_grid(sde, eps, num_steps)
+    times = noise_ratio_grid(sde, eps, num_steps)
     ratios, alphas = jnp.exp(0.5 * sde.gamma(times)), sde.mean_coeff(times)
 
     def slope(y: Array, i: Array) -> Array:
@@ -260,7 +260,7 @@ def dpm_solver_sample(
 
     Arguments and results as of `heun_sample`, but a step takes one score evaluation.
     """
-    times = _noise_ratio_grid(sde, eps, num_steps)
+    times = noise_ratio_grid(sde, eps, num_steps)
     alphas, stds, lambdas = sde.mean_coeff(times), sde.std(times), -0.5 * sde.gamma(times)
 
     def body(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:

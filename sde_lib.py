@@ -23,9 +23,12 @@ class SDE(abc.ABC):
 
     Attributes:
       T: largest time.
+      exploding: α = 1, and σ grows to the data's own size and beyond. Its network sees σ(t) or
+        log σ(t), and gives the score; else the network sees t and gives the noise, -σ(t) s.
     """
 
     T: ClassVar[float] = 1.0
+    exploding: ClassVar[bool] = False
 
     @abc.abstractmethod
     def log_mean_coeff(self, t: ArrayLike) -> Array:
@@ -91,6 +94,20 @@ class SDE(abc.ABC):
     def time_grid(self, eps: float, num: int) -> Array:
         """`num` times from T down to eps, equally spaced on the clock."""
         return self.inverse_clock(jnp.linspace(self.clock(self.T), self.clock(eps), num))
+
+    def _stabilized_gamma(self, t: ArrayLike, stabilizing_constant: float) -> Array:
+        """γ_c(t) = log (σ² + c)/α²."""
+        return jnp.log(self.std(t) ** 2 + stabilizing_constant) - 2 * self.log_mean_coeff(t)
+
+    def unbounded_time(self, t: ArrayLike, stabilizing_constant: float) -> Array:
+        """γ_c(t) = log (σ² + c)/α², scaled to 0 at t = 1e-5 and 1 at T.
+
+        The network's time in the unbounded parametrisation (arXiv 2106.05527, appendix): on this
+        scale the score's growth as t → 0 is spread out, down to where c cuts it off.
+        """
+        gamma = lambda t: self._stabilized_gamma(t, stabilizing_constant)  # noqa: E731
+        start = gamma(1e-5)
+        return (gamma(t) - start) / (gamma(self.T) - start)
 
     def denoise(self, x: Array, t: ArrayLike, score: Array) -> Array:
         """Tweedie's formula, E[x_0 | x_t = x] = (x + σ² s)/α; t is a scalar or (N,)."""
@@ -160,19 +177,10 @@ class _LinearBeta(SDE):
         s, t = jnp.asarray(s), jnp.asarray(t)
         return (t - s) * (self.beta_min + 0.5 * (t + s) * (self.beta_max - self.beta_min))
 
-    def unbounded_time(self, t: ArrayLike, stabilizing_constant: float) -> Array:
-        """γ_c(t) = log(1 - e^-B + c) + B, scaled to 0 at t = 1e-5 and 1 at T.
-
-        The network's time in the unbounded parametrisation (arXiv 2106.05527, appendix): on this
-        scale the score's growth as t → 0 is spread out, down to where c cuts it off.
-        """
-
-        def gamma(t: ArrayLike) -> Array:
-            b = self.integral_beta(t)
-            return jnp.log(stabilizing_constant - jnp.expm1(-b)) + b
-
-        start = gamma(1e-5)
-        return (gamma(t) - start) / (gamma(self.T) - start)
+    def _stabilized_gamma(self, t: ArrayLike, stabilizing_constant: float) -> Array:
+        # VP's own, which the release has for sub-VP too.
+        b = self.integral_beta(t)
+        return jnp.log(stabilizing_constant - jnp.expm1(-b)) + b
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +238,8 @@ class _VarianceExploding(SDE):
       sigma_min: the smallest σ.
       sigma_max: σ(1).
     """
+
+    exploding = True
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
@@ -332,6 +342,7 @@ class RVESDE(_VarianceExploding):
         return -1 / jnp.asarray(c)
 
 
+# The SDE by `training.sde`; a config's own file can add to them (docs/extending.md).
 SDES: dict[str, Callable[[ConfigDict], SDE]] = {
     "vpsde": lambda config: VPSDE(config.model.beta_min, config.model.beta_max),
     "subvpsde": lambda config: SubVPSDE(config.model.beta_min, config.model.beta_max),

@@ -43,8 +43,8 @@ def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
         if section in _FREE_SECTIONS or not isinstance(fields, dict):
             continue
         for field, value in fields.items():
-            # A workdir from before a field was made has its default.
-            before = old.get(section, {}).get(field, defaults[section][field])
+            # A workdir from before a field was made has its default, if the field is one of ours.
+            before = old.get(section, {}).get(field, defaults.get(section, {}).get(field))
             if field not in _FREE_FIELDS.get(section, ()) and before != value:
                 return f"{section}.{field} is {before!r} there and {value!r} here"
     return None

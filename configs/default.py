@@ -6,7 +6,8 @@ the objective has, however its time is drawn; `model.dtype` is ours.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -217,7 +218,7 @@ _NOT_NEGATIVE = (
 
 
 def _problems(
-    config: ConfigDict, num_devices: int, registries: Mapping[str, Collection[str]]
+    config: ConfigDict, num_devices: int, registries: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
     get = lambda name: config[name.split(".")[0]][name.split(".")[1]]  # noqa: E731
     for name in ("model.ch_mult", "model.attn_resolutions"):
@@ -274,7 +275,9 @@ def _problems(
             f"data.category is {config.data.category!r}; without data.path it must be one of "
             f"{', '.join(_LSUN_SCENES)}"
         )
-    yield from _model_problems(config)
+    # The name is one of the registry's, or it would have been a problem above.
+    exploding = registries["training.sde"][config.training.sde](config).exploding
+    yield from _model_problems(config, exploding)
     yield from _sampling_problems(config)
     if config.training.balanced and config.optim.num_micro_batch > 1:
         yield "training.balanced needs optim.num_micro_batch=1: its ratio is of the whole batch"
@@ -303,9 +306,8 @@ def _problems(
         yield f"seed is {config.seed}; it must be between 0 and {2**32 - 9}"
 
 
-def _model_problems(config: ConfigDict) -> Iterator[str]:
+def _model_problems(config: ConfigDict, exploding: bool) -> Iterator[str]:
     model, sde = config.model, config.training.sde
-    exploding = sde in ("vesde", "reciprocal_vesde")
     if exploding and model.sigma_max <= model.sigma_min:
         yield "model.sigma_max must be larger than model.sigma_min"
     if config.training.unbounded_parametrization and exploding:
@@ -360,9 +362,12 @@ def _sampling_problems(config: ConfigDict) -> Iterator[str]:
     sampling = config.sampling
     if config.model.num_scales < 2:
         yield f"model.num_scales is {config.model.num_scales}; the PC sampler needs at least 2"
-    flows = ("euler_maruyama", "reverse_diffusion")
-    if sampling.method == "pc" and sampling.probability_flow and sampling.predictor not in flows:
-        yield f"sampling.probability_flow needs sampling.predictor to be one of {', '.join(flows)}"
+    without_flow = sampling.predictor in ("none", "ancestral_sampling")
+    if sampling.method == "pc" and sampling.probability_flow and without_flow:
+        yield (
+            f"sampling.probability_flow is not for sampling.predictor={sampling.predictor}; it "
+            "needs another, such as euler_maruyama or reverse_diffusion"
+        )
     if sampling.method == "pc" and sampling.predictor == sampling.corrector == "none":
         yield "sampling.predictor and sampling.corrector are both none: nothing would be sampled"
     if sampling.task != "generate" and sampling.method != "pc":
@@ -380,14 +385,14 @@ def _sampling_problems(config: ConfigDict) -> Iterator[str]:
 
 
 def validate(
-    config: ConfigDict, num_devices: int, registries: Mapping[str, Collection[str]]
+    config: ConfigDict, num_devices: int, registries: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Refuse a config that cannot work.
 
     Args:
       config: all its fields.
       num_devices: that share a batch.
-      registries: the names that a field can have, by field; of `session.REGISTRIES`.
+      registries: what a field can name, by field; `session.REGISTRIES`.
 
     Raises:
       UserError: one line that names the first wrong field.

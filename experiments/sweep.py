@@ -9,6 +9,7 @@ import importlib.util
 import json
 import pathlib
 import re
+import sys
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -97,6 +98,7 @@ def load_sweep(path: str) -> Sweep:
     if not pathlib.Path(path).is_file() or spec is None or spec.loader is None:
         raise UserError(f"there is no sweep file {path}; for example experiments/digits.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where classes that the file defines look for it
     spec.loader.exec_module(module)
     if not hasattr(module, "get_sweep"):
         raise UserError(f"{path} is no sweep: it has no function get_sweep")

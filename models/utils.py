@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from models import ncsnv2
 from models.ncsnpp import NCSNpp
-from sde_lib import SDE, VPSDE, SubVPSDE, expand
+from sde_lib import SDE, expand
 
 Model = nn.Module
 
@@ -72,7 +72,7 @@ def count_params(params: Any) -> int:
 
 def _get_labels_fn(config: ConfigDict, sde: SDE) -> Callable[[Array], Array]:
     """t → what the network is conditioned on."""
-    if isinstance(sde, VPSDE | SubVPSDE):
+    if not sde.exploding:
         if config.training.unbounded_parametrization:
             constant = config.training.stabilizing_constant
             return lambda t: 999 * sde.unbounded_time(t, constant)
@@ -89,15 +89,15 @@ def get_score_fn(
 ) -> Callable[..., Array]:
     """The score s_θ(x, t), the one place where SDE and network meet.
 
-    VP and sub-VP: -network(x, labels)/σ(t). VE and RVE: network(x, labels), which is divided by
-    σ(t), here or in the network, if `model.scale_by_sigma`.
+    VP and sub-VP: -network(x, labels)/σ(t). VE and RVE (`sde.exploding`): network(x, labels), which
+    is divided by σ(t), here or in the network, if `model.scale_by_sigma`.
 
     Returns:
       score_fn(x, t) with x (N, H, W, C) and t (N,), float32, the shape of x. With train=True it
       is score_fn(x, t, dropout_key), with one key, or one key an image, (N,).
     """
     labels_fn = _get_labels_fn(config, sde)
-    predicts_noise = isinstance(sde, VPSDE | SubVPSDE)
+    predicts_noise = not sde.exploding
     in_network = config.model.name in ncsnv2.NAMES or config.model.embedding_type == "fourier"
     divides = predicts_noise or (config.model.scale_by_sigma and not in_network)
 
