@@ -1,0 +1,392 @@
+"""The examples of docs/extending.md, as they stand there: what they say of themselves holds."""
+
+import functools
+import importlib
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+
+import likelihood
+import losses
+import sampling
+import sde_lib
+import session
+import storage
+from configs.default import UserError, validate
+from experiments.sweep import load_sweep
+from models import utils as mutils
+from tests.helpers import tiny_config
+from tests.test_losses import LinearModel, step_losses_and_grads, toy_config
+from tests.test_sampling import COUNT, DATA, check_moments, exact_flow, sampling_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.S)
+TIMES = np.geomspace(1e-5, 1, 2001).astype(np.float32)
+ANGLE = np.arccos(0.01)
+TINY = """
+
+whole_config = get_config
+
+
+def get_config():
+    config = whole_config()
+    config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
+    config.training.update(batch_size=8, n_iters=3, log_freq=1, snapshot_sampling=False)
+    config.training.update(snapshot_freq=100, snapshot_freq_for_preemption=100)
+    config.sampling.update(num_steps=3, n_images=8)
+    return config
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registries():
+    """As they were, afterwards."""
+    kept = {name: dict(entries) for name, entries in session.REGISTRIES.items()}
+    yield
+    for name, entries in session.REGISTRIES.items():
+        entries.clear()
+        entries.update(kept[name])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Has mine/my_config.py and mine/my_sweep.py, of the documentation."""
+    folder = tmp_path_factory.mktemp("extending")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "my_config.py").write_text("\n".join(BLOCKS[:-1]))
+    (folder / "mine" / "my_sweep.py").write_text(BLOCKS[-1])
+    (folder / "mine" / "tiny.py").write_text("\n".join(BLOCKS[:-1]) + TINY)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mine(folder, registries):
+    """The config file, imported; it has registered what it defines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield importlib.import_module("mine.my_config")
+
+
+@pytest.fixture(scope="module")
+def sde():
+    return sde_lib.SDES["cosine"](None)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.findall(r"\w+", block)[-1])
+def test_each_block_stands_alone(block):
+    exec(compile(block, "docs/extending.md", "exec"), {"__name__": "block"})
+
+
+def test_the_config_is_valid(mine):
+    setup = session.set_up(mine.get_config())
+    assert type(setup.sde).__name__ == "CosineSDE"
+
+
+# The SDE
+
+
+def exact(t):
+    """α and σ in float64."""
+    angle = ANGLE * np.asarray(t, np.float64)
+    return np.cos(angle), np.sin(angle)
+
+
+def test_the_sde_keeps_its_digits_in_float32(sde):
+    # A rounding of t = 1 to float32 is one of α there, of 1e-5 of it.
+    alpha, std = exact(TIMES)
+    np.testing.assert_allclose(sde.mean_coeff(TIMES), alpha, rtol=2e-5)
+    np.testing.assert_allclose(sde.std(TIMES), std, rtol=1e-6)
+    np.testing.assert_allclose(sde.gamma(TIMES), 2 * np.log(std / alpha), rtol=2e-6, atol=5e-5)
+    np.testing.assert_allclose(sde.inverse_gamma(sde.gamma(TIMES)), TIMES, rtol=2e-6)
+    np.testing.assert_allclose(sde.mean_coeff(1.0), 0.01, rtol=2e-5)
+
+
+def test_drift_and_diffusion_are_those_of_mean_and_std(sde):
+    # By differences of the float64 α and σ: f = (log α)', g² = (σ²)' - 2 f σ², γ' = g²/σ².
+    t, h = np.geomspace(1e-5, 0.99, 50), 1e-6
+    (before, std_before), (after, std_after) = exact(t * (1 - h)), exact(t * (1 + h))
+    drift = np.log(after / before) / (2 * h * t)
+    np.testing.assert_allclose(sde.drift_coeff(t), drift, rtol=1e-4, atol=1e-4)
+    g2 = (std_after**2 - std_before**2) / (2 * h * t) - 2 * drift * exact(t)[1] ** 2
+    np.testing.assert_allclose(sde.diffusion(t) ** 2, g2, rtol=1e-4)
+    slope = 2 * np.log(std_after / after * before / std_before) / (2 * h * t)
+    np.testing.assert_allclose((sde.diffusion(t) / sde.std(t)) ** 2, slope, rtol=1e-4)
+    integral = scipy.integrate.quad(
+        lambda s: float(sde.diffusion(np.exp(s)) / sde.std(np.exp(s))) ** 2 * np.exp(s),
+        *(np.log(1e-3), 0.0),
+        epsrel=1e-6,
+    )[0]
+    np.testing.assert_allclose(sde.importance_normalizer(1e-3), integral, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("s", "t"), [(1e-5, 2e-5), (1e-4, 0.01), (0.3, 0.3001), (0.5, 1.0)])
+def test_transitions_compose_to_the_marginal(sde, s, t):
+    s, t = np.float32(s), np.float32(t)
+    a, b = (np.asarray(v, np.float64) for v in sde.transition(s, t))
+    (alpha_s, std_s), (alpha_t, std_t) = exact(s), exact(t)
+    np.testing.assert_allclose(a * alpha_s, alpha_t, rtol=2e-5)
+    np.testing.assert_allclose(b**2, std_t**2 - (alpha_t / alpha_s * std_s) ** 2, rtol=2e-5)
+
+
+def test_the_base_class_gives_an_sde_the_unbounded_time(sde):
+    alpha, std = exact(TIMES)
+    gamma = np.log((std**2 + 1e-3) / alpha**2)
+    time = np.asarray(sde.unbounded_time(TIMES, 1e-3))
+    np.testing.assert_allclose(time, (gamma - gamma[0]) / (gamma[-1] - gamma[0]), atol=5e-6)
+    vp = sde_lib.VPSDE()  # whose own formula is the same, without the rounding of σ
+    generic = functools.partial(sde_lib.SDE._stabilized_gamma, vp)
+    np.testing.assert_allclose(
+        generic(TIMES, 1e-3), vp._stabilized_gamma(TIMES, 1e-3), rtol=1e-5, atol=1e-6
+    )
+    config = tiny_config(sde="cosine", unbounded_parametrization=True)
+    validate(config, 1, session.REGISTRIES)
+    labels = mutils._get_labels_fn(config, sde)(TIMES)
+    np.testing.assert_allclose(labels, 999 * time, rtol=1e-6)
+
+
+def test_bits_of_a_gaussian_under_the_sde_are_exact(sde):
+    config, x = tiny_config(truncation_time=1e-3), DATA.sample(10_000)
+    config.eval.update(rtol=1e-5, atol=1e-5)
+    make_score_fn = lambda _: DATA.score_fn(sde)  # noqa: E731
+    bits = likelihood.get_nll_fn(config, sde, make_score_fn)(None, jax.random.key(0), x)
+    exact_bits = DATA.nats(x) / (4 * np.log(2)) + 7
+    assert abs(bits["nll"].mean() - exact_bits.mean()) < 0.01
+    assert abs(bits["nll_without_residual"].mean() - exact_bits.mean()) < 0.01
+
+
+class Exploding(sde_lib.VESDE):
+    """A new SDE of VE's kind."""
+
+
+def test_an_sde_says_itself_whether_it_is_of_ves_kind(monkeypatch):
+    monkeypatch.setitem(sde_lib.SDES, "mine", lambda config: Exploding(0.01, 5.0))
+    config = tiny_config(sde="mine")
+    config.data.centered = False
+    config.model.update(scale_by_sigma=True, embedding_type="fourier")
+    validate(config, 1, session.REGISTRIES)
+    t = jnp.array([0.2, 0.7])
+    np.testing.assert_array_equal(
+        mutils._get_labels_fn(config, Exploding(0.01, 5.0))(t), Exploding(0.01, 5.0).std(t)
+    )
+    config.training.sde = "cosine"
+    with pytest.raises(UserError, match="scale_by_sigma is for VE"):
+        validate(config, 1, session.REGISTRIES)
+
+
+# The weighting
+
+
+@pytest.mark.parametrize("sde_name", ["vpsde", "vesde", "cosine"])
+def test_min_snr_weights_the_error_of_the_predicted_data(sde_name):
+    sde = sde_lib.SDES[sde_name](tiny_config())
+    rng = np.random.default_rng(0)
+    t = jnp.asarray(np.geomspace(1e-2, 1, 64), jnp.float32)
+    x0, z = (jnp.asarray(rng.standard_normal((64, 2, 2, 1)), jnp.float32) for _ in range(2))
+    score_fn = lambda x, t: jnp.sin(x)  # noqa: E731
+    weight = losses.WEIGHTINGS["min_snr_5"](sde, t)
+    loss = losses.score_matching_loss(score_fn, sde, x0, t, z, weight)
+    x_t = losses.perturb(sde, x0, t, z)
+    error = losses.sum_image((sde.denoise(x_t, t, score_fn(x_t, t)) - x0) ** 2)
+    snr = np.asarray((sde.mean_coeff(t) / sde.std(t)) ** 2)
+    assert (snr > 5).any() and (snr < 5).any()
+    np.testing.assert_allclose(loss, 0.5 * np.minimum(snr, 5) * error, rtol=1e-3)
+
+
+def test_training_uses_the_weighting():
+    # Of the same draws, an image's loss changes by the ratio of the weights at its time.
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (8, 2, 2, 1)), jnp.uint8)
+    params, values = {"a": jnp.array(0.3), "b": jnp.array(0.1)}, {}
+    for name in ("", "min_snr_5"):
+        config = toy_config("fixed", 1, likelihood=False, importance=True)
+        config.training.weighting = name
+        sde = sde_lib.get_sde(config)
+        loss_fn = losses.get_batch_loss_fn(config, sde, LinearModel(), 17, train=True)
+        values[name] = loss_fn(params, losses.step_key(config.seed, 3), images, jnp.arange(8))[0]
+    _, t = losses.times_of_step(config, sde, 3)
+    ratio = np.minimum(1, 5 * np.exp(np.asarray(sde.gamma(t), np.float64)))
+    assert ratio.min() < 1
+    np.testing.assert_allclose(values["min_snr_5"] / values[""], ratio, rtol=1e-4)
+
+
+# The prior
+
+
+def prior_config(truncation, log_mean=-2.0):
+    config = toy_config(truncation, 1, likelihood=True, importance=True)
+    config.training.prior = "log_normal"
+    with config.unlocked():
+        config.training.update(log_mean=log_mean, log_std=1.0)
+    return config
+
+
+def test_the_priors_icdf_cdf_and_draws_agree(mine):
+    config = mine.get_config()
+    prior = losses.get_prior(config)
+    u = np.linspace(0, 1, 1001).astype(np.float32)
+    tau = np.asarray(prior.icdf(u))
+    assert tau.dtype == np.float32 and (np.diff(tau) > 0).all()
+    np.testing.assert_allclose(tau[[0, -1]], [1e-3, 1], rtol=1e-5)
+    np.testing.assert_allclose(prior.cdf(tau), u, atol=1e-6)
+    ends = scipy.stats.norm.cdf(np.log([1e-3, 1]), -4, 1.5)
+    expected = (scipy.stats.norm.cdf(np.log(TIMES), -4, 1.5) - ends[0]) / (ends[1] - ends[0])
+    np.testing.assert_allclose(prior.cdf(TIMES), np.clip(expected, 0, 1), atol=1e-6)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = jax.vmap(lambda key: losses.draw_truncation(key, config))(keys)
+    test = scipy.stats.kstest(np.asarray(drawn, float), lambda t: np.asarray(prior.cdf(t)))
+    assert test.pvalue > 1e-3
+
+
+def test_soft_truncation_by_the_prior_equals_its_equivalent_weight():
+    # Of the expected loss and its gradient.
+    values = {
+        "soft": step_losses_and_grads(prior_config("soft"), 20_000),
+        "weight": step_losses_and_grads(prior_config("equivalent_weight"), 20_000),
+        "other": step_losses_and_grads(prior_config("equivalent_weight", log_mean=-3.0), 20_000),
+    }
+    mean = {name: value.mean(0) for name, value in values.items()}
+    stderr = {name: value.std(0) / np.sqrt(len(value)) for name, value in values.items()}
+
+    def deviation(name):
+        return np.abs(mean["soft"] - mean[name]) / np.hypot(stderr["soft"], stderr[name])
+
+    assert (deviation("weight") < 4).all()
+    assert deviation("other")[0] > 8  # the test can tell another prior
+
+
+# The samplers
+
+
+def sample_with(sde, churn=None, **options):
+    config = sampling_config(options.pop("method"), truncation_time=1e-4, **options)
+    config.model.num_scales = 200
+    with config.unlocked():
+        config.sampling.churn = churn
+    sample_fn = sampling.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
+    return sample_fn(None, jax.random.key(0))
+
+
+@pytest.mark.parametrize("sde_name", ["cosine", "vpsde", "vesde"])
+def test_the_stochastic_sampler_samples_a_gaussian(sde_name):
+    sde = sde_lib.SDES[sde_name](tiny_config())
+    x, nfe = sample_with(sde, churn=20.0, method="edm_stochastic", num_steps=100)
+    assert nfe == 201
+    check_moments(x, slack=0.015)
+
+
+def test_without_churn_the_stochastic_sampler_is_heuns(sde):
+    x, nfe = sample_with(sde, churn=0.0, method="edm_stochastic", num_steps=20)
+    z = jax.random.normal(jax.random.fold_in(jax.random.key(0), 20), x.shape)
+    heun, heun_nfe = sampling.heun_sample(sde, DATA.score_fn(sde), z, num_steps=20, eps=1e-4)
+    assert nfe == heun_nfe
+    np.testing.assert_allclose(x, heun, atol=2e-4)
+    churned, _ = sample_with(sde, churn=20.0, method="edm_stochastic", num_steps=20)
+    assert jnp.abs(churned - heun).max() > 0.5
+
+
+def test_ddim_follows_the_ode(sde):
+    x, nfe = sample_with(sde, method="pc", predictor="ddim", corrector="none")
+    assert nfe == 200
+    check_moments(x, slack=0.05)  # of first order
+    times = sampling.noise_ratio_grid(sde, 1e-3, 2000)
+    z, score_fn = DATA.sample(64, seed=3), DATA.score_fn(sde)
+    step = lambda i, x: sampling.PREDICTORS["ddim"](  # noqa: E731
+        sde, score_fn, x, times[i], times[i + 1], None
+    )[0]
+    x = jax.lax.fori_loop(0, 2000, step, z)
+    np.testing.assert_allclose(np.asarray(x).reshape(64, 4), exact_flow(sde, z, 1e-3), atol=5e-3)
+
+
+# The whole of it
+
+
+def test_a_sweep_has_the_new_names(folder):
+    sweep = load_sweep(str(folder / "mine" / "my_sweep.py"))
+    assert len({run.config_hash for run in sweep.runs}) == len(sweep.runs) == 9
+    for run in sweep.runs[:3]:
+        session.set_up(run.config())
+    assert sweep.runs[1].config().training.log_mean == -6.0
+
+
+def test_a_sweep_file_can_define_things_itself(folder):
+    path = folder / "whole.py"  # annotations as text make dataclasses look for their module
+    path.write_text("from __future__ import annotations\n" + "\n".join(BLOCKS[:-2]) + BLOCKS[-1])
+    for _ in range(2):
+        sweep = load_sweep(str(path))
+    assert type(session.set_up(sweep.runs[0].config()).sde).__module__ == "sweep_file"
+
+
+def main(*args, cwd):
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=1"
+    env = dict(os.environ, XLA_FLAGS=flags)
+    command = [sys.executable, str(ROOT / "main.py"), *args]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_main_trains_and_samples(folder):
+    args = ["--config=mine/tiny.py", f"--workdir={folder}/run"]
+    trained = main(*args, "--mode=train", cwd=folder)
+    assert trained.returncode == 0, trained.stderr
+    assert "cosine, min_snr_5 weighting, uniform time, soft truncation, log_normal prior" in (
+        trained.stderr
+    )
+    assert "k = " not in trained.stderr
+    sampled = main(*args, "--mode=sample", "--config.sampling.churn=1", cwd=folder)
+    assert sampled.returncode == 0, sampled.stderr
+    assert np.load(folder / "run" / "samples" / "samples.npz")["samples"].shape == (8, 8, 8, 1)
+
+
+def test_a_field_of_ones_own_is_compared_when_a_run_goes_on(tmp_path):
+    config = tiny_config()
+    storage.claim_workdir(config, tmp_path / "without", record=True)
+    with config.unlocked():
+        config.training.log_std = 1.5
+    storage.claim_workdir(config, tmp_path / "with", record=True)
+    storage.claim_workdir(config, tmp_path / "with", record=False)
+    with pytest.raises(UserError, match=r"training\.log_std is None there and 1\.5 here"):
+        storage.claim_workdir(config, tmp_path / "without", record=False)
+    config.training.log_std = 2.0
+    with pytest.raises(UserError, match=r"training\.log_std is 1\.5 there and 2\.0 here"):
+        storage.claim_workdir(config, tmp_path / "with", record=False)
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--config.training.sde=cosin", "vpsde, subvpsde, vesde, reciprocal_vesde, cosine"),
+        ("--config.training.weighting=min_snr", "likelihood, variance, min_snr_5"),
+        ("--config.training.prior=lognormal", "power, log_normal"),
+        ("--config.sampling.method=edm", "pc, ode, heun, dpm_solver, edm_stochastic"),
+        ("--config.sampling.predictor=DDIM", "ancestral_sampling, ddim"),
+    ],
+)
+def test_a_misspelt_name_is_refused_with_those_there_are(mine, flag, line):
+    config = mine.get_config()
+    field, value = flag.removeprefix("--config.").split("=")
+    section, name = field.split(".")
+    config[section][name] = value
+    with pytest.raises(UserError) as error:
+        validate(config, 1, session.REGISTRIES)
+    assert f"{field} is {value!r}; it must be one of" in str(error.value)
+    assert line in str(error.value)
+
+
+def test_mistakes_in_a_config_file_are_one_line(folder):
+    misspelt = main("--config=mine/tiny.py", "--config.training.prior=lognormal", cwd=folder)
+    (folder / "mine" / "broken.py").write_text("import losses\n\nlosses.WEIGHTS['a'] = None\n")
+    broken = main("--config=mine/broken.py", cwd=folder)
+    for result, line in (
+        (misspelt, "training.prior is 'lognormal'; it must be one of power, log_normal\n"),
+        (broken, "no attribute 'WEIGHTS' (mine/broken.py, line 3)\n"),
+    ):
+        assert result.returncode == 2 and result.stderr.endswith(line), result.stderr
+        assert result.stderr.count("\n") == 1
+    assert not (folder / "runs").exists()
