@@ -187,6 +187,21 @@ def _points(rows: Rows, entries: tuple[tuple[str, str], ...]) -> list[figures.Po
     ]
 
 
+def _tradeoff(points: dict[str, list[figures.Point]]) -> dict[str, list[figures.Point]]:
+    """The lines of the trade-off's figure; k below 1, far off on both axes, is in table b."""
+    soft = [point for point in points["b"] if point[0] not in ("k = 0", "k = 0.5")]
+    weight = [
+        (label.split(": ")[0], nll, distance)
+        for label, nll, distance in points["d"]
+        if "weight" in label
+    ]
+    return {
+        "fixed truncation at ε": points["a"],
+        "soft truncation, k": [point for point in soft if "∞" not in point[0]],
+        "equivalent weight, k": weight,
+    }
+
+
 def write_tables(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     """Write tables.md and figures of the rows in `folder` into `out`.
 
@@ -200,12 +215,9 @@ def write_tables(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     out.mkdir(parents=True, exist_ok=True)
     text = [f"# {next(iter(rows.values()))[0]['sweep']}", "", _origin(rows), "", _NOTES]
     points = {letter: _points(rows, entries) for letter, entries in TABLES.items()}
-    if points["a"] and points["b"]:
+    series = _tradeoff(points)
+    if all(series.values()):
         drawn.append(out / "tradeoff.png")
-        series = {
-            "fixed ε": points["a"],
-            "soft truncation, k": [p for p in points["b"] if "∞" not in p[0]],
-        }
         figures.draw_tradeoff(_TRADEOFF, series, drawn[-1])
         text += ["", f"![{_TRADEOFF}](tradeoff.png)"]
     for letter in TABLES:
