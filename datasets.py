@@ -4,16 +4,17 @@ Levels of an image are 0 … num_levels - 1: 256 for most sets, 17 for scikit-le
 dequantisation and scaling are on the device, in `preprocess`.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,6 +203,26 @@ def get_dataset(config: ConfigDict, split: str) -> Dataset:
     return dataset
 
 
+def _epoch_order(seed: int, count: int, epoch: int) -> np.ndarray:
+    """The places 0 … count - 1 as they come in an epoch."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+def _read_ahead(
+    read: Callable[[np.ndarray], np.ndarray], places: Iterator[np.ndarray]
+) -> Iterator[np.ndarray]:
+    """`read` of each, by four threads, up to eight ahead of what is asked for."""
+    pool = concurrent.futures.ThreadPoolExecutor(4)
+    pending: collections.deque[concurrent.futures.Future[np.ndarray]] = collections.deque()
+    try:
+        for chosen in places:
+            pending.append(pool.submit(read, chosen))
+            if len(pending) > 8:
+                yield pending.popleft().result()
+    finally:  # nobody asks any more, and the program should not wait for what is read
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def train_batches(
     dataset: Dataset,
     batch_size: int,
@@ -213,10 +234,13 @@ def train_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """An endless stream of shuffled batches; the batch of a step is a function of (seed, step).
 
+    An epoch has every image once, in an order of its own; a batch can have the end of one and the
+    start of the next.
+
     Args:
-      dataset: where the images come from.
+      dataset: where the images come from. What is not in memory is read ahead, by threads.
       batch_size: of the global batch, over all processes.
-      seed: of the order; every epoch has its own.
+      seed: of the order.
       start_step: the first step to give a batch for.
       process_index, process_count: this process takes the process_index-th part of each batch.
       places: give the images' places in the data set, not the images.
@@ -226,20 +250,22 @@ def train_batches(
       global batch, with n = batch_size / process_count.
     """
     share = batch_size // process_count
-    index = np.arange(process_index * share, (process_index + 1) * share, dtype=np.int32)
-    fetch = lambda chosen: dataset.source.fetch(chosen)["image"]  # noqa: E731
-    stream = (
-        grain.MapDataset.range(len(dataset))
-        .shuffle(seed=seed)
-        .repeat()
-        .batch(batch_size, drop_remainder=True)
-        .slice(slice(start_step, None))
-        .map(lambda chosen: chosen[index])
-        .map((lambda chosen: chosen.astype(np.int32)) if places else fetch)
-    )
-    threads = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
-    for images in stream.to_iter_dataset(threads):
-        yield {"image": images, "index": index}
+    index = np.arange(process_index * share, (process_index + 1) * share)
+    # Steps go up, so that the order of one epoch is enough to keep.
+    order = functools.lru_cache(1)(functools.partial(_epoch_order, seed, len(dataset)))
+
+    def places_of(step: int) -> np.ndarray:
+        epochs, at = np.divmod(step * batch_size + index, len(dataset))
+        parts = [order(i)[at[epochs == i]] for i in range(epochs[0], epochs[-1] + 1)]
+        return np.concatenate(parts)
+
+    def read(chosen: np.ndarray) -> np.ndarray:
+        return chosen.astype(np.int32) if places else dataset.source.fetch(chosen)["image"]
+
+    at_hand = places or isinstance(dataset.source, ArraySource)
+    steps = map(places_of, itertools.count(start_step))
+    for images in map(read, steps) if at_hand else _read_ahead(read, steps):
+        yield {"image": images, "index": index.astype(np.int32)}
 
 
 def in_memory(dataset: Dataset, limit: int) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""Images a second of each way that training data come, alone.
+"""Images a second, and processor time an image, of each way that training data come, alone.
 
 python -m benchmarks.inputs
 
@@ -24,15 +24,18 @@ from datasets import Dataset
 from sources import ArraySource, Fit, FolderSource
 
 
-def rate(dataset: Dataset, batch: int, seconds: float, places: bool = False) -> float:
-    """Images a second, after the first batch."""
+def speed(
+    dataset: Dataset, batch: int, seconds: float, places: bool = False
+) -> tuple[float, float]:
+    """(images a second, microseconds of processor time an image), after the first batch."""
     batches = datasets.train_batches(dataset, batch, seed=0, places=places)
     next(batches)
-    start, count = time.perf_counter(), 0
+    start, start_cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
         next(batches)
         count += batch
-    return count / (time.perf_counter() - start)
+    cpu = time.process_time() - start_cpu  # of all threads
+    return count / (time.perf_counter() - start), 1e6 * cpu / count
 
 
 def tfds_dataset(images: np.ndarray, folder: pathlib.Path) -> Dataset:
@@ -79,8 +82,8 @@ def main() -> None:
     images = coarse.repeat(4, axis=1).repeat(4, axis=2) // 2 + rng.integers(0, 64, shape)
     images = images.astype(np.uint8)
     memory = Dataset("memory", ArraySource(images, np.zeros(len(images))), 256, 0)
-    rows = [("places, for data on the device", rate(memory, flags.batch, flags.seconds, True))]
-    rows.append(("memory", rate(memory, flags.batch, flags.seconds)))
+    rows = [("places, for data on the device", speed(memory, flags.batch, flags.seconds, True))]
+    rows.append(("memory", speed(memory, flags.batch, flags.seconds)))
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         for size in (32, 128):
@@ -90,12 +93,13 @@ def main() -> None:
                 Image.fromarray(image).resize((size, size)).save(files[-1])
             source = FolderSource(files, np.zeros(len(files)), Fit(32, 3))
             dataset = Dataset(f"folder of {size}×{size} PNG files", source, 256, 0)
-            rows.append((dataset.name, rate(dataset, flags.batch, flags.seconds)))
+            rows.append((dataset.name, speed(dataset, flags.batch, flags.seconds)))
         dataset = tfds_dataset(images, folder)
-        rows.append((dataset.name, rate(dataset, flags.batch, flags.seconds)))
-    print(f"\nbatches of {flags.batch} images of 32×32×3\n\n| data | images/s |\n|---|---|")
-    for name, images_a_second in rows:
-        print(f"| {name} | {images_a_second:,.0f} |")
+        rows.append((dataset.name, speed(dataset, flags.batch, flags.seconds)))
+    print(f"\nbatches of {flags.batch} images of 32×32×3\n")
+    print("| data | images/s | CPU µs an image |\n|---|---|---|")
+    for name, (rate, cpu) in rows:
+        print(f"| {name} | {rate:,.0f} | {cpu:,.3g} |")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import gzip
 import struct
+import time
 
 import jax
 import jax.numpy as jnp
@@ -27,25 +28,40 @@ def test_digits_split_every_image_once():
     assert key(images) == key(original)
 
 
-def test_a_batch_is_a_function_of_seed_and_step():
-    digits = datasets.get_dataset(tiny_config(), "train")
-    stream = datasets.train_batches(digits, 64, seed=3)
-    batches = [next(stream)["image"] for _ in range(60)]
-    again = next(datasets.train_batches(digits, 64, seed=3, start_step=50))
-    np.testing.assert_array_equal(again["image"], batches[50])
-    other = next(datasets.train_batches(digits, 64, seed=4))
-    assert (other["image"] != batches[0]).any()
-    # 1,500 images are 23.4 batches: an epoch has every image once, the next another order.
-    flat = np.concatenate(batches)
-    key = lambda x: sorted(row.tobytes() for row in x)  # noqa: E731
-    assert key(flat[:1500]) == key(flat[1500:3000]) == key(datasets.in_order(digits)["image"])
-    assert (flat[:1500] != flat[1500:3000]).any()
+def order(count, batch_size, steps, **options):
+    """The places of the images of so many steps' batches, one after the other."""
+    source = sources.ArraySource(np.zeros((count, 1, 1, 1), np.uint8), np.zeros(count))
+    dataset = datasets.Dataset("numbered", source, 256, 0)
+    stream = datasets.train_batches(dataset, batch_size, places=True, **options)
+    return np.concatenate([next(stream)["image"] for _ in range(steps)])
 
 
-def test_processes_share_a_global_batch():
+@pytest.mark.parametrize(("count", "batch_size"), [(1500, 64), (7, 32), (64, 32)])
+def test_an_epoch_has_every_image_once(count, batch_size):
+    found = order(count, batch_size, 3 * count // batch_size + 1, seed=3)[: 3 * count]
+    epochs = found.reshape(3, count)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), [np.arange(count)] * 3)
+    # Each epoch has an order of its own, and so has each seed.
+    orders = {tuple(epoch) for epoch in (*epochs, np.arange(count))}
+    for seed in (0, 4, 2**32 - 9):
+        orders.add(tuple(order(count, batch_size, count // batch_size + 1, seed=seed)[:count]))
+    assert len(orders) == 7
+
+
+@pytest.mark.parametrize("start_step", [1, 23, 24, 50, 10**9])
+def test_a_batch_is_a_function_of_seed_and_step(start_step):
+    # 1,500 images are 23.4 batches: most of these steps are within an epoch, 23 is in two.
+    around = order(1500, 64, 5, seed=3, start_step=start_step - 1)
+    again = order(1500, 64, 1, seed=3, start_step=start_step)
+    np.testing.assert_array_equal(again, around[64:128])
+    assert (order(1500, 64, 1, seed=4, start_step=start_step) != again).any()
+
+
+@pytest.mark.parametrize("start_step", [7, 23])
+def test_processes_share_a_global_batch(start_step):
     digits = datasets.get_dataset(tiny_config(), "train")
-    whole = next(datasets.train_batches(digits, 64, 0, start_step=7))
-    parts = [next(datasets.train_batches(digits, 64, 0, 7, p, 4)) for p in range(4)]
+    whole = next(datasets.train_batches(digits, 64, 0, start_step))
+    parts = [next(datasets.train_batches(digits, 64, 0, start_step, p, 4)) for p in range(4)]
     for part in parts:
         np.testing.assert_array_equal(part["image"], whole["image"][part["index"]])
     np.testing.assert_array_equal(np.sort(np.concatenate([p["index"] for p in parts])), range(64))
@@ -300,7 +316,45 @@ def test_a_small_set_of_files_is_read_into_memory(tmp_path):
     dataset = datasets.Dataset("files", source, 256, 0)
     np.testing.assert_array_equal(datasets.in_memory(dataset, images.nbytes), images)
     assert datasets.in_memory(dataset, images.nbytes - 1) is None
-    # Their places in it are those of the batches' images.
-    batch = next(datasets.train_batches(dataset, 16, seed=3))
-    places = next(datasets.train_batches(dataset, 16, seed=3, places=True))
-    np.testing.assert_array_equal(images[places["image"]], batch["image"])
+    # Their places in it are those of the batches' images, in mid-epoch too.
+    for start_step in (0, 5, 9):
+        batch = next(datasets.train_batches(dataset, 16, 3, start_step))
+        places = next(datasets.train_batches(dataset, 16, 3, start_step, places=True))
+        np.testing.assert_array_equal(images[places["image"]], batch["image"])
+
+
+def test_files_are_read_ahead_in_order_and_not_far():
+    class Slow:
+        """Later batches are read faster."""
+
+        def __init__(self):
+            self.fetched = []
+
+        def __len__(self):
+            return 40
+
+        def fetch(self, indices):
+            time.sleep(0.02 / (1 + len(self.fetched)))
+            self.fetched.append(indices)
+            return {"image": indices}
+
+    source = Slow()
+    stream = datasets.train_batches(datasets.Dataset("slow", source, 256, 0), 4, seed=1)
+    found = np.concatenate([next(stream)["image"] for _ in range(20)])
+    np.testing.assert_array_equal(found, order(40, 4, 20, seed=1))
+    stream.close()
+    time.sleep(0.1)
+    assert 20 <= len(source.fetched) <= 30
+
+
+def test_a_file_that_breaks_during_training_is_named(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(4)]
+    for file in files:
+        Image.new("RGB", (8, 8)).save(file)
+    source = sources.FolderSource(files, np.zeros(4), sources.Fit(8, 3))
+    stream = datasets.train_batches(datasets.Dataset("files", source, 256, 0), 4, seed=0)
+    assert next(stream)["image"].shape == (4, 8, 8, 3)
+    files[2].write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"2\.png is not a readable image"):
+        for _ in range(100):
+            next(stream)
