@@ -68,8 +68,8 @@ class Progress:
         log.info("%s", " | ".join(parts + ([note] if note else [])))
 
 
-def save_grid(images: np.ndarray, path: pathlib.Path, columns: int = 0) -> None:
-    """Write images (N, H, W, C) uint8 as a grid, near-square by default; small ones enlarged."""
+def image_grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
+    """Images (N, H, W, C) uint8 as one, (…, …, C), near-square by default; small ones enlarged."""
     count, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
@@ -85,8 +85,14 @@ def save_grid(images: np.ndarray, path: pathlib.Path, columns: int = 0) -> None:
         top = gap + (i // columns) * (height * factor + gap)
         left = gap + (i % columns) * (width * factor + gap)
         canvas[top : top + height * factor, left : left + width * factor] = image
+    return canvas
+
+
+def save_grid(images: np.ndarray, path: pathlib.Path, columns: int = 0) -> None:
+    """Write images as their `image_grid`."""
+    canvas = image_grid(images, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas[..., 0] if channels == 1 else canvas).save(path)
+    Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas).save(path)
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -102,15 +108,13 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def plot_training(metrics: pathlib.Path, path: pathlib.Path) -> None:
     """Draw the losses of a metrics.jsonl over the steps, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: a notebook's figures are its own
 
     if not metrics.exists():
         return
     rows = read_metrics(metrics)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for name, label in (("loss", "training batches"), ("test_loss", "test images, EMA weights")):
         points = [(r["step"], r[name]) for r in rows if name in r]
         if points:
@@ -122,7 +126,6 @@ def plot_training(metrics: pathlib.Path, path: pathlib.Path) -> None:
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _shown(value: float) -> str:
@@ -244,16 +247,12 @@ def write_sweep(reports: list[dict[str, Any]], folder: pathlib.Path) -> dict[str
 
 def _plot_sweep(reports: list[dict[str, Any]], names: list[str], path: pathlib.Path) -> None:
     """Draw each score over the steps, with twice its standard error, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: a notebook's figures are its own
 
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(4 * columns, 2.6 * rows), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     steps = [report["step"] for report in reports]
     for axes, name in zip(grid.flat, names, strict=False):
         errors = [2 * report.get(f"{name}_stderr", 0) for report in reports]
@@ -263,7 +262,6 @@ def _plot_sweep(reports: list[dict[str, Any]], names: list[str], path: pathlib.P
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _write(report: dict[str, Any], text: list[str], folder: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from sde_lib import SDE
+from sde_lib import SDE, expand
 
 ScoreFn = Callable[[Array, Array], Array]  # x (N, ...), t (N,) → ∇ log p_t(x)
 MakeScoreFn = Callable[[Any], ScoreFn]  # parameters → score function
@@ -362,6 +362,27 @@ def ode_sample(
     if noise_removal:
         return denoise(sde, score_fn, x, eps), nfe + 1
     return x, nfe
+
+
+def slerp(a: Array, b: Array, share: ArrayLike) -> Array:
+    """Spherical interpolation of latents: a at share 0, b at 1, between them along a great circle.
+
+    Latents of D dimensions lie close to a sphere of radius √D times the prior's deviation. What is
+    between two of them does so too; the middle of a straight line would be too near the centre.
+
+    Args:
+      a, b: (N, ...), rows that are not opposite.
+      share: scalar or (N,).
+    """
+    dot = lambda u, v: jnp.sum(u * v, axis=tuple(range(1, u.ndim)))  # noqa: E731
+    angle = jnp.arccos(jnp.clip(dot(a, b) / jnp.sqrt(dot(a, a) * dot(b, b)), -1, 1))
+
+    def weight(share: Array) -> Array:
+        # sin(share·angle)/sin(angle), which is `share` where the rows are parallel.
+        return share * jnp.sinc(share * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)
+
+    share = jnp.asarray(share)
+    return expand(weight(1 - share), a) * a + expand(weight(share), b) * b
 
 
 # A method: (config, sde, score_fn, key, shape (N, H, W, C)) → (x, score evaluations).

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,6 +189,22 @@ def test_ode_follows_its_exact_solution(name):
         sde, DATA.score_fn(sde), z, eps=eps, rtol=1e-6, atol=1e-6, noise_removal=False
     )
     np.testing.assert_allclose(np.asarray(x).reshape(64, 4), exact_flow(sde, z, eps), atol=5e-5)
+
+
+def test_spherical_interpolation():
+    a, b = jax.random.normal(jax.random.key(0), (2, 4, 3, 3, 2))
+    a, b = a.at[0].set(b[0]), 2 * b  # the first two are parallel
+    norm = lambda v: np.linalg.norm(np.asarray(v).reshape(4, -1), axis=1)  # noqa: E731
+    np.testing.assert_allclose(sampling.slerp(a, b, 0.0), a, atol=1e-6)
+    np.testing.assert_allclose(sampling.slerp(a, b, jnp.ones(4)), b, atol=1e-6)
+    np.testing.assert_allclose(sampling.slerp(a, b, 0.25)[0], 1.25 * a[0], rtol=1e-5)
+    # Between unit vectors: on the sphere, and equal shares are equal angles.
+    a, b = (v / norm(v)[:, None, None, None] for v in (a, b))
+    points = [sampling.slerp(a, b, share) for share in (0, 0.3, 0.6, 0.9)]
+    np.testing.assert_allclose([norm(p) for p in points], 1, rtol=1e-5)
+    steps = [norm(p - q) for p, q in itertools.pairwise(points)]
+    np.testing.assert_allclose(steps[1:], [steps[0]] * 2, rtol=1e-4, atol=1e-6)
+    assert steps[0][1:].min() > 0.1
 
 
 def test_denoising_is_the_posterior_mean():
