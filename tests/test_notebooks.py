@@ -1,0 +1,158 @@
+"""Each notebook runs from top to bottom with small parameters, and finds what its text says."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a notebook is run here.
+
+    Attributes:
+      parameters: (an empty folder) → values in place of those of its cell of parameters.
+      results: expressions of the notebook's variables, by name, that JSON can write.
+      check: asserts on their values.
+    """
+
+    parameters: Callable[[pathlib.Path], dict[str, Any]]
+    results: dict[str, str]
+    check: Callable[[dict[str, Any]], None]
+
+
+def sampling_parameters(folder):
+    recipe = folder / "tiny.py"
+    recipe.write_text(
+        "from tests.helpers import tiny_config\n\n\n"
+        "def get_config():\n"
+        "    config = tiny_config(n_iters=120, batch_size=32, snapshot_freq=120)\n"
+        "    config.training.snapshot_freq_for_preemption = 120\n"
+        "    config.optim.lr = 1e-2\n"
+        "    config.model.ema_rate = 0.9\n"
+        "    # Fewer networks to compile.\n"
+        "    config.sampling.update(method='dpm_solver', noise_removal=False)\n"
+        "    return config\n"
+    )
+    return {
+        "CONFIG": str(recipe),
+        "WORKDIR": str(folder / "run"),
+        "NUM_IMAGES": 8,
+        "NUM_COMPARED": 4,
+        "NUM_FOLLOWED": 2,
+        "NUM_TIMES": 4,
+        "NUM_SHARES": 3,
+        "NUM_PC_STEPS": 50,
+        "NUM_STEPS": 40,
+        "NUM_COMPLETIONS": 2,
+    }
+
+
+def check_sampling(found):
+    assert found["step"] == 120  # it has trained the recipe
+    lowest, highest, kinds = found["levels"]
+    assert 0 <= lowest < highest <= 16 and kinds > 10
+    assert found["finite"]
+    # The guess is far from the state at first, and close to it in the end.
+    assert found["guess_distance"][-1] < 0.1 < 0.5 < found["guess_distance"][0]
+    evaluations, differences = found["evaluations"], found["differences"]
+    assert (evaluations["PC"], evaluations["Heun"], evaluations["DPM-Solver++"]) == (98, 80, 40)
+    # The same images from the same latents; PC gives others.
+    assert max(differences["Heun"], differences["DPM-Solver++"]) < 0.05
+    assert differences["PC"] > 0.4
+    assert found["round_trip"] < 0.02
+    assert 0.7 < found["radius"] < 1.3
+    assert found["known_changed"] < 1e-6
+    assert found["unknown_changed"] > 0.05
+
+
+RUNS = {
+    "sampling": Run(
+        sampling_parameters,
+        {
+            "step": "int(state.step)",
+            "levels": "[int(levels.min()), int(levels.max()), len(np.unique(levels))]",
+            "finite": "all(bool(np.isfinite(x).all()) for x in (states, path, completed))",
+            "guess_distance": "[float(np.abs(x - y).mean()) for x, y in zip(states, guesses)]",
+            "evaluations": "{name: nfe for name, (_, nfe, _) in results.items()}",
+            "differences": "differences",
+            "round_trip": "round_trip",
+            "radius": "radius",
+            "known_changed": "float(np.abs((1 - masks) * (completed[:, 0] - originals)).max())",
+            "unknown_changed": "float(np.abs(masks * (completed[:, 0] - originals)).mean())",
+        },
+        check_sampling,
+    ),
+}
+
+
+def outputs(notebook):
+    """(place of the cell, output) of all code cells."""
+    for place, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", ()):
+            yield place, output
+
+
+def cells_with_figures(notebook):
+    return [place for place, output in outputs(notebook) if "image/png" in output.get("data", ())]
+
+
+def with_parameters(notebook, parameters):
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    for name, value in parameters.items():
+        assert re.search(rf"^{name} = ", cell.source, re.MULTILINE), f"no parameter {name}"
+        cell.source += f"\n{name} = {value!r}"
+
+
+def test_every_notebook_is_run():
+    assert {path.stem for path in PATHS} == set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
+    # One device, as a person's machine has: it compiles faster than conftest.py's four.
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    path, run = FOLDER / f"{name}.ipynb", RUNS[name]
+    notebook = nbformat.read(path, as_version=4)
+    with_parameters(notebook, run.parameters(tmp_path))
+    found = ", ".join(f"{name!r}: {expression}" for name, expression in run.results.items())
+    last = nbformat.v4.new_code_cell(f"import json\n\nprint(json.dumps({{{found}}}))")
+    notebook.cells.append(last)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}})
+    client.execute()  # a cell that fails raises, with its traceback
+    assert not [output for _, output in outputs(notebook) if output.output_type == "error"]
+    assert cells_with_figures(notebook) == cells_with_figures(nbformat.read(path, as_version=4))
+    run.check(json.loads(last.outputs[-1].text))
+
+
+def test_the_cell_that_finds_the_code_is_the_same_in_all():
+    cells = [nbformat.read(path, as_version=4).cells[1] for path in PATHS]
+    assert {cell.source.split("\n")[0] for cell in cells} == {"# @title Find the code, or fetch it"}
+    assert len({cell.source for cell in cells}) == 1
+    assert {cell.metadata["cellView"] for cell in cells} == {"form"}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_what_is_committed_was_run_and_is_fit_to_be_shown(path):
+    assert path.stat().st_size < 300_000
+    notebook = nbformat.read(path, as_version=4)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))  # in order, in a fresh kernel
+    assert cells_with_figures(notebook)
+    for _, output in outputs(notebook):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr", output.text
+        output.get("data", {}).pop("image/png", None)
+    text = json.dumps(notebook).replace("\\n", "\n")
+    assert not re.search(r"(?<![\w.])/(tmp|home|work|root|Users)\b", text)
