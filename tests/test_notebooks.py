@@ -76,6 +76,39 @@ def check_sampling(found):
     assert found["unknown_changed"] > 0.05
 
 
+def soft_truncation_parameters(_):
+    return {
+        "PRIOR_DRAWS": 2000,
+        "CHECK_DRAWS": 20_000,
+        "HIDDEN": 32,
+        "LEARNING_RATE": 5e-3,
+        "STEPS": 500,
+        "SEEDS": 2,
+        "TIMES": 25,
+        "ERROR_POINTS": 200,
+        "NOISE_BATCHES": 200,
+        "SAMPLES": 500,
+        "SAMPLER_STEPS": 10,
+        "NLL_POINTS": 32,
+    }
+
+
+def check_soft_truncation(found):
+    assert min(found["prior_pvalues"]) > 1e-3
+    assert len(found["check_z"]) == 10 and max(map(abs, found["check_z"])) < 4
+    assert (
+        abs(found["expectation_z"]) < 4
+    )  # soft truncation and its equivalent weight, on a network
+    assert (
+        abs(found["exact_excess"]) < 0.1
+    )  # the exact score has the exact likelihood, to the noise
+    assert found["finite"]
+    # Nats below t = 0.001, where the large ε is not trained; over all t an untrained one has 16.
+    assert found["small_t"][0] > 5 * found["small_t"][1]
+    assert max(found["all_t"][1:4]) < 3
+    assert found["noise"][4] > 4 * found["noise"][1]  # uniform against importance-sampled times
+
+
 RUNS = {
     "sampling": Run(
         sampling_parameters,
@@ -92,6 +125,20 @@ RUNS = {
             "unknown_changed": "float(np.abs(masks * (completed[:, 0] - originals)).mean())",
         },
         check_sampling,
+    ),
+    "soft_truncation": Run(
+        soft_truncation_parameters,
+        {
+            "prior_pvalues": "prior_pvalues",
+            "check_z": "[float(z) for z in check_z]",
+            "expectation_z": "float(expectation_z)",
+            "exact_excess": "float(exact_excess)",
+            "finite": "bool(all(np.isfinite(x).all() for x in (errors, samples, excess)))",
+            "small_t": "areas['t < 0.001'].mean(axis=0).tolist()",
+            "all_t": "areas['all t, nats'].mean(axis=0).tolist()",
+            "noise": "np.sqrt(squares.mean(axis=0)).tolist()",
+        },
+        check_soft_truncation,
     ),
 }
 
