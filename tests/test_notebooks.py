@@ -96,12 +96,10 @@ def soft_truncation_parameters(_):
 def check_soft_truncation(found):
     assert min(found["prior_pvalues"]) > 1e-3
     assert len(found["check_z"]) == 10 and max(map(abs, found["check_z"])) < 4
-    assert (
-        abs(found["expectation_z"]) < 4
-    )  # soft truncation and its equivalent weight, on a network
-    assert (
-        abs(found["exact_excess"]) < 0.1
-    )  # the exact score has the exact likelihood, to the noise
+    # Soft truncation and its equivalent weight, on a network.
+    assert abs(found["expectation_z"]) < 4
+    # The exact score has the exact likelihood, to the noise.
+    assert abs(found["exact_excess"]) < 0.1
     assert found["finite"]
     # Nats below t = 0.001, where the large ε is not trained; over all t an untrained one has 16.
     assert found["small_t"][0] > 5 * found["small_t"][1]
