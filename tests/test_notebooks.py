@@ -107,6 +107,16 @@ def check_soft_truncation(found):
     assert found["noise"][4] > 4 * found["noise"][1]  # uniform against importance-sampled times
 
 
+def check_official_checkpoint(found):
+    assert found["largest_gap"] == 0
+    assert max(found["score_errors"].values()) < 1e-5  # against the official code's own scores
+    other, code = found["refusals"]
+    assert "does not fit the config" in other and "it names __builtin__.print" in code
+    assert found["samples"] == [4, 16, 16, 3]
+    assert 0 < found["nll"] < 100 and not found["torch"]
+    assert found["steps"] == [1234, 1236]
+
+
 RUNS = {
     "sampling": Run(
         sampling_parameters,
@@ -137,6 +147,19 @@ RUNS = {
             "noise": "np.sqrt(squares.mean(axis=0)).tolist()",
         },
         check_soft_truncation,
+    ),
+    "official_checkpoint": Run(
+        lambda _: {"NUM_IMAGES": 4, "TRAIN_STEPS": 2},
+        {
+            "largest_gap": "largest_gap",
+            "score_errors": "score_errors",
+            "refusals": "refusals",
+            "samples": "samples.shape",
+            "nll": "report['nll']",
+            "torch": "'torch' in sys.modules",
+            "steps": "[int(imported.step), int(trained.step)]",
+        },
+        check_official_checkpoint,
     ),
 }
 
