@@ -365,8 +365,8 @@ def _sampling_problems(config: ConfigDict) -> Iterator[str]:
     without_flow = sampling.predictor in ("none", "ancestral_sampling")
     if sampling.method == "pc" and sampling.probability_flow and without_flow:
         yield (
-            f"sampling.probability_flow is not for sampling.predictor={sampling.predictor}; it "
-            "needs another, such as euler_maruyama or reverse_diffusion"
+            "sampling.probability_flow needs another sampling.predictor than "
+            f"{sampling.predictor}, such as euler_maruyama or reverse_diffusion"
         )
     if sampling.method == "pc" and sampling.predictor == sampling.corrector == "none":
         yield "sampling.predictor and sampling.corrector are both none: nothing would be sampled"
