@@ -240,6 +240,11 @@ def get_inception(path: str, cache_dir: pathlib.Path, num_levels: int) -> Extrac
     if not found:
         return None
     params, weights = found
+    return inception_extractor(params, weights, num_levels)
+
+
+def inception_extractor(params: Any, weights: str, num_levels: int) -> Extractor:
+    """An extractor by `inception.InceptionV3` with these parameters, on all devices."""
     rows, everywhere = mesh_shardings()
     params = spread(params, everywhere)
     model = inception.InceptionV3()

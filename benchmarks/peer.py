@@ -1,17 +1,19 @@
-"""DDPM++ and its training step in PyTorch, as fast as we can make them: what ours is timed against.
+"""DDPM++'s training step and Inception-v3 in PyTorch: what ours are timed against.
 
-Nothing but the benchmarks imports this, and PyTorch is no requirement of the project. The network
-is `models.ncsnpp`'s with DDPM++'s options (arXiv 2011.13456, appendix H), and the objective is
-that of `configs/vp/cifar10_st.py`. Images are NHWC on the outside; inside they are NCHW tensors
-in the "channels_last" layout, which is the same memory.
+Nothing but the benchmarks runs this, and PyTorch is no requirement of the project. DDPM++ is as
+fast as we can make it: `models.ncsnpp`'s network with DDPM++'s options (arXiv 2011.13456, appendix
+H), and the objective of `configs/vp/cifar10_st.py`. Images are NHWC on the outside; inside they are
+NCHW tensors in the "channels_last" layout, which is the same memory.
 """
 
 import contextlib
+import functools
 import json
 import math
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -264,7 +266,7 @@ class Trainer:
 
 
 def _seconds_a_call(call: Callable[[], Any], wait: Callable[[], None], at_least: float) -> float:
-    """The median over five rounds of calls, each of which is waited for at its end."""
+    """As `measure.seconds_a_call`, with `wait` for the device."""
 
     def measure(count: int) -> float:
         start = time.perf_counter()
@@ -274,15 +276,16 @@ def _seconds_a_call(call: Callable[[], Any], wait: Callable[[], None], at_least:
         return (time.perf_counter() - start) / count
 
     measure(1)
-    count = max(1, round(at_least / 5 / measure(1)))
+    once = measure(1)
+    if once > at_least:
+        return once
+    count = max(1, round(at_least / 5 / once))
     return sorted(measure(count) for _ in range(5))[2]
 
 
-def main() -> None:
-    """Rows for benchmarks/train.py, as JSON; the job is the first argument, JSON too."""
-    job = json.loads(sys.argv[1])
+def ddpmpp_rows(job: dict[str, Any], wait: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    """Rows for benchmarks/train.py."""
     on_gpu = torch.cuda.is_available()
-    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
     size, channels = job["network"][-2:]
     # Compiled where that is faster and known to work: on a CPU it needs a C++ compiler.
     trainer = Trainer(
@@ -291,7 +294,7 @@ def main() -> None:
     shape = (job["batch"], size, size, channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=trainer.device)
     x, labels = torch.randn(shape, device=trainer.device), torch.linspace(0, 999, job["batch"])
-    labels, rows = labels.to(trainer.device), []
+    labels = labels.to(trainer.device)
     calls = {
         "training": lambda: trainer.step(images),
         "forward": lambda: trainer.forward(x, labels),
@@ -301,7 +304,65 @@ def main() -> None:
         call()
         wait()
         row = {"": f"{name}, {job['dtype']}", "first": time.perf_counter() - start}
-        row["seconds"] = _seconds_a_call(call, wait, 3.0)
+        yield {**row, "seconds": _seconds_a_call(call, wait, 3.0)}
+
+
+def build_inception() -> tuple[str, nn.Module, Callable[[Tensor], Any]]:
+    """Inception-v3 with random weights: torch-fidelity's if it is installed, else torchvision's.
+
+    Returns:
+      (whose it is; the network; images (N, 3, H, W) uint8 → features and logits).
+    """
+    import torchvision
+
+    network = torchvision.models.inception_v3(
+        num_classes=1008, aux_logits=False, init_weights=False, transform_input=False
+    ).eval()
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        resize = functools.partial(F.interpolate, size=(299, 299), mode="bilinear")
+        return "torchvision", network, lambda x: (network((resize(x.float()) - 128) / 128),)
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        torch.save(network.state_dict(), file.name)
+        layers = ["2048", "logits_unbiased"]
+        theirs = FeatureExtractorInceptionV3("inception", layers, file.name)
+    return "torch-fidelity", theirs, theirs
+
+
+@torch.inference_mode()
+def inception_rows(job: dict[str, Any], wait: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    """Rows for benchmarks/inception.py."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.benchmark = True
+    name, network, run = build_inception()
+    network.to(device, memory_format=torch.channels_last)
+    for precision in ("float32", "TF32") if device == "cuda" else ("float32",):
+        torch.backends.cudnn.allow_tf32 = precision == "TF32"
+        torch.backends.cuda.matmul.allow_tf32 = precision == "TF32"
+        for size in job["sizes"]:
+            images = torch.randint(0, 256, (job["images"], 3, size, size), dtype=torch.uint8)
+            batches = images.split(job["batch"])
+
+            def call(batches: Sequence[Tensor] = batches) -> None:
+                for batch in batches:
+                    for values in run(batch.to(device)):
+                        values.cpu()
+
+            start = time.perf_counter()
+            call(batches[:1])
+            first = time.perf_counter() - start
+            row = {"": f"{name}'s, {precision}", "size": size, "first": first}
+            yield {**row, "seconds": _seconds_a_call(call, wait, 3.0)}
+
+
+def main() -> None:
+    """Rows as JSON; the job is the first argument, JSON too."""
+    job = json.loads(sys.argv[1])
+    on_gpu = torch.cuda.is_available()
+    wait = torch.cuda.synchronize if on_gpu else (lambda: None)
+    rows = []
+    for row in (inception_rows if "sizes" in job else ddpmpp_rows)(job, wait):
         row["peak"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
         rows.append(row)
     print(json.dumps(rows))

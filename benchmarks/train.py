@@ -12,12 +12,8 @@ sizes should go up. `--profile` adds the kernels that take the most time.
 
 import argparse
 import collections
-import json
-import math
 import pathlib
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,57 +29,17 @@ import environment
 import losses
 import run_lib
 import session
+from benchmarks.measure import (
+    Table,
+    gflop_a_call,
+    need,
+    peak_gib,
+    peer_rows,
+    product_rate,
+    seconds_a_call,
+)
 from configs.vp import cifar10_st
 from sources import ArraySource
-
-COLUMNS = ("", "batch", "images/s", "ms", "TFLOP/s", "share", "peak GiB", "first call s")
-
-
-def seconds_a_call(call: Callable[[], Any], at_least: float = 3.0) -> float:
-    """The median over five rounds of calls, each of which is waited for at its end."""
-    jax.block_until_ready(call())
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    count = max(1, round(at_least / 5 / (time.perf_counter() - start)))
-    rounds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(count):
-            result = call()
-        jax.block_until_ready(result)
-        rounds.append((time.perf_counter() - start) / count)
-    return float(np.median(rounds))
-
-
-def product_rate(dtype: str) -> float:
-    """TFLOP/s of a large square matrix product."""
-    size = 8192 if jax.default_backend() != "cpu" else 2048
-    a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    return 2 * size**3 / seconds_a_call(lambda: product(a, b)) / 1e12
-
-
-def count_flops(jaxpr: Any) -> float:
-    """Operations of the convolutions and matrix products of a jaxpr, an addition being one."""
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
-            total += 2.0 * math.prod(out) * math.prod(kernel[:-1])  # HWIO
-        elif eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            terms = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-            total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * terms
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            total += count_flops(inner) if hasattr(inner, "eqns") else 0
-    return total
-
-
-def peak_gib() -> float | None:
-    """The most memory that was in use on the device, in GiB; None where it is not known."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
 
 
 def print_profile(run: Callable[[], Any], steps: int, rows: int) -> None:
@@ -130,8 +86,7 @@ def ours(config: ConfigDict, profile: int) -> Iterator[dict[str, Any]]:
     first = time.perf_counter() - start
     x, labels = jnp.zeros((batch, *shape)), jnp.linspace(0, 999, batch)
     params = losses.unpack_state(run_lib.first_copy(packed)).params
-    jaxpr = jax.make_jaxpr(setup.model.apply)({"params": params}, x[:1], labels[:1])
-    gflop = count_flops(jaxpr.jaxpr) / 1e9
+    gflop = gflop_a_call(setup.model.apply, {"params": params}, x[:1], labels[:1])
     seconds = seconds_a_call(train) / steps
     yield {"": f"training, {name}", "first": first, "gflop": 3 * gflop, "seconds": seconds}
     if profile:
@@ -146,15 +101,13 @@ def ours(config: ConfigDict, profile: int) -> Iterator[dict[str, Any]]:
     yield {"": f"forward, {name}", "first": first, "gflop": gflop, "seconds": seconds}
 
 
-def peers(config: ConfigDict) -> Iterator[dict[str, Any]]:
-    """The same of PyTorch, in a process of its own."""
+def peers(config: ConfigDict) -> list[dict[str, Any]]:
+    """The same of PyTorch."""
     model, data = config.model, config.data
     sizes = (model.nf, tuple(model.ch_mult), model.num_res_blocks, tuple(model.attn_resolutions))
     network = (*sizes, model.dropout, data.image_size, data.num_channels)
-    job = {"network": network, "batch": config.training.batch_size, "dtype": model.dtype}
-    command = [sys.executable, "-m", "benchmarks.peer", json.dumps(job)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    yield from json.loads(output.strip().splitlines()[-1])
+    batch = config.training.batch_size
+    return peer_rows({"network": network, "batch": batch, "dtype": model.dtype})
 
 
 def main() -> None:
@@ -169,10 +122,11 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="PyTorch's, too")
     parser.add_argument("--profile", type=int, default=0, help="rows of the profile")
     flags = parser.parse_args()
+    if flags.peer:
+        need("torch")
     rate = product_rate(flags.dtype)
-    print(f"JAX {jax.__version__}, {jax.devices()}")
-    print(f"a large matrix product in {flags.dtype}: {rate:.3g} TFLOP/s\n")
-    lines = []
+    columns = ("images/s", "ms", "TFLOP/s", "share", "peak GiB", "first call s")
+    table = Table("", "batch", *columns)
     for batch in flags.batch:
         config = cifar10_st.get_config()
         config.model.update(nf=flags.nf, num_res_blocks=flags.num_res_blocks, dtype=flags.dtype)
@@ -188,13 +142,9 @@ def main() -> None:
         for row in rows:
             rates = batch / row["seconds"], row["seconds"] * 1e3
             speed = batch * row["gflop"] / row["seconds"] / 1e3
-            peak = "" if row["peak"] is None else f"{row['peak']:.1f}"
-            cells = (row[""], batch, *(f"{r:,.4g}" for r in (*rates, speed)))
-            lines.append((*cells, f"{speed / rate:.0%}", peak, f"{row['first']:.0f}"))
-            print(" | ".join(f"{n} {c}".strip() for n, c in zip(COLUMNS, lines[-1], strict=True)))
-    print("\n| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
-    for line in lines:
-        print("| " + " | ".join(map(str, line)) + " |")
+            cells = (*rates, speed, f"{speed / rate:.0%}", row["peak"], f"{row['first']:.0f}")
+            table.add(row[""], batch, *cells)
+    table.show()
 
 
 if __name__ == "__main__":

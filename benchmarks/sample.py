@@ -1,0 +1,126 @@
+"""How fast each sampling method is.
+
+python -m benchmarks.sample                                          # CIFAR-10's DDPM++, for a GPU
+python -m benchmarks.sample --nf 32 --num_res_blocks 1 --batch 16    # a CPU
+python -m benchmarks.sample --config configs/vp/digits_st.py --workdir RUN   # a trained network
+
+A method is compiled as `--mode sample` does, for one device. The share is of the rate of one large
+matrix product. Memory is the process's peak on the device so far, so that batch sizes should go up.
+
+A network that is not trained predicts next to nothing. So that x goes where images are, the score
+of Gaussian images, N(0, ¼), is added to it. Of the methods, only `ode` has evaluations that depend
+on the score: fewer than of a trained network, which --workdir takes.
+"""
+
+import argparse
+import functools
+import pathlib
+import runpy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax import Array
+from ml_collections import ConfigDict
+
+import checkpointing
+import environment
+import sampling
+import session
+from benchmarks.measure import Table, gflop_a_call, peak_gib, product_rate, seconds_a_call
+from models import utils as mutils
+from sde_lib import expand
+
+
+def methods(config: ConfigDict, tolerance: float) -> dict[str, dict[str, Any]]:
+    """What each row sets of `config.sampling`."""
+    tolerances = {"rtol": tolerance, "atol": tolerance}
+    predictor = {"predictor": "euler_maruyama", "corrector": "none", "probability_flow": False}
+    return {
+        "dpm_solver, 20 steps": {"method": "dpm_solver", "num_steps": 20},
+        "heun, 18 steps": {"method": "heun", "num_steps": 18},
+        f"ode, rtol = atol = {tolerance:g}": {"method": "ode", **tolerances},
+        f"pc, euler_maruyama, {config.model.num_scales} steps": {"method": "pc", **predictor},
+    }
+
+
+def score_of(
+    config: ConfigDict, setup: session.Setup, trained: bool
+) -> Callable[[Any], sampling.ScoreFn]:
+    """Parameters → the score function that is sampled from."""
+
+    def make_score_fn(params: Any) -> sampling.ScoreFn:
+        network = mutils.get_score_fn(config, setup.sde, setup.model, params)
+
+        def with_gaussian(x: Array, t: Array) -> Array:
+            variance = 0.25 * setup.sde.mean_coeff(t) ** 2 + setup.sde.std(t) ** 2
+            return network(x, t) - x / expand(variance, x)
+
+        return network if trained else with_gaussian
+
+    return make_score_fn
+
+
+def main() -> None:
+    """Do it."""
+    environment.prepare()
+    logging.set_verbosity(logging.ERROR)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    on_cpu = jax.default_backend() == "cpu"
+    parser.add_argument("--config", default="configs/vp/cifar10_st.py")
+    parser.add_argument("--workdir", type=pathlib.Path, help="a trained run's")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16] if on_cpu else [128])
+    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
+    parser.add_argument("--nf", type=int, help="of another network than the config's")
+    parser.add_argument("--num_res_blocks", type=int, help="likewise")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="of ode")
+    parser.add_argument("--pc_steps", type=int, default=20 if on_cpu else 1000)
+    flags = parser.parse_args()
+    sizes = {"nf": flags.nf, "num_res_blocks": flags.num_res_blocks}
+    sizes = {name: size for name, size in sizes.items() if size}
+    if flags.workdir and sizes:
+        parser.error("--nf and --num_res_blocks are of a network that is not trained")
+    config = runpy.run_path(flags.config)["get_config"]()
+    config.model.update(sizes)
+    setup = session.set_up(config)
+    if flags.workdir:
+        params = checkpointing.restore_latest(config, flags.workdir, setup.state_shape).ema_params
+    else:
+        params = mutils.init_params(config, setup.model, jax.random.key(config.seed))
+    params = jax.device_put(params)
+    # Not before, or the checkpoint would be another config's.
+    config.model.update(dtype=flags.dtype, num_scales=flags.pc_steps)
+    setup = session.set_up(config)
+    make_score_fn = score_of(config, setup, bool(flags.workdir))
+    rate = product_rate(flags.dtype)
+    shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
+    one = jnp.zeros((1, *shape)), jnp.zeros(1)
+    gflop = gflop_a_call(setup.model.apply, {"params": params}, *one)
+    columns = ("evaluations", "images/s", "ms an evaluation", "TFLOP/s", "share", "peak GiB")
+    table = Table("", "batch", *columns, "compilation s")
+    for batch in flags.batch:
+        for name, fields in methods(config, flags.tolerance).items():
+            config.sampling.update(fields)
+            sampler = sampling.get_sampling_fn(config, setup.sde, make_score_fn, batch)
+            start = time.perf_counter()
+            compiled = jax.jit(sampler).lower(params, jax.random.key(0)).compile()
+            compilation = time.perf_counter() - start
+            sample = functools.partial(compiled, params, jax.random.key(0))
+            x, nfe = sample()
+            if not jnp.isfinite(x).all():
+                raise SystemExit(f"{name} gives samples that are not finite")
+            seconds = seconds_a_call(sample)
+            speed = batch * gflop * int(nfe) / seconds / 1e3
+            rates = batch / seconds, 1e3 * seconds / int(nfe), speed
+            cells = (f"{speed / rate:.0%}", peak_gib(), f"{compilation:.0f}")
+            table.add(name, batch, int(nfe), *rates, *cells)
+    table.show()
+    if not flags.workdir:
+        print("\nThe network is not trained; ode's evaluations are those of Gaussian images.")
+
+
+if __name__ == "__main__":
+    main()
