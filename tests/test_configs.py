@@ -240,6 +240,8 @@ def mock_images(dataset, size, category):
 # Compiling these networks takes minutes, or a minute where another recipe has nearly the same.
 SLOW = (
     *("rve/celeba_uncsnpp_st", "ve/celeba_ncsnpp_st", "rve/stl10_uncsnpp_st"),
+    *("ve/celebahq_uncsnpp_st", "vp/cifar10_ddpmpp_nll_st_deepest"),
+    *("vp/folder_st", "vp/fashion_mnist_st", "subvp/cifar10_ddpmpp_nll_st"),
     *("rve/cifar10_uncsn_1e_3", "rve/cifar10_uncsn_deep_1e_3_mid"),
     *("rve/cifar10_uncsn_deep_1e_5", "rve/cifar10_uncsn_deep_1e_5_mid"),
     *("rve/ffhq_1024_uncsn", "rve/ffhq_256_uncsn", "rve/celebahq_256_uncsn"),
