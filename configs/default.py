@@ -137,7 +137,7 @@ def get_default_config() -> ConfigDict:
     evaluation.num_test_data = 10_000
     evaluation.num_draws = 1  # of dequantisation and noise for each test image
     evaluation.nelbo_draws = 4  # times drawn for each of these
-    evaluation.nll_steps = 0  # Runge-Kutta steps, equal in log-SNR; 0: adaptive ones
+    evaluation.nll_steps = 0  # of a multistep method, equal in log-SNR; 0: adaptive ones
     evaluation.rtol = 1e-5
     evaluation.atol = 1e-5
     evaluation.cache_dir = ""  # for extractors and statistics; empty: the user's cache folder
@@ -258,6 +258,8 @@ def _problems(
             f"eval.num_reference is {config.eval.num_reference}; precision and recall need 4 or "
             "more, and 0 takes all training images"
         )
+    if 0 < config.eval.nll_steps < 8:
+        yield f"eval.nll_steps is {config.eval.nll_steps}; it must be 8 or more, or 0 (adaptive)"
     if config.eval.begin_ckpt > config.eval.end_ckpt:
         yield (
             f"eval.begin_ckpt is {config.eval.begin_ckpt} and eval.end_ckpt "

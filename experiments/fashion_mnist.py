@@ -33,7 +33,6 @@ def get_sweep() -> Sweep:
         num_samples=10_000,
         num_test_data=2000,
         nelbo_draws=16,
-        nll_steps=32,
     )
     # Images in [0, 1] are up to 21 apart; sigma_max is to be about that (arXiv 2006.09011).
     return Sweep("fashion_mnist", config, get_points(sigma_max=20.0), seeds=(0, 1, 2))

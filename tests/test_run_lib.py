@@ -268,6 +268,7 @@ def test_a_mistake_is_one_line(tmp_path, args, line):
         ("eval.num_samples", 3, "4 or more"),
         ("training.truncation", "hard", "must be one of fixed, soft, equivalent_weight"),
         ("training.k", -1.0, "at least 0"),
+        ("eval.nll_steps", 7, "8 or more"),
         ("training.truncation_time", 1.5, "below 1"),
         ("training.sde", "rve-sde", "must be one of vpsde"),
         ("data.image_size", 30, "multiple of 8"),

@@ -33,7 +33,6 @@ def get_config() -> ConfigDict:
         num_samples=1500,
         num_test_data=297,
         nelbo_draws=64,
-        rtol=1e-4,
-        atol=1e-4,
+        nll_steps=64,
     )
     return config

@@ -24,5 +24,5 @@ def get_config() -> ConfigDict:
         snapshot_freq_for_preemption=2000,
     )
     config.sampling.update(method="dpm_solver", truncation_time=1e-3)
-    config.eval.num_samples = 10_000
+    config.eval.update(num_samples=10_000, nll_steps=64)
     return config
