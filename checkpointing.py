@@ -179,7 +179,7 @@ def restore_step(
     """The state of a checkpoint, for evaluation and sampling, as NumPy arrays on all processes."""
 
     def read() -> losses.TrainState:
-        storage.claim_workdir(config, workdir, record=False)
+        storage.check_network(config, workdir)
         return jax.tree.map(np.asarray, restore(workdir / "checkpoints", shape, step))
 
     return hosts.on_main(read)

@@ -196,7 +196,7 @@ def _evaluate_baselines(run: _Run) -> dict[str, Any]:
     """NLL of an untrained network, and of a Gaussian."""
     untrained = init_state(run.config, run.setup.model, run.setup.optimizer).params
     # One batch says it: such a network costs the same on every image, to a hundredth of a bit.
-    few = min(run.num_test, run.config.eval.batch_size)
+    few = min(run.num_test, max(2, run.config.eval.batch_size))
     values = _bits_per_dim(run, untrained, few, 1, "untrained network")
     gaussian = _gaussian_baseline(run.config, run.data, run.num_test)
     report: dict[str, Any] = {"num_images_untrained_network": few}
@@ -502,7 +502,7 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
 def _take_hold(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitStack) -> list[int]:
     """Lock eval/; the steps to evaluate."""
     steps = [] if config.eval.samples else checkpointing.steps_to_evaluate(config, workdir)
-    storage.claim_workdir(config, workdir, record=False)
+    storage.check_network(config, workdir)
     storage.make_folder(workdir / "eval", "--workdir")
     stack.enter_context(storage.locked(workdir / "eval"))
     return steps

@@ -44,7 +44,7 @@ def ode_log_likelihood(
       probe: Hutchinson's probe for the divergence, of x's shape, with unit covariance.
       eps: where the ODE starts.
       rtol, atol: tolerances of an adaptive solver.
-      num_steps: steps of `_fixed_steps` instead, at least 6; 0: the adaptive solver.
+      num_steps: steps of `_fixed_steps` instead, 32 or more; 0: the adaptive solver.
 
     Returns:
       (log-likelihood in nats (N,), latents at T (N, ...), number of score evaluations).

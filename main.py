@@ -1,8 +1,10 @@
 """Train, evaluate, sample, …: python main.py --config configs/vp/digits_st.py --mode train."""
 
+import argparse
 import errno
 import logging
 import pathlib
+import re
 import sys
 import traceback
 
@@ -29,14 +31,33 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Ask SLURM, Open MPI or the TPU for these.")
 
 
+def _with_saved_config(argv: list[str]) -> list[str]:
+    """Without --config: the config of a workdir that has one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    parser.add_argument("--workdir")
+    try:
+        given, _ = parser.parse_known_args(argv[1:])
+    except argparse.ArgumentError:
+        return argv  # a flag without its value: absl says so
+    folder = given.workdir and pathlib.Path(given.workdir)
+    if given.config or not folder or not (folder / "config.json").exists():
+        return argv
+    recipe = pathlib.Path(__file__).parent / "configs" / "saved.py"
+    return [argv[0], f"--config={recipe}:{folder}", *argv[1:]]  # overrides come after it
+
+
 def _parse(argv: list[str]) -> list[str]:
     """Flags, with every mistake as one line."""
     environment.prepare()  # before the config's file, which may use JAX
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_with_saved_config(argv))
         if _CONFIG.value is None:
-            raise UserError("--config is missing; for example --config configs/vp/digits_st.py")
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
+            raise UserError(
+                "--config is missing; for example --config configs/vp/digits_st.py, or --workdir "
+                "of a run that has one"
+            )
+        path, *_ = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")
         if not pathlib.Path(path).is_file():
             raise UserError(f"--config: there is no file {path}")
         if len(rest) > 1:
@@ -44,10 +65,13 @@ def _parse(argv: list[str]) -> list[str]:
     except (UserError, flags.Error) as error:
         _fail(error)
     except Exception as error:  # a recipe is Python: it can raise anything at all
-        field = str(error.args[0]).split()[-1].strip("'\"") if error.args else ""
+        said = str(error.args[0]) if error.args else ""  # it may end with a suggestion
+        field = said.split()[-1].strip("'\"?") if said else ""
         given = [arg for arg in argv if arg.startswith("--config.") and field and field in arg]
         if given and isinstance(error, (AttributeError, KeyError)):
-            _fail(UserError(f"the config has no such field: {' '.join(given)}"))
+            meant = re.search(r'mean "(\w+)"', said)
+            hint = f"; did you mean {meant[1]}?" if meant else ""
+            _fail(UserError(f"the config has no such field: {' '.join(given)}{hint}"))
         what = f"{type(error).__name__}: {error}{_place(error)}"
         _fail(UserError(f"--config can't be loaded: {what}"))
     return rest
@@ -89,6 +113,8 @@ def main(argv: list[str]) -> None:
         logging.getLogger("soft_truncation").setLevel(level)
         if _CHECKPOINT.value and _MODE.value != "import":
             raise UserError("--checkpoint is for --mode import")
+        if _OVERRIDE.value and _MODE.value != "train":
+            raise UserError("--override is for --mode train")
         if _MODE.value == "train":
             run_lib.train(config, workdir, override=_OVERRIDE.value)
         elif _MODE.value == "eval":

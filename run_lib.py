@@ -172,7 +172,7 @@ def _train(
             files.metrics.write(step, {"test_loss": loss})
             log.info("step %d | loss on test images, with EMA %.4g", step, loss)
         if files and (_saves(config, step) or stop):
-            if tally.read()["streak"]:
+            if tally.read()["streak"] and not (stop or done):
                 log.warning("step %d | the loss is not finite: not saved", step)
             else:
                 files.saver.save(step, unpacked())
@@ -385,7 +385,7 @@ def _steps(
                     "step %d/%d | compiled in %.0f s | loss %.4g%s",
                     *(step, num_steps, seconds, mean, skipped),
                 )
-            if logs or not compiled:
+            if logs:
                 tally.reset(int(sums["streak"]))
             compiled = True
             window_start, window_steps = time.time(), 0
@@ -461,7 +461,9 @@ def _get_grid_fn(config: ConfigDict, setup: Setup, workdir: pathlib.Path) -> Any
 
 
 def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """Do `sampling.task` with the newest checkpoint's EMA weights, `sampling.n_images` times.
+    """Do `sampling.task` with a checkpoint's EMA weights, `sampling.n_images` times.
+
+    The checkpoint is the newest, or the one that eval.begin_ckpt and end_ckpt choose.
 
     Returns:
       The path of a grid, samples/<task>.png (samples/samples.png for "generate"); all images are
@@ -471,7 +473,12 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     workdir = pathlib.Path(workdir)
     setup, task = set_up(config), config.sampling.task
     data = None if task == "generate" else load_data(config)
-    state = checkpointing.restore_latest(config, workdir, setup.state_shape)
+    steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
+    if len(steps) > 1:
+        raise UserError(
+            f"eval.begin_ckpt and end_ckpt choose {len(steps)} checkpoints; --mode sample takes one"
+        )
+    state = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0])
     log.info("task %s with step %d of %s", task, int(state.step), workdir)
     hosts.on_main(lambda: storage.make_folder(workdir / "samples", "--workdir"))
     path = workdir / "samples" / ("samples.png" if task == "generate" else f"{task}.png")
@@ -527,7 +534,12 @@ def _complete(
     config: ConfigDict, setup: Setup, test: datasets.Dataset, params: Any
 ) -> dict[str, np.ndarray]:
     """Inpaint or colour test images, each `_PER_IMAGE` times; (N, H, W, C) uint8 grey values."""
-    count = config.sampling.n_images
+    count, most = config.sampling.n_images, _PER_IMAGE * len(test)
+    if count > most:
+        raise UserError(
+            f"sampling.n_images is {count}; the test images completed {_PER_IMAGE} times each are "
+            f"{most}"
+        )
     chosen = np.random.default_rng(config.seed).permutation(len(test))[: -(-count // _PER_IMAGE)]
     originals = test.source.fetch(np.sort(chosen))["image"].repeat(_PER_IMAGE, axis=0)[:count]
     mask = np.zeros(1, np.float32) if config.sampling.task == "colorize" else _read_mask(config)

@@ -175,7 +175,7 @@ def sample_batches(
       keep: recalls what was sampled before; None: nothing is kept.
 
     """
-    key = jax.random.key(seed + 2)
+    key, params = jax.random.key(seed + 2), spread(params, mesh_shardings()[1])
     for i, start in enumerate(range(0, count, batch_size)):
 
         def draw(i: int = i) -> dict[str, np.ndarray]:

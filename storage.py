@@ -18,34 +18,50 @@ from ml_collections import ConfigDict
 
 import hosts
 import reporting
+from configs import saved
 from configs.default import UserError, get_default_config
 
 log = logging.getLogger("soft_truncation")
 
-# May differ between the runs of one workdir: nothing that decides what is learnt.
-_FREE_FIELDS = {
+# May differ between the trainings of one workdir: nothing that decides what is learnt.
+_FREE_TO_TRAIN = {
     "training": (
-        *("n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_sampling"),
+        # Not snapshot_freq: what was kept for good by another one would be deleted.
+        *("n_iters", "log_freq", "eval_freq", "snapshot_sampling", "n_jitted_steps"),
         *("snapshot_freq_for_preemption", "max_skipped_steps", "max_failed_saves"),
     ),
     "data": ("path", "tfds_dir", "tfrecords_path"),
-    "model": ("num_scales",),
+    "model": ("num_scales", "remat"),
+    "optim": ("num_micro_batch",),
 }
-_FREE_SECTIONS = ("sampling", "eval")
+# What decides how a network is to be evaluated, all else being free.
+_FIXED_TO_EVALUATE = {
+    "data": ("dataset", "image_size", "num_channels", "centered", "category"),
+    "training": ("sde", "truncation_time", "unbounded_parametrization", "stabilizing_constant"),
+}
+_FREE_TO_EVALUATE = {"model": ("num_scales", "remat", "dtype", "dropout", "ema_rate", "init_scale")}
 
 
-def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first field of a config that decides what is learnt and differs."""
+def _is_free(section: str, field: str, train: bool) -> bool:
+    if section in ("sampling", "eval"):
+        return True
+    if train:
+        return field in _FREE_TO_TRAIN.get(section, ())
+    if section == "model":
+        return field in _FREE_TO_EVALUATE[section]
+    return field not in _FIXED_TO_EVALUATE.get(section, ())
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any], train: bool) -> str | None:
+    """The first field of a config that differs, and is not free to."""
     defaults = json.loads(get_default_config().to_json_best_effort())
-    if old.get("seed") != new["seed"]:
+    if train and old.get("seed") != new["seed"]:
         return f"seed is {old.get('seed')} there and {new['seed']} here"
     for section, fields in new.items():
-        if section in _FREE_SECTIONS or not isinstance(fields, dict):
-            continue
-        for field, value in fields.items():
+        for field, value in fields.items() if isinstance(fields, dict) else ():
             # A workdir from before a field was made has its default, if the field is one of ours.
             before = old.get(section, {}).get(field, defaults.get(section, {}).get(field))
-            if field not in _FREE_FIELDS.get(section, ()) and before != value:
+            if before != value and not _is_free(section, field, train):
                 return f"{section}.{field} is {before!r} there and {value!r} here"
     return None
 
@@ -61,6 +77,23 @@ def make_folder(folder: pathlib.Path, option: str) -> None:
         raise UserError(f"{option}: {folder} can't be written to: {error.strerror}") from error
 
 
+def check_network(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Make sure that the workdir's network and data are this config's.
+
+    Raises:
+      UserError: they are not.
+    """
+    if not (workdir / "config.json").exists():
+        return
+    fields = json.loads(config.to_json_best_effort())
+    difference = _first_difference(saved.read(workdir), fields, train=False)
+    if difference:
+        raise UserError(
+            f"{workdir} belongs to another config: {difference}; --workdir without --config takes "
+            "the run's own"
+        )
+
+
 def claim_workdir(
     config: ConfigDict, workdir: pathlib.Path, record: bool, override: bool = False
 ) -> None:
@@ -72,11 +105,7 @@ def claim_workdir(
     path = workdir / "config.json"
     fields = json.loads(config.to_json_best_effort())
     if path.exists() and not override:
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
-        difference = _first_difference(old, fields)
+        difference = _first_difference(saved.read(workdir), fields, train=True)
         if difference:
             raise UserError(
                 f"{workdir} belongs to another config: {difference}; choose another --workdir, "
@@ -203,7 +232,8 @@ class Metrics:
             partial = path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
             partial.replace(path)
-        self._file, self._full = path.open("a"), False
+        self._file, self._full = path.open("ab", buffering=0), False
+        self._waiting = b""
         try:
             with _quiet_stderr():  # TensorFlow's C++ greets whatever its log level
                 from clu import metric_writers
@@ -215,7 +245,7 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one row; while the disk is full, rows wait in memory."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
         self._flush()
         if self._writer is not None:
             try:
@@ -226,7 +256,8 @@ class Metrics:
 
     def _flush(self) -> None:
         try:
-            self._file.flush()
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
             self._full = False
         except OSError as error:
             if not self._full:
@@ -234,8 +265,8 @@ class Metrics:
             self._full = True
 
     def close(self) -> None:
-        """Flush and close all files."""
-        with contextlib.suppress(OSError):
-            self._file.close()
+        """Write what waits, and close all files."""
+        self._flush()
+        self._file.close()
         if self._writer is not None:
             self._writer.close()

@@ -251,6 +251,11 @@ def measure(
     setup, data = set_up(config), load_data(config)
     state = checkpointing.restore_latest(config, workdir, setup.state_shape)
     num_batches = min(num_batches, len(data.test) // config.training.batch_size)
+    if num_batches < 2:
+        raise UserError(
+            f"the {len(data.test)} test images are fewer than two batches of "
+            f"{config.training.batch_size}: gradients between them can't be compared"
+        )
     images = datasets.in_order(data.test, num_batches * config.training.batch_size)["image"]
     images, params = np.random.default_rng(0).permutation(images), jax.device_put(state.params)
     return {

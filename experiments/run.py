@@ -51,7 +51,11 @@ def is_done(out: pathlib.Path, run: Run) -> bool:
     path = row_path(out, run)
     if not path.exists():
         return False
-    if json.loads(path.read_text()).get("config_hash") != run.config_hash:
+    try:
+        config_hash = json.loads(path.read_text())["config_hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no row of a sweep ({error}); delete it") from error
+    if config_hash != run.config_hash:
         raise UserError(
             f"{path} is of another config than {run.name} of {run.sweep.name} has now; move it "
             "away, or choose another --out"
@@ -75,7 +79,9 @@ def _versions() -> dict[str, str | None]:
     return found | {"python": platform.python_version(), "commit": _git_commit()}
 
 
-def _compute_row(run: Run, workdir: pathlib.Path, places: dict[str, str]) -> dict[str, Any]:
+def _compute_row(
+    run: Run, workdir: pathlib.Path, places: dict[str, str], versions: dict[str, str | None]
+) -> dict[str, Any]:
     """Train and evaluate a run."""
     config, whole = run.config(places), not (workdir / "checkpoints").exists()
     start = time.time()
@@ -86,6 +92,8 @@ def _compute_row(run: Run, workdir: pathlib.Path, places: dict[str, str]) -> dic
     if step > config.training.n_iters:
         raise UserError(f"{workdir} is at step {step}, beyond the sweep's; choose other --workdirs")
     report = run_lib.evaluate(config, workdir)
+    if report["step"] != step:
+        raise UserError(f"{workdir} has no checkpoint of its last step, {step}")
     rates = [
         row.get("images_per_second") for row in reporting.read_metrics(workdir / "metrics.jsonl")
     ]
@@ -102,7 +110,7 @@ def _compute_row(run: Run, workdir: pathlib.Path, places: dict[str, str]) -> dic
         "train_seconds": trained - start if whole else None,
         "eval_seconds": time.time() - trained,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "versions": _versions(),
+        "versions": versions,
         "scores": report,
     }
 
@@ -141,14 +149,15 @@ def run_sweep(
     log.info("%d of %d runs are done already", len(runs) - len(waiting), len(runs))
     storage.make_folder(out, "--out")
     failed: list[str] = []
-    start = time.time()
+    # Of the code that runs, whatever is committed meanwhile.
+    start, versions = time.time(), _versions()
     for i, run in enumerate(waiting):
         seconds = (time.time() - start) / max(i, 1)
         left = f", {reporting.clock(seconds * (len(waiting) - i))} left" if i else ""
         log.info("run %d of %d: %s%s", i + 1, len(waiting), run.name, left)
         workdir = workdirs / run.name
         try:
-            row = _compute_row(run, workdir, places or {})
+            row = _compute_row(run, workdir, places or {}, versions)
         except UserError as error:
             log.error("run %s failed: %s", run.name, error)
             failed.append(run.name)

@@ -58,19 +58,28 @@ def load_rows(folder: pathlib.Path) -> Rows:
     for path in sorted((folder / "rows").glob("*.json")):
         try:
             row = json.loads(path.read_text())
+            _ = row["sweep"], row["seed"], row["scores"]
             rows.setdefault(row["point"], []).append(row)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no row of a sweep ({error}); delete it") from error
     if not rows:
         raise UserError(f"{folder}/rows has no rows; python -m experiments.run makes them")
     every = [row for of_point in rows.values() for row in of_point]
+
+    def solver(scores: dict[str, Any]) -> str | None:
+        if scores.get("nll_steps"):
+            return f"{scores['nll_nfe']:.0f} evaluations"
+        return "adaptive" if "rtol" in scores else None
+
     for name, kinds in (
         ("sweep", {row["sweep"] for row in every}),
+        ("NLL solver", {solver(row["scores"]) for row in every} - {None}),
         ("classifier", {row["scores"].get("classifier_weights") for row in every} - {None}),
     ):
         if len(kinds) > 1:
+            names = ", ".join(sorted(str(kind) for kind in kinds))
             raise UserError(
-                f"{folder}/rows are of more than one {name} ({', '.join(sorted(kinds))}), whose "
+                f"{folder}/rows are of more than one {name} ({names}), whose "
                 "scores don't compare; keep those of one"
             )
     return {point: sorted(of_point, key=lambda r: r["seed"]) for point, of_point in rows.items()}
@@ -101,7 +110,8 @@ def get_difference(
     if len(seeds) > 1:
         estimate = evaluation.Estimate.of(differences)
         return Score(estimate.value, estimate.stderr, len(seeds))
-    errors = [get_score(p[:1], name) for p in (first, second)]
+    same = [[row for row in p if row["seed"] == seeds[0]] for p in (first, second)]
+    errors = [get_score(p, name) for p in same]
     known = [e.error for e in errors if e is not None and e.error is not None]
     return Score(
         float(differences[0]), float(np.linalg.norm(known)) if len(known) == 2 else None, 1

@@ -50,7 +50,8 @@ def stand_ins(monkeypatch):
         return SimpleNamespace(step=config.training.n_iters)
 
     def evaluate(config, workdir):
-        return {"nll": 1 / config.training.n_iters, "nll_stderr": 0.1}
+        step = config.training.n_iters
+        return {"step": step, "nll": 1 / step, "nll_stderr": 0.1}
 
     monkeypatch.setattr(run_lib, "train", train)
     monkeypatch.setattr(run_lib, "evaluate", evaluate)

@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 
 import checkpointing
+import main
 import run_lib
 import session
+import storage
+from configs import saved
 from configs.default import UserError, get_default_config, validate
 from session import REGISTRIES
 from tests.helpers import GOLDEN, tiny_config
@@ -115,6 +118,58 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path):
     with pytest.raises(UserError, match=r"training\.k is 1\.0 there and 0\.5 here"):
         run_lib.train(other, tmp_path / "run")
     assert int(run_lib.train(other, tmp_path / "run", override=True).step) == 12
+
+
+def test_without_a_config_it_is_that_of_the_workdir(tmp_path):
+    config = tiny_config(k=float("inf"))
+    storage.make_folder(tmp_path / "run", "--workdir")
+    storage.claim_workdir(config, tmp_path / "run", record=True)
+    assert saved.get_config(str(tmp_path / "run")) == config
+    given = ["main.py", "--workdir", f"{tmp_path}/run", "--config.seed=1"]
+    recipe, *rest = main._with_saved_config(given)[1:]
+    assert recipe == f"--config={ROOT}/configs/saved.py:{tmp_path}/run" and rest == given[1:]
+    for others in (["main.py", "--config=a.py", *given[1:]], ["main.py", "--workdir=/none"]):
+        assert main._with_saved_config(others) == others
+    for damage in ("[]", "{", "3"):
+        (tmp_path / "run" / "config.json").write_text(damage)
+        with pytest.raises(UserError, match="is damaged"):
+            saved.get_config(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "modes"),
+    [
+        ("training.k", 0.5, ["train"]),
+        ("training.snapshot_freq", 7, ["train"]),
+        ("optim.lr", 1.0, ["train"]),
+        ("seed", 7, ["train"]),
+        ("model.dtype", "bfloat16", ["train"]),
+        ("model.remat", True, []),
+        ("eval.num_samples", 99, []),
+        ("model.nf", 12, ["train", "eval"]),
+        ("data.image_size", 16, ["train", "eval"]),
+        ("training.truncation_time", 1e-3, ["train", "eval"]),
+    ],
+)
+def test_what_may_differ_from_the_workdirs_config(tmp_path, field, value, modes):
+    storage.claim_workdir(tiny_config(), tmp_path, record=True)
+    other = tiny_config()
+    section, _, name = field.rpartition(".")
+    with (other[section] if section else other).unlocked():
+        (other[section] if section else other)[name] = value
+
+    def train():
+        storage.claim_workdir(other, tmp_path, record=False)
+
+    def evaluate():
+        storage.check_network(other, tmp_path)
+
+    for mode, check in (("train", train), ("eval", evaluate)):
+        if mode in modes:
+            with pytest.raises(UserError, match=f"another config: {field} is"):
+                check()
+        else:
+            check()
 
 
 def test_train_eval_and_sample_leave_what_they_promise(tmp_path):
@@ -233,7 +288,9 @@ def test_a_strangers_folder_trains_with_the_command_of_the_readme(tmp_path):
 @pytest.mark.parametrize(
     ("args", "line"),
     [
-        (["--config.training.kk=1"], "kk"),
+        (["--config.training.kk=1"], "no such field: --config.training.kk=1"),
+        (["--config.training.truncaton=soft"], "did you mean truncation?"),
+        (["--mode=eval", "--override"], "--override is for --mode train"),
         (["--config.training.n_iters=many"], "many"),
         (["--config.training.batch_size=6", "devices=4"], "training.batch_size is 6"),
         (["--config.data.dataset=folder", "--config.data.path=/nowhere"], "no folder /nowhere"),
@@ -268,7 +325,9 @@ def test_a_mistake_is_one_line(tmp_path, args, line):
         ("eval.num_samples", 3, "4 or more"),
         ("training.truncation", "hard", "must be one of fixed, soft, equivalent_weight"),
         ("training.k", -1.0, "at least 0"),
-        ("eval.nll_steps", 7, "8 or more"),
+        ("eval.nll_steps", 31, "32 or more"),
+        ("training.balanced", True, "for training.mixed"),
+        ("data.path", "somewhere", "comes with scikit-learn"),
         ("training.truncation_time", 1.5, "below 1"),
         ("training.sde", "rve-sde", "must be one of vpsde"),
         ("data.image_size", 30, "multiple of 8"),

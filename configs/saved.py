@@ -1,0 +1,40 @@
+"""The config that a run keeps in its workdir, which main.py takes where --config is left out."""
+
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.default import UserError, get_default_config
+
+
+def read(workdir: str | pathlib.Path) -> dict[str, Any]:
+    """The fields in config.json.
+
+    Raises:
+      UserError: it is damaged, or can't be read.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        fields = json.loads(path.read_text())
+        if not isinstance(fields, dict):
+            raise ValueError("it is no object")
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
+    return fields
+
+
+def get_config(workdir: str) -> ConfigDict:
+    """The config of a run; fields that are younger than it have their defaults."""
+    config = get_default_config()
+    for section, fields in read(workdir).items():
+        if not isinstance(fields, dict):
+            config[section] = fields
+            continue
+        with config[section].unlocked():
+            for name, value in fields.items():
+                config[section][name] = tuple(value) if isinstance(value, list) else value
+    return config
