@@ -8,6 +8,7 @@ every step. On a GPU float32 means TF32, unless JAX_DEFAULT_MATMUL_PRECISION=flo
 """
 
 import argparse
+import logging
 import pathlib
 import runpy
 import tempfile
@@ -25,6 +26,7 @@ DTYPES = ("float32", "bfloat16")
 def main() -> None:
     """Do it."""
     environment.prepare()
+    logging.getLogger("soft_truncation").setLevel(logging.INFO)  # each run shows its progress
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--config", default="configs/vp/digits_st.py")
     parser.add_argument("--steps", type=int, default=500)
