@@ -39,7 +39,7 @@ _FIXED_TO_EVALUATE = {
     "data": ("dataset", "image_size", "num_channels", "centered", "category"),
     "training": ("sde", "truncation_time", "unbounded_parametrization", "stabilizing_constant"),
 }
-_FREE_TO_EVALUATE = {"model": ("num_scales", "remat", "dtype", "dropout", "ema_rate", "init_scale")}
+_FREE_OF_MODEL = ("num_scales", "remat", "dtype", "dropout", "ema_rate", "init_scale")
 
 
 def _is_free(section: str, field: str, train: bool) -> bool:
@@ -48,7 +48,7 @@ def _is_free(section: str, field: str, train: bool) -> bool:
     if train:
         return field in _FREE_TO_TRAIN.get(section, ())
     if section == "model":
-        return field in _FREE_TO_EVALUATE[section]
+        return field in _FREE_OF_MODEL
     return field not in _FIXED_TO_EVALUATE.get(section, ())
 
 

@@ -1,7 +1,7 @@
 """How long bits/dim by the probability-flow ODE takes, against loops that the host drives.
 
 python -m benchmarks.nll --workdir runs/vp/digits_st       # after `make demo`
-python -m benchmarks.nll --workdir RUN --config configs/vp/fashion_mnist_st.py --batch 200
+python -m benchmarks.nll --workdir RUN --batch 200         # any run, by its own config
 
 All integrate the same ODE of the same test images with the same network and probe. Ours are
 `likelihood.ode_log_likelihood`, one program on the device: in steps of a fixed size, and adaptive.
@@ -13,7 +13,6 @@ Errors are of the mean and of the worst image, in bits/dim, against 512 steps of
 
 import argparse
 import pathlib
-import runpy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +29,7 @@ import environment
 import likelihood
 import losses
 import session
+from configs import saved
 from models import utils as mutils
 from sampling import probability_flow
 
@@ -60,13 +60,12 @@ def main() -> None:
     environment.prepare()
     logging.set_verbosity(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--config", default="configs/vp/digits_st.py")
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="a trained run's")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[1e-5, 1e-4])
     parser.add_argument("--steps", type=int, nargs="+", default=[64, 32])
     flags = parser.parse_args()
-    config = runpy.run_path(flags.config)["get_config"]()
+    config = saved.get_config(flags.workdir)
     setup = session.set_up(config)
     state = checkpointing.restore_latest(config, flags.workdir, setup.state_shape)
     score_fn = mutils.get_score_fn(config, setup.sde, setup.model, state.ema_params)

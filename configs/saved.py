@@ -27,7 +27,7 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any]:
     return fields
 
 
-def get_config(workdir: str) -> ConfigDict:
+def get_config(workdir: str | pathlib.Path) -> ConfigDict:
     """The config of a run; fields that are younger than it have their defaults."""
     config = get_default_config()
     for section, fields in read(workdir).items():

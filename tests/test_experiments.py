@@ -253,3 +253,32 @@ def test_rows_that_do_not_belong_together_are_refused(tmp_path):
     synthetic(tmp_path, "ve_soft", 1, nll=1.0, classifier_weights="b")
     with pytest.raises(UserError, match="more than one classifier"):
         tables.load_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ({"nll_steps": 64, "nll_nfe": 65.0}, {"nll_steps": 24, "nll_nfe": 96.0}),
+        ({"nll_steps": 64, "nll_nfe": 65.0}, {"nll_steps": 0, "nll_nfe": 65.0, "rtol": 1e-5}),
+    ],
+)
+def test_rows_of_two_nll_solvers_are_refused(tmp_path, first, second):
+    synthetic(tmp_path, "ve_soft", 0, nll=1.0, **first)
+    synthetic(tmp_path, "ve_soft", 1, nll=1.0, **second)
+    with pytest.raises(UserError, match="more than one NLL solver"):
+        tables.load_rows(tmp_path)
+
+
+def test_a_difference_of_one_seed_has_the_errors_of_that_seed():
+    def row(seed, value, error):
+        return {"seed": seed, "scores": {"nll": value, "nll_stderr": error}}
+
+    score = tables.get_difference([row(0, 1.0, 100.0), row(1, 2.0, 0.3)], [row(1, 2.5, 0.4)], "nll")
+    assert score.num_seeds == 1
+    np.testing.assert_allclose([score.value, score.error], [0.5, 0.5])
+
+
+def test_scores_of_an_earlier_checkpoint_make_no_row(folder, stand_ins, monkeypatch, capsys):
+    monkeypatch.setattr(run_lib, "evaluate", lambda config, workdir: {"step": 1, "nll": 1.0})
+    assert sweep_main(folder, "earlier") == 1
+    assert not (folder / "earlier" / "rows").exists()
