@@ -1,7 +1,8 @@
 """Data sets of uint8 images, and batches as a function of (seed, step).
 
 Levels of an image are 0 … num_levels - 1: 256 for most sets, 17 for scikit-learn's digits. Flips,
-dequantisation and scaling are on the device, in `preprocess`.
+dequantisation and scaling are on the device, in `preprocess`. `readers` has the files' formats;
+docs/data.md says how each data set can be brought.
 """
 
 import collections
@@ -11,9 +12,10 @@ import functools
 import hashlib
 import itertools
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +26,25 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import reporting
-import sources
 from configs.default import UserError
-from sources import ArraySource, Examples, Fit, Source
+from readers import (
+    arrays,
+    cache,
+    celeba,
+    cifar,
+    download,
+    idx,
+    image_files,
+    lsun,
+    parquet,
+    stl10,
+    svhn,
+    tfds,
+    tfrecords,
+)
+from readers.decode import Fit
+from readers.layout import Found, Opened, Records, last_part
+from readers.source import ArraySource, Examples, Source
 
 log = logging.getLogger("soft_truncation")
 
@@ -42,15 +60,24 @@ class Dataset:
       source: its examples.
       num_levels: how many values a pixel can have.
       num_classes: labels are 0 … num_classes - 1; 0: there are no labels.
+      notes: sentences that a report of it must show.
     """
 
     name: str
     source: Source
     num_levels: int
     num_classes: int
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.source)
+
+
+class Data(NamedTuple):
+    """The splits of a data set."""
+
+    train: Dataset
+    test: Dataset
 
 
 def get_num_levels(config: ConfigDict) -> int:
@@ -58,149 +85,369 @@ def get_num_levels(config: ConfigDict) -> int:
     return 17 if config.data.dataset == "digits" else 256
 
 
-def _split(images: np.ndarray, labels: np.ndarray, num_test: int, split: str) -> ArraySource:
-    order = np.random.default_rng(0).permutation(len(images))
-    chosen = order[:num_test] if split == "test" else order[num_test:]
-    return ArraySource(images[chosen], labels[chosen])
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What is known of a data set.
+
+    Attributes:
+      title: its usual name.
+      files: the authors' files, and where they are to be had; for messages.
+      find: (path, config.data) → what a reader of the authors' files found.
+      classes: of its labels; 0: it has none; None: folders that look like classes are labels.
+      published: its number of training and test images.
+      native: side of all its images in pixels; 0: any.
+      tfds: TFDS's name of it; empty: it does not have it.
+      tfds_splits: of training and test.
+      held_out: of so many equal parts of the images the last is the test split; 0: it has splits.
+      crop, resampling, pad: as of `Fit`.
+    """
+
+    title: str
+    files: str
+    find: Callable[[pathlib.Path, ConfigDict], Found | None]
+    classes: int | None = 0
+    published: tuple[int, int] | None = None
+    native: int = 0
+    tfds: str = ""
+    tfds_splits: tuple[str, str] = ("train", "test")
+    held_out: int = 0
+    crop: int = 0
+    resampling: Image.Resampling = Image.Resampling.BICUBIC
+    pad: bool = False
+
+    def hold_out(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(training, test) indices of a data set without splits."""
+        return last_part(count, self.held_out)
+
+    @property
+    def held_out_share(self) -> str:
+        """The rule of `hold_out` in words."""
+        share = {7: "seventh", 10: "tenth"}[self.held_out]
+        return f"of which the last {share} is held out for testing"
 
 
-def _load_digits(split: str) -> Dataset:
+def _find_cifar10(path: pathlib.Path, data: ConfigDict) -> Found | None:
+    del data
+    return cifar.find_cifar10(path)
+
+
+def _find_svhn(path: pathlib.Path, data: ConfigDict) -> Found | None:
+    del data
+    return svhn.find(path)
+
+
+def _find_stl10(path: pathlib.Path, data: ConfigDict) -> Found | None:
+    del data
+    return stl10.find(path)
+
+
+def _find_idx(path: pathlib.Path, data: ConfigDict) -> Found | None:
+    del data
+    return idx.find(path)
+
+
+def _find_celeba(path: pathlib.Path, data: ConfigDict) -> Found | None:
+    del data
+    return celeba.find(path)
+
+
+def _find_lsun(path: pathlib.Path, data: ConfigDict) -> Found | None:
+    return lsun.find(path, data.category)
+
+
+def _find_imagenet32(path: pathlib.Path, data: ConfigDict) -> Found | None:
+    del data
+    if cifar.find_imagenet32_2017(path):
+        raise UserError(
+            f"data.path: {path} has the pickled batches of 2017, which are another data set than "
+            "the older one of the published bits/dim: --config.data.dataset=IMAGENET32_2017"
+        )
+    return image_files.find_splits(path, 0, what="the authors' images")
+
+
+def _find_imagenet32_2017(path: pathlib.Path, data: ConfigDict) -> Found | None:
+    del data
+    found = cifar.find_imagenet32_2017(path)
+    if found is None and image_files.find_splits(path, 0):
+        raise UserError(
+            f"data.path: {path} has train_32x32 and valid_32x32, which are another data set than "
+            "the pickled batches of 2017: --config.data.dataset=IMAGENET32"
+        )
+    return found
+
+
+def _find_faces(path: pathlib.Path, data: ConfigDict) -> Found | None:
+    known = _KNOWN[data.dataset]
+    if path.is_dir():
+        of_size = f"*-r{round(math.log2(data.image_size)):02}.tfrecords"
+        files = sorted(path.glob(of_size))
+        if len(files) > 1:
+            raise UserError(f"data.path: {path} has {', '.join(f.name for f in files)}; name one")
+        path = files[0] if files else path
+    found = tfrecords.find(path, known.hold_out, known.held_out_share)
+    if found is None and path.is_dir():
+        found = image_files.find_splits(path, 0)
+    return found or image_files.find_held_out(path, known.hold_out, known.held_out_share)
+
+
+def _find_folder(path: pathlib.Path, data: ConfigDict) -> Found | None:
+    del data
+    return (
+        arrays.find(path)
+        or parquet.find(path)
+        or image_files.find_splits(path)
+        or image_files.find_unsplit(path)
+    )
+
+
+_KNOWN = {
+    "CIFAR10": _Known(
+        "CIFAR-10",
+        "cifar-10-python.tar.gz or cifar-10-binary.tar.gz, packed or unpacked, of "
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        _find_cifar10,
+        classes=10,
+        published=(50_000, 10_000),
+        native=32,
+        tfds="cifar10",
+    ),
+    "SVHN": _Known(
+        "SVHN",
+        "train_32x32.mat and test_32x32.mat of http://ufldl.stanford.edu/housenumbers",
+        _find_svhn,
+        classes=10,
+        published=(73_257, 26_032),
+        native=32,
+        tfds="svhn_cropped",
+    ),
+    "STL10": _Known(
+        "STL-10",
+        "stl10_binary.tar.gz, packed or unpacked, of https://cs.stanford.edu/~acoates/stl10",
+        _find_stl10,
+        published=(105_000, 8_000),
+        tfds="stl10",
+        tfds_splits=("train+unlabelled", "test"),
+        resampling=Image.Resampling.BILINEAR,
+    ),
+    "fashion_mnist": _Known(
+        "Fashion-MNIST",
+        "the four IDX files of https://github.com/zalandoresearch/fashion-mnist, or Debian's "
+        "package dataset-fashion-mnist",
+        _find_idx,
+        classes=10,
+        published=(60_000, 10_000),
+        native=28,
+        tfds="fashion_mnist",
+        pad=True,
+    ),
+    "IMAGENET32": _Known(
+        "ImageNet 32 (the older set, which published bits/dim are of)",
+        "train_32x32.tar and valid_32x32.tar (or .zip, or unpacked); their address is gone, and "
+        "Academic Torrents has them as Downsampled ImageNet 32x32",
+        _find_imagenet32,
+        published=(1_281_149, 49_999),
+        native=32,
+        tfds="downsampled_imagenet/32x32",
+        tfds_splits=("train", "validation"),
+    ),
+    "IMAGENET32_2017": _Known(
+        "ImageNet 32 of 2017 (Chrabaszcz et al.)",
+        "Imagenet32_train.zip and Imagenet32_val.zip, packed or unpacked, of "
+        "https://image-net.org/download-images (after registration)",
+        _find_imagenet32_2017,
+        classes=1000,
+        published=(1_281_167, 50_000),
+        native=32,
+        tfds="imagenet_resized/32x32",
+        tfds_splits=("train", "validation"),
+    ),
+    "CELEBA": _Known(
+        "CelebA",
+        "img_align_celeba.zip (or unpacked) and list_eval_partition.txt of "
+        "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+        _find_celeba,
+        published=(162_770, 19_962),
+        tfds="celeb_a",
+        crop=140,
+        resampling=Image.Resampling.BILINEAR,
+    ),
+    "CelebAHQ": _Known(
+        "CelebA-HQ",
+        "celebahq-r08.tfrecords, by dataset_tool.py of "
+        "https://github.com/tkarras/progressive_growing_of_gans, or a folder of its PNGs",
+        _find_faces,
+        published=(27_000, 3_000),
+        tfds="celeb_a_hq/{size}",
+        tfds_splits=("train", "train"),
+        held_out=10,
+    ),
+    "FFHQ": _Known(
+        "FFHQ",
+        "ffhq-r08.tfrecords (r10 for 1024×1024) or the folders of PNGs of "
+        "https://github.com/NVlabs/ffhq-dataset",
+        _find_faces,
+        published=(60_000, 10_000),
+        held_out=7,
+    ),
+    "LSUN": _Known(
+        "LSUN",
+        "SCENE_train_lmdb.zip and SCENE_val_lmdb.zip of https://github.com/fyu/lsun, unpacked, or "
+        "what its data.py exports of them, as train/ and val/",
+        _find_lsun,
+        tfds="lsun/{category}",
+        tfds_splits=("train", "validation"),
+    ),
+    "folder": _Known(
+        "images",
+        "a folder, a zip or a tar of images, parquet files, or arrays",
+        _find_folder,
+        classes=None,
+        resampling=Image.Resampling.LANCZOS,
+    ),
+}
+
+
+def _other_ways(known: _Known) -> str:
+    """A sentence that says how a data set can be brought."""
+    ways = f"bring {known.files}, and name the file or folder by --config.data.path"
+    if known.tfds:
+        ways += "; or name a folder of TFDS's by --config.data.tfds_dir"
+    return f"{ways}; docs/data.md has all ways"
+
+
+def _find(data: ConfigDict, known: _Known) -> Found:
+    """What lies where the config says, or what is downloaded."""
+    path = data.path or ("" if data.tfds_dir else data.tfrecords_path)
+    if not path and data.tfds_dir:
+        return _find_tfds(data, known)
+    if not path and data.dataset == "fashion_mnist" and pathlib.Path(FASHION_MNIST_PATH).is_dir():
+        path = FASHION_MNIST_PATH
+    if not path and data.dataset in download.FILES:
+        path = str(download.fetch(data.dataset, _other_ways(known).capitalize()))
+    if not path:
+        raise UserError(
+            f"{known.title} has no stable address to be downloaded from: {_other_ways(known)}"
+        )
+    place = pathlib.Path(path).expanduser()
+    if not place.exists():
+        option = "data.path" if data.path else "data.tfrecords_path"
+        raise UserError(f"{option}: there is no file or folder {place}; {_other_ways(known)}")
+    found = known.find(place, data)
+    if found is None and data.dataset != "folder":
+        found = (
+            parquet.find(place, needs_splits=True)
+            or arrays.find(place, needs_splits=True)
+            or image_files.find_splits(place, known.classes)
+        )
+    if found is None:
+        raise UserError(
+            f"data.path: {place} has nothing that {known.title} is read from; {_other_ways(known)}"
+        )
+    return found
+
+
+def _find_tfds(data: ConfigDict, known: _Known) -> Found:
+    if not known.tfds:
+        raise UserError(f"data.tfds_dir: TFDS does not have {known.title}; {_other_ways(known)}")
+    return tfds.find(
+        known.tfds.format(size=data.image_size, category=data.category),
+        pathlib.Path(data.tfds_dir).expanduser(),
+        known.tfds_splits,
+        known.classes or 0,
+        known.hold_out if known.held_out else None,
+    )
+
+
+def _check_opened(found: Found, known: _Known) -> Found:
+    """`found`, whose images must be of the data set's size, and its labels of its classes."""
+
+    def opened() -> Opened:
+        got = found.open()
+        if known.classes and got.num_classes not in (0, known.classes):
+            raise UserError(
+                f"{found.what}: {got.num_classes} classes; {known.title} has {known.classes}"
+            )
+        if not known.native:
+            return got
+        size = (known.native, known.native)
+        splits = [
+            dataclasses.replace(split, size=size) if isinstance(split, Records) else split
+            for split in (got.train, got.test)
+        ]
+        return dataclasses.replace(got, train=splits[0], test=splits[1])
+
+    return dataclasses.replace(found, open=opened)
+
+
+def _load_known(config: ConfigDict) -> Data:
+    data = config.data
+    known = _KNOWN[data.dataset]
+    found = _check_opened(_find(data, known), known)
+    fit = Fit(data.image_size, data.num_channels, known.crop, known.resampling, known.pad)
+    decoded = cache.decode(data.dataset, found, fit, data.skip_unreadable, data.cache)
+    counts = (len(decoded.train), len(decoded.test))
+    notes = decoded.notes
+    if known.published and counts != known.published:
+        train, test = known.published
+        notes += (
+            f"{known.title} has {train:,} training and {test:,} test images as published; here "
+            f"there are {counts[0]:,} and {counts[1]:,}",
+        )
+    log.info("data: %s, %s", known.title, found.what)
+    for note in notes:
+        log.warning("%s", note)
+    name = pathlib.Path(data.path).stem if data.dataset == "folder" else data.dataset
+    classes = decoded.num_classes
+    return Data(
+        *(Dataset(name, split, 256, classes, notes) for split in (decoded.train, decoded.test))
+    )
+
+
+def _load_digits() -> Data:
     import sklearn.datasets
 
     digits = sklearn.datasets.load_digits()
     images = digits.images.astype(np.uint8)[..., None]
-    return Dataset("digits", _split(images, digits.target, 297, split), 17, 10)
-
-
-def _load_idx_folder(folder: pathlib.Path, split: str) -> ArraySource:
-    def find(kind: str) -> np.ndarray:
-        prefix = "train" if split == "train" else "t10k"
-        for suffix in ("", ".gz"):
-            path = folder / f"{prefix}-{kind}-ubyte{suffix}"
-            if path.exists():
-                return sources.read_idx(path)
-        raise UserError(f"data.path: {folder} has no file {prefix}-{kind}-ubyte[.gz]")
-
-    images, labels = find("images-idx3"), find("labels-idx1")
-    if images.ndim != 3 or len(images) != len(labels):
-        raise UserError(f"data.path: the images and labels in {folder} do not belong together")
-    return ArraySource(images[..., None], labels)
-
-
-def _load_fashion_mnist(config: ConfigDict, split: str) -> Dataset:
-    folder = pathlib.Path(config.data.path or FASHION_MNIST_PATH)
-    if config.data.path and not folder.is_dir():
-        raise UserError(f"data.path: there is no folder {folder}")
-    if folder.is_dir():
-        source = _load_idx_folder(folder, split)
-    else:
-        stream = sources.load_tfds("fashion_mnist", split, config.data.tfds_dir)
-        examples = stream.fetch(np.arange(len(stream)))
-        source = ArraySource(examples["image"], examples["label"])
-    images = sources.pad_images(source.images, config.data.image_size, "fashion_mnist")
-    return Dataset("fashion_mnist", ArraySource(images, source.labels), 256, 10)
-
-
-def _load_folder(config: ConfigDict, split: str, fit: Fit) -> Dataset:
-    folder = pathlib.Path(config.data.path)
-    if not folder.is_dir():
-        raise UserError(f"data.path: there is no folder {folder}")
-    own_splits = (folder / "train").is_dir() and (folder / "test").is_dir()
-    root = folder / split if own_splits else folder
-    # Classes are the training split's folders, so that both splits number them alike.
-    training = folder / "train" if own_splits else folder
-    names = sorted({p.parent.relative_to(training) for p in sources.image_files(training)})
-    files = sources.image_files(root)
-    if not own_splits:
-        # Every tenth file in the order of names is a test image.
-        files = [p for i, p in enumerate(files) if (i % 10 == 9) == (split == "test")]
-    files = sources.readable(files, config.data.skip_unreadable)
-    if not files:
-        raise UserError(
-            f"data.path: {root} has no images ({', '.join(sources.IMAGE_SUFFIXES)}) for the "
-            f"{split} split; without folders train/ and test/, every tenth is test"
+    order = np.random.default_rng(0).permutation(len(images))
+    log.info("data: scikit-learn's digits")
+    return Data(
+        *(
+            Dataset("digits", ArraySource(images[part], digits.target[part]), 17, 10)
+            for part in (order[297:], order[:297])
         )
-    kinds = [p.parent.relative_to(root) for p in files]
-    unknown = sorted({str(kind) for kind in kinds if kind not in names})
-    if unknown:
-        raise UserError(f"data.path: {folder / 'train'} has no folder {unknown[0]}, test/ has")
-    labels = np.array([names.index(kind) for kind in kinds])
-    source = sources.FolderSource(files, labels, fit)
-    return Dataset(folder.name, source, 256, len(names) if len(names) > 1 else 0)
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Photos:
-    """How TFDS knows a data set, and how its images are cut.
-
-    Attributes:
-      builder: TFDS's name; empty: it does not have it.
-      splits: of training and test. The same: there is no test split.
-      num_classes: of its labels, where all images have one.
-      crop, resampling: as of `sources.Fit`.
-    """
-
-    builder: str = ""
-    splits: tuple[str, str] = ("train", "test")
-    num_classes: int = 0
-    crop: int = 0
-    resampling: Image.Resampling = Image.Resampling.BICUBIC
-
-
-_PHOTOS = {
-    "CIFAR10": _Photos("cifar10", num_classes=10),
-    "SVHN": _Photos("svhn_cropped", num_classes=10),
-    "CELEBA": _Photos("celeb_a", crop=140, resampling=Image.Resampling.BILINEAR),
-    "CelebAHQ": _Photos("celeb_a_hq/{size}", ("train", "train")),
-    "STL10": _Photos("stl10", ("train+unlabelled", "test"), resampling=Image.Resampling.BILINEAR),
-    "IMAGENET32": _Photos("downsampled_imagenet/32x32", ("train", "validation")),
-    "LSUN": _Photos("lsun/{category}", ("train", "validation")),
-    "FFHQ": _Photos(splits=("train", "train")),
-    "folder": _Photos(resampling=Image.Resampling.LANCZOS),
-}
-
-
-def _load_photos(config: ConfigDict, split: str) -> Dataset:
-    data = config.data
-    photos = _PHOTOS[data.dataset]
-    fit = Fit(data.image_size, data.num_channels, photos.crop, photos.resampling)
-    if data.path:
-        return _load_folder(config, split, fit)
-    if split == "test" and photos.splits[0] == photos.splits[1]:
-        log.warning(
-            "%s has no test split: test images, and their bits/dim, are training images",
-            data.dataset,
-        )
-    if data.tfrecords_path or not photos.builder:
-        source: Source = sources.load_tfrecords(pathlib.Path(data.tfrecords_path))
-    else:
-        builder = photos.builder.format(size=data.image_size, category=data.category)
-        tfds_split = photos.splits[0 if split == "train" else 1]
-        source = sources.load_tfds(builder, tfds_split, data.tfds_dir, fit)
-    return Dataset(data.dataset, source, 256, photos.num_classes)
-
-
-def get_dataset(config: ConfigDict, split: str) -> Dataset:
-    """The `train` or `test` split of `config.data.dataset`.
+def load_data(config: ConfigDict) -> Data:
+    """The training and test split of `config.data.dataset`.
 
     Raises:
-      UserError: the data are not there, or not of the config's size.
+      UserError: the data are not there, or not as the config says.
     """
     data = config.data
-    if data.dataset == "digits":
-        dataset = _load_digits(split)
-    elif data.dataset == "fashion_mnist":
-        dataset = _load_fashion_mnist(config, split)
-    else:
-        dataset = _load_photos(config, split)
+    loaded = _load_digits() if data.dataset == "digits" else _load_known(config)
+    for split, dataset in zip(("training", "test"), loaded, strict=True):
+        if not len(dataset):
+            raise UserError(f"{dataset.name} has no {split} images")
     expected = (data.image_size, data.image_size, data.num_channels)
-    shape = dataset.source.fetch(np.arange(1))["image"].shape[1:]
+    shape = loaded.train.source.fetch(np.arange(1))["image"].shape[1:]
     if shape != expected:
         raise UserError(
             f"data.image_size and data.num_channels ask for images of {expected}; "
-            f"{dataset.name} has {shape}"
+            f"{loaded.train.name} has {shape}"
         )
-    return dataset
+    classes = loaded.train.num_classes
+    log.info(
+        "%s training and %s test images, %d×%d×%d, %d levels, %s",
+        *(f"{len(loaded.train):,}", f"{len(loaded.test):,}", *expected),
+        *(loaded.train.num_levels, f"{classes} classes" if classes else "no labels"),
+    )
+    return loaded
+
+
+def get_dataset(config: ConfigDict, split: str) -> Dataset:
+    """The `train` or `test` split of `load_data`."""
+    return getattr(load_data(config), split)
 
 
 def _epoch_order(seed: int, count: int, epoch: int) -> np.ndarray:
@@ -262,7 +509,9 @@ def train_batches(
     def read(chosen: np.ndarray) -> np.ndarray:
         return chosen.astype(np.int32) if places else dataset.source.fetch(chosen)["image"]
 
-    at_hand = places or isinstance(dataset.source, ArraySource)
+    source = dataset.source
+    in_memory = isinstance(source, ArraySource) and not isinstance(source.images, np.memmap)
+    at_hand = places or in_memory
     steps = map(places_of, itertools.count(start_step))
     for images in map(read, steps) if at_hand else _read_ahead(read, steps):
         yield {"image": images, "index": index.astype(np.int32)}

@@ -29,18 +29,17 @@ import features
 import hosts
 import likelihood
 import reporting
-import sources
 import storage
 from configs.default import UserError
+from datasets import Data, load_data
 from features import Extractor, Statistics
 from models import utils as mutils
+from readers.samples import load_samples
 from session import (
-    Data,
     Setup,
     gather,
     get_sampler,
     init_state,
-    load_data,
     mesh_shardings,
     sample_batches,
     set_up,
@@ -430,7 +429,7 @@ def _samples_of_network(run: _Run, params: Any) -> tuple[_Images, dict[str, Any]
 def _given_samples(config: ConfigDict, num_levels: int) -> tuple[_Images, dict[str, Any]]:
     """The images of `eval.samples`; (the images, what the report says of them)."""
     path = pathlib.Path(config.eval.samples)
-    source = sources.load_samples(path, config.data.image_size, config.data.num_channels)
+    source = load_samples(path, config.data.image_size, config.data.num_channels)
     dataset = datasets.Dataset(path.stem, source, 256, 0)
     images = _of_dataset(dataset)
 
@@ -527,6 +526,7 @@ def _evaluate(
     if config.eval.enable_bpd and not given and run.num_test < 2:
         raise UserError(f"{data.test.name} has one test image; a standard error needs 2 or more")
     about: dict[str, Any] = {"data": data.train.name, "num_levels": setup.num_levels}
+    about["data_notes"] = list(data.train.notes)
     if given:
         images, facts = given
         name = pathlib.Path(config.eval.samples).resolve().name

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -47,8 +48,15 @@ def _with_saved_config(argv: list[str]) -> list[str]:
     return [argv[0], f"--config={recipe}:{folder}", *argv[1:]]  # overrides come after it
 
 
+def _with_home(argument: str) -> str:
+    """--workdir=~/runs with ~ replaced; a shell does so only where a word begins with it."""
+    name, sign, value = argument.partition("=")
+    return f"{name}={os.path.expanduser(value)}" if sign and value.startswith("~") else argument
+
+
 def _parse(argv: list[str]) -> list[str]:
     """Flags, with every mistake as one line."""
+    argv = [_with_home(argument) for argument in argv]
     environment.prepare()  # before the config's file, which may use JAX
     try:
         rest = flags.FLAGS(_with_saved_config(argv))

@@ -146,6 +146,8 @@ def table(report: dict[str, Any]) -> str:
 
 def _remarks(report: dict[str, Any]) -> Iterator[str]:
     """What the scores are of, a sentence or two each."""
+    for note in report.get("data_notes", ()):
+        yield f"**{note[0].upper()}{note[1:]}.**"
     for name, label in (("untrained_network", "the untrained network"), ("gaussian", "a Gaussian")):
         if report.get(f"nll_{name}") is not None:
             gain = report[f"nll_{name}"] - report["nll"]

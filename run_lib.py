@@ -28,15 +28,14 @@ import losses
 import reporting
 import storage
 from configs.default import UserError
+from datasets import Data, load_data
 from eval_lib import evaluate, make_statistics
 from models import utils as mutils
 from session import (
-    Data,
     Setup,
     gather,
     get_sampler,
     init_state,
-    load_data,
     mesh_shardings,
     sample_batches,
     set_up,
@@ -51,12 +50,6 @@ log = logging.getLogger("soft_truncation")
 def _report_start(config: ConfigDict, setup: Setup, data: Data, workdir: pathlib.Path) -> None:
     batch, devices = config.training.batch_size, jax.devices()
     log.info("workdir %s", workdir)
-    log.info(
-        "data %s: %d training and %d test images, %d×%d×%d, %d levels",
-        *(data.train.name, len(data.train), len(data.test)),
-        *(config.data.image_size, config.data.image_size, config.data.num_channels),
-        setup.num_levels,
-    )
     log.info(
         "model %s: %s parameters, compute in %s",
         *(config.model.name, f"{mutils.count_params(setup.state_shape.params):,}"),

@@ -47,14 +47,6 @@ class Setup:
     state_shape: losses.TrainState  # of jax.ShapeDtypeStruct
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The images that a config names."""
-
-    train: datasets.Dataset
-    test: datasets.Dataset
-
-
 def init_state(
     config: ConfigDict, model: mutils.Model, optimizer: optax.GradientTransformation
 ) -> losses.TrainState:
@@ -82,15 +74,6 @@ def set_up(config: ConfigDict) -> Setup:
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"config.model: no network can be built: {error}") from error
     return Setup(sde, model, optimizer, datasets.get_num_levels(config), shape)
-
-
-def load_data(config: ConfigDict) -> Data:
-    """The data of a config.
-
-    Raises:
-      UserError: they are not there, or not as the config says.
-    """
-    return Data(*(datasets.get_dataset(config, split) for split in ("train", "test")))
 
 
 def mesh_shardings() -> tuple[NamedSharding, NamedSharding]:

@@ -30,7 +30,7 @@ _FREE_TO_TRAIN = {
         *("n_iters", "log_freq", "eval_freq", "snapshot_sampling", "n_jitted_steps"),
         *("snapshot_freq_for_preemption", "max_skipped_steps", "max_failed_saves"),
     ),
-    "data": ("path", "tfds_dir", "tfrecords_path"),
+    "data": ("path", "tfds_dir", "tfrecords_path", "cache"),
     "model": ("num_scales", "remat"),
     "optim": ("num_micro_batch",),
 }

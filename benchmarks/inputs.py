@@ -1,14 +1,16 @@
-"""Images a second, and processor time an image, of each way that training data come, alone.
+"""Input pipeline throughput, measured without training: images a second, processor time an image.
 
 python -m benchmarks.inputs
 
 Batches are made as in training, by `datasets.train_batches`, and nothing is done with them. The
-files hold random images of CIFAR-10's size and are made in a temporary folder.
-On an accelerator a set of up to 1 GiB lives on the device, whatever its source is: then only the
-places of a batch's images are made here, which is the first row.
+files hold random images of CIFAR-10's size and are made in a temporary folder. Files are decoded
+once into the cache and memory-mapped from there; with data.cache=False they are decoded anew each
+time. On an accelerator a set of up to 1 GiB lives on the device: then only the indices of a
+batch's images are made here, which is the first row.
 """
 
 import argparse
+import os
 import pathlib
 import tempfile
 import time
@@ -19,9 +21,11 @@ from PIL import Image
 
 import datasets
 import environment
-import sources
 from datasets import Dataset
-from sources import ArraySource, Fit, FolderSource
+from readers import cache, image_files, tfds
+from readers.decode import Fit
+from readers.layout import Found
+from readers.source import ArraySource
 
 
 def speed(
@@ -38,20 +42,20 @@ def speed(
     return count / (time.perf_counter() - start), 1e6 * cpu / count
 
 
-def tfds_dataset(images: np.ndarray, folder: pathlib.Path) -> Dataset:
-    """The images as a TFDS data set, prepared in `folder`."""
-    import tensorflow_datasets as tfds
+def prepare_tfds(images: np.ndarray, folder: pathlib.Path) -> None:
+    """Have TFDS prepare the images in a folder, as array_record."""
+    import tensorflow_datasets
 
-    class Random32(tfds.core.GeneratorBasedBuilder):
+    class Random32(tensorflow_datasets.core.GeneratorBasedBuilder):
         """Random images."""
 
-        VERSION = tfds.core.Version("1.0.0")
+        VERSION = tensorflow_datasets.core.Version("1.0.0")
         pkg_dir_path = folder
 
         def _info(self) -> Any:
-            features = {"image": tfds.features.Image(shape=images.shape[1:])}
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features)
+            features = {"image": tensorflow_datasets.features.Image(shape=images.shape[1:])}
+            return tensorflow_datasets.core.DatasetInfo(
+                builder=self, features=tensorflow_datasets.features.FeaturesDict(features)
             )
 
         def _split_generators(self, dl_manager: Any) -> Any:
@@ -61,10 +65,21 @@ def tfds_dataset(images: np.ndarray, folder: pathlib.Path) -> Dataset:
         def _generate_examples(self) -> Any:
             yield from ((i, {"image": image}) for i, image in enumerate(images))
 
-    builder = Random32(data_dir=folder, file_format="array_record")
-    builder.download_and_prepare()
-    source = sources.TFDSSource(builder.as_data_source(split="train"))
-    return Dataset("TFDS, PNG in array_record", source, 256, 0)
+    Random32(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+def kept_and_not(name: str, found: Found, flags: argparse.Namespace) -> list[tuple[str, Any]]:
+    """Rows of decoding into the cache, of batches from it, and of batches without it."""
+    rows, fit = [], Fit(32, 3)
+    start, start_cpu = time.perf_counter(), time.process_time()
+    kept = cache.decode("benchmark", found, fit).train
+    seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    rows.append((f"{name}: decoding into the cache", (len(kept) / seconds, 1e6 * cpu / len(kept))))
+    not_kept = cache.decode("benchmark", found, fit, keep=False).train
+    for how, source in (("from the cache", kept), ("data.cache=False", not_kept)):
+        dataset = Dataset(name, source, 256, 0)
+        rows.append((f"{name}: {how}", speed(dataset, flags.batch, flags.seconds)))
+    return rows
 
 
 def main() -> None:
@@ -85,17 +100,17 @@ def main() -> None:
     rows = [("places, for data on the device", speed(memory, flags.batch, flags.seconds, True))]
     rows.append(("memory", speed(memory, flags.batch, flags.seconds)))
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
+        os.environ["XDG_CACHE_HOME"] = name  # what is decoded goes there
         for size in (32, 128):
-            files = []
-            for i, image in enumerate(images[:1000]):
-                files.append(folder / f"{size}_{i:05}.png")
-                Image.fromarray(image).resize((size, size)).save(files[-1])
-            source = FolderSource(files, np.zeros(len(files)), Fit(32, 3))
-            dataset = Dataset(f"folder of {size}×{size} PNG files", source, 256, 0)
-            rows.append((dataset.name, speed(dataset, flags.batch, flags.seconds)))
-        dataset = tfds_dataset(images, folder)
-        rows.append((dataset.name, speed(dataset, flags.batch, flags.seconds)))
+            folder = pathlib.Path(name) / f"{size}"
+            folder.mkdir()
+            for i, image in enumerate(images[:2000]):
+                Image.fromarray(image).resize((size, size)).save(folder / f"{i:05}.png")
+            found = image_files.find_unsplit(folder)
+            rows += kept_and_not(f"folder of {size}×{size} PNG files", found, flags)
+        prepare_tfds(images, pathlib.Path(name))
+        found = tfds.find("random32", pathlib.Path(name), ("train", "train"), 0)
+        rows += kept_and_not("TFDS, PNG in array_record", found, flags)
     print(f"\nbatches of {flags.batch} images of 32×32×3\n")
     print("| data | images/s | CPU µs an image |\n|---|---|---|")
     for name, (rate, cpu) in rows:

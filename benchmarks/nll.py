@@ -69,7 +69,7 @@ def main() -> None:
     setup = session.set_up(config)
     state = checkpointing.restore_latest(config, flags.workdir, setup.state_shape)
     score_fn = mutils.get_score_fn(config, setup.sde, setup.model, state.ema_params)
-    images = datasets.in_order(session.load_data(config).test, flags.batch)["image"]
+    images = datasets.in_order(datasets.load_data(config).test, flags.batch)["image"]
     keys = jax.random.split(jax.random.key(0), len(images))
     x = datasets.preprocess(jnp.asarray(images), keys, setup.num_levels, config, flip=False)
     probe = jax.random.rademacher(jax.random.key(1), x.shape, dtype=jnp.float32)

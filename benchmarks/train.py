@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from readers.source import ArraySource
 
 import datasets
 import environment
@@ -39,7 +40,6 @@ from benchmarks.measure import (
     seconds_a_call,
 )
 from configs.vp import cifar10_st
-from sources import ArraySource
 
 
 def print_profile(run: Callable[[], Any], steps: int, rows: int) -> None:

@@ -24,10 +24,11 @@ def get_default_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.dataset = "CIFAR10"  # README.md lists them
     data.category = ""  # LSUN: bedroom, church_outdoor, …
-    data.path = ""  # folder of images or of IDX files; empty: where the data set usually is
-    data.tfrecords_path = ""  # CelebAHQ, FFHQ: the file, as StyleGAN's dataset_tool.py writes it
-    data.skip_unreadable = False  # of a folder: leave out files that are no images, not stop
-    data.tfds_dir = ""  # where TFDS keeps its data; empty: TFDS's own default
+    data.path = ""  # the authors' files, images, parquet, arrays; empty: downloaded where possible
+    data.tfrecords_path = ""  # CelebAHQ, FFHQ: where the file is, if data.path is empty
+    data.skip_unreadable = False  # leave out files that are no images, rather than stop
+    data.tfds_dir = ""  # a folder of TFDS's, which prepares there what is missing
+    data.cache = True  # keep decoded images in the user's cache folder
     data.image_size = 32
     data.num_channels = 3
     data.centered = True  # images in [-1, 1] rather than [0, 1]
@@ -147,7 +148,7 @@ def get_default_config() -> ConfigDict:
 _CHOICES = {
     "data.dataset": (
         *("digits", "fashion_mnist", "CIFAR10", "SVHN", "CELEBA", "CelebAHQ", "STL10"),
-        *("IMAGENET32", "LSUN", "FFHQ", "folder"),
+        *("IMAGENET32", "IMAGENET32_2017", "LSUN", "FFHQ", "folder"),
     ),
     "data.dequantization": ("none", "uniform", "lossless"),
     "model.name": ("ncsnpp", "ddpm", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"),
@@ -271,12 +272,9 @@ def _problems(
         yield "data.dataset=digits comes with scikit-learn; data.path must be empty"
     if config.data.dataset == "folder" and not config.data.path:
         yield "data.dataset=folder needs data.path, the folder of images"
-    if config.data.dataset == "FFHQ" and not (config.data.path or config.data.tfrecords_path):
-        yield "data.dataset=FFHQ needs data.tfrecords_path, or data.path, a folder of images"
-    in_tfds = config.data.dataset == "LSUN" and not config.data.path
-    if in_tfds and config.data.category not in _LSUN_SCENES:
+    if config.data.dataset == "LSUN" and config.data.category not in _LSUN_SCENES:
         yield (
-            f"data.category is {config.data.category!r}; without data.path it must be one of "
+            f"data.category is {config.data.category!r}; it must be one of "
             f"{', '.join(_LSUN_SCENES)}"
         )
     # The name is one of the registry's, or it would have been a problem above.

@@ -33,7 +33,7 @@ from configs.default import UserError
 from experiments.sweep import Run, load_sweep, parse_places, select
 from models import utils as mutils
 from sde_lib import SDE
-from session import Setup, load_data, set_up
+from session import Setup, set_up
 
 log = logging.getLogger("soft_truncation")
 
@@ -248,7 +248,7 @@ def measure(
       UserError: there is no checkpoint, or no data.
     """
     config = run.config(places)
-    setup, data = set_up(config), load_data(config)
+    setup, data = set_up(config), datasets.load_data(config)
     state = checkpointing.restore_latest(config, workdir, setup.state_shape)
     num_batches = min(num_batches, len(data.test) // config.training.batch_size)
     if num_batches < 2:

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sources
 from PIL import Image
 
 import datasets
-import sources
 from configs.default import UserError
 from configs.rve import celebahq_256_uncsn
 from configs.vp import celeba_ddpmpp_nll_st, cifar10_st, fashion_mnist_st

@@ -1,0 +1,335 @@
+"""Images decoded once, at the size that they are trained at, and kept as memory-mapped arrays.
+
+An entry is a folder in the user's cache with the levels of both splits, their labels, and facts.
+It is written under another name and renamed when it is whole, so that a kill leaves nothing half.
+"""
+
+import collections
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import environment
+import reporting
+from configs.default import UserError
+from readers.decode import Fit, is_grey, open_image
+from readers.layout import Arrays, Found, Opened, Records
+from readers.locking import waiting_lock
+from readers.source import ArraySource, RecordSource, Source
+
+log = logging.getLogger("soft_truncation")
+
+_FORMAT = 1  # of an entry; another one is not read
+_IN_MEMORY = 2**30  # arrays of the right size are kept on disk above so many bytes
+_READ_AHEAD = 64  # images
+_BLOCK = 256  # images
+
+Block = tuple[np.ndarray, np.ndarray]  # images (n, H, W, C) uint8, labels (n,) int64
+
+
+class Decoded(NamedTuple):
+    """A data set, ready to train on."""
+
+    train: Source
+    test: Source
+    num_classes: int  # 0: there are no labels
+    notes: tuple[str, ...]  # for the log and the report
+
+
+class _Decoder:
+    """Decodes records in threads, and sums up what they were like."""
+
+    def __init__(self, fit: Fit, skip_unreadable: bool) -> None:
+        self._fit, self._skip = fit, skip_unreadable
+        self.problems: list[str] = []
+        self.sizes: collections.Counter[tuple[int, int]] = collections.Counter()
+        self.num_grey = self.num_read = 0
+
+    def _decode(self, records: Records, i: int, data: Any) -> tuple[np.ndarray, Any]:
+        image = open_image(data)
+        records.check_size(i, image.size)
+        about = image.size, is_grey(image)
+        return self._fit(image), about
+
+    def _item(self, records: Records, i: int, item: Any = None) -> Any:
+        try:
+            data, label = records.read(i) if item is None else item
+            image, about = self._decode(records, i, data)
+            return image, label, about
+        except UserError:
+            raise
+        except Exception as error:  # a damaged image makes PIL raise anything at all
+            return str(error) or type(error).__name__
+
+    def _results(self, records: Records) -> Iterator[Any]:
+        """What `_item` gives for each record in order, by threads that read ahead."""
+        pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
+        pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+        try:
+            for i in range(len(records)):
+                # An archive that is read in order is read here, and decoded in a thread.
+                item = records.read(i) if records.in_order else None
+                pending.append(pool.submit(self._item, records, i, item))
+                if len(pending) == _READ_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:  # after an error nobody wants the others
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def blocks(self, records: Records) -> Iterator[Block]:
+        """All images in order, some at a time; those that can't be read are in `problems`."""
+        images, labels = [], []
+        for i, found in enumerate(self._results(records)):
+            if isinstance(found, str):
+                self.problems.append(f"{records.name(i)} ({found})")
+            else:
+                image, label, (size, grey) = found
+                images.append(image)
+                labels.append(label)
+                self.sizes[size] += 1
+                self.num_grey += grey
+            if images and (len(images) == _BLOCK or i == len(records) - 1):
+                yield np.stack(images), np.array(labels, np.int64)
+                images, labels = [], []
+
+    def check(self, total: int) -> None:
+        """Report what was read; UserError if some could not be, and are not to be skipped."""
+        if self.problems and not self._skip:
+            raise UserError(
+                f"{len(self.problems)} of {total} files in data.path are no readable images, the "
+                f"first of them {self.problems[0]}; mend or remove them, or set "
+                "data.skip_unreadable=True"
+            )
+        for problem in self.problems:
+            log.warning("left out: %s is not a readable image", problem)
+        if self.sizes:
+            small, large = min(self.sizes, key=min), max(self.sizes, key=min)
+            log.info(
+                "%d images of %d × %d to %d × %d pixels, %d of them grey",
+                *(sum(self.sizes.values()), *small, *large, self.num_grey),
+            )
+
+
+def _fitted(arrays: Arrays, fit: Fit) -> Iterator[Block]:
+    """The blocks of arrays, at the size that they are trained at."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for images, labels in arrays.blocks():
+            ready = fit.batch(images)
+            if ready is not None:
+                yield ready, labels
+                continue
+            for start in range(0, len(images), _BLOCK):
+                part = slice(start, start + _BLOCK)
+                fitted = pool.map(lambda image: fit(open_image(image)), images[part])
+                yield np.stack(list(fitted)), labels[part]
+
+
+def _count(split: Records | Arrays) -> int:
+    """How many images are to be decoded one by one."""
+    return len(split) if isinstance(split, Records) else 0
+
+
+def _blocks(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> Iterator[Block]:
+    return decoder.blocks(split) if isinstance(split, Records) else _fitted(split, fit)
+
+
+def _with_progress(blocks: Iterator[Block], total: int) -> Iterator[Block]:
+    """The blocks, with lines in the log; total 0: the number of images is not known."""
+    progress, done, logged = reporting.Progress("decoding images", total), 0, time.time()
+    for block in blocks:
+        done += len(block[0])
+        if total:
+            progress.advance(len(block[0]))
+        elif time.time() - logged > 5:
+            logged = time.time()
+            log.info("decoding images: %s so far", f"{done:,}")
+        yield block
+
+
+def _is_at_hand(split: Records | Arrays, fit: Fit) -> bool:
+    """Whether a split is in memory or memory-mapped already, at the size that is trained at."""
+    if not isinstance(split, Arrays) or not split.is_single:
+        return False
+    images, _ = next(split.blocks())
+    if isinstance(images, np.memmap):
+        return fit.leaves_alone(images.shape[1:])
+    return images.nbytes <= _IN_MEMORY and fit.batch(images[:1]) is not None
+
+
+def _in_memory(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> ArraySource:
+    parts = list(_blocks(split, fit, decoder))
+    if len(parts) == 1:
+        return ArraySource(*parts[0])
+    empty = np.zeros((0, fit.size, fit.size, fit.channels), np.uint8), np.zeros(0, np.int64)
+    images, labels = (np.concatenate(arrays) for arrays in zip(empty, *parts, strict=True))
+    return ArraySource(images, labels)
+
+
+class _Entry:
+    """A data set's folder in the cache."""
+
+    def __init__(self, name: str, found: Found, fit: Fit, skip_unreadable: bool) -> None:
+        key = repr((_FORMAT, found.identity, fit, skip_unreadable))
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self._fit = fit
+        self.folder = environment.cache_dir() / "data" / f"{name}_{fit.size}_{digest}"
+
+    def read(self) -> Decoded | None:
+        """What the folder has; None if it is not there, or not whole."""
+        try:
+            facts = json.loads((self.folder / "facts.json").read_text())
+            train, test = (self._read_split(name, facts[name]) for name in ("train", "test"))
+        except (OSError, ValueError, KeyError) as error:
+            if self.folder.exists():
+                log.warning("%s is damaged (%s) and is made anew", self.folder, error)
+                shutil.rmtree(self.folder, ignore_errors=True)
+            return None
+        return Decoded(train, test, facts["num_classes"], tuple(facts["notes"]))
+
+    def _read_split(self, name: str, facts: dict[str, Any]) -> ArraySource:
+        shape = (facts["count"], self._fit.size, self._fit.size, self._fit.channels)
+        path = self.folder / f"{name}.uint8"
+        if path.stat().st_size != np.prod(shape):
+            raise ValueError(f"{path.name} has another size")
+        images = np.memmap(path, np.uint8, "r", shape=shape)
+        labels = np.load(self.folder / f"{name}_labels.npy")
+        return ArraySource(images, labels, bytes.fromhex(facts["digest"]))
+
+    def write(self, opened: Opened, decoder: _Decoder) -> None:
+        """Decode both splits into the folder; OSError if there is no room."""
+        partial = self.folder.with_name(f"{self.folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            facts: dict[str, Any] = {"num_classes": opened.num_classes, "notes": opened.notes}
+            for name, split in (("train", opened.train), ("test", opened.test)):
+                blocks = _with_progress(_blocks(split, self._fit, decoder), _count(split))
+                facts[name] = _write_split(partial, name, blocks)
+            decoder.check(_count(opened.train) + _count(opened.test))
+            (partial / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+            partial.replace(self.folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_split(folder: pathlib.Path, name: str, blocks: Iterator[Block]) -> dict[str, Any]:
+    digest, labels = hashlib.sha256(), []
+    with (folder / f"{name}.uint8").open("wb") as file:
+        for images, of_images in blocks:
+            data = np.ascontiguousarray(images).data
+            digest.update(data)
+            file.write(data)
+            labels.append(of_images)
+        file.flush()
+        os.fsync(file.fileno())
+    every = np.concatenate([np.zeros(0, np.int64), *labels])
+    np.save(folder / f"{name}_labels.npy", every)
+    return {"count": len(every), "digest": digest.hexdigest()}
+
+
+def _room(folder: pathlib.Path) -> int:
+    """Free bytes where a folder is to be made."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def decode(
+    name: str, found: Found, fit: Fit, skip_unreadable: bool = False, keep: bool = True
+) -> Decoded:
+    """Both splits of what a reader found, at the size that they are trained at.
+
+    Small arrays of the right size stay in memory. All else is decoded once into the cache, and is
+    memory-mapped from there; where it has no room, or `keep` is off, files are read as they are
+    needed.
+
+    Args:
+      name: of the data set, for the cache.
+      found: by a reader.
+      fit: makes an image of the size.
+      skip_unreadable: leave out images that can't be read, instead of raising.
+      keep: use the cache.
+
+    Raises:
+      UserError: the data are damaged.
+    """
+    entry = _Entry(name, found, fit, skip_unreadable)
+    if keep and (kept := entry.read()):
+        log.info("decoded images: %s", entry.folder)
+        return kept
+    opened = found.open()
+    decoder = _Decoder(fit, skip_unreadable)
+    splits = (opened.train, opened.test)
+    if all(_is_at_hand(split, fit) for split in splits):
+        keep = False
+    if keep and not _fits_on_disk(opened, fit, entry.folder):
+        keep = False
+    if keep:
+        try:
+            entry.folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = entry.folder.with_name(f"{entry.folder.name}.lock")
+            with waiting_lock(lock, "another process is decoding these images"):
+                if not entry.folder.exists():
+                    entry.write(opened, decoder)
+            kept = entry.read()
+            if kept:
+                log.info("decoded images are kept in %s", entry.folder)
+                return kept
+        except OSError as error:
+            log.warning(
+                "decoded images can't be kept in %s (%s); files are read as they are needed",
+                *(entry.folder.parent, error.strerror or error),
+            )
+    return _not_kept(found, opened, fit, skip_unreadable)
+
+
+def _fits_on_disk(opened: Opened, fit: Fit, folder: pathlib.Path) -> bool:
+    """Whether the images take no more than half of what is free."""
+    count = _count(opened.train) + _count(opened.test)
+    needed, free = count * fit.size**2 * fit.channels, _room(folder)
+    if needed <= free // 2:
+        return True
+    log.warning(
+        "decoded images would take %.0f GB, of which %.0f GB are free: files are read and decoded "
+        "as they are needed",
+        *(needed / 1e9, free / 1e9),
+    )
+    return False
+
+
+def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> Decoded:
+    decoder = _Decoder(fit, skip_unreadable)
+
+    def source(name: str, split: Records | Arrays) -> Source:
+        if not isinstance(split, Records) or split.in_order:
+            return _in_memory(split, fit, decoder)
+        split = _readable(split, decoder) if skip_unreadable else split
+        return RecordSource(split, fit, repr((name, found.identity)).encode())
+
+    train, test = source("train", opened.train), source("test", opened.test)
+    decoder.check(_count(opened.train) + _count(opened.test))
+    return Decoded(train, test, opened.num_classes, opened.notes)
+
+
+def _readable(records: Records, decoder: _Decoder) -> Records:
+    """The records that can be read; all are decoded once."""
+    progress, good = reporting.Progress("checking images", len(records)), []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        found = pool.map(lambda i: decoder._item(records, i), range(len(records)))
+        for i, item in enumerate(found):
+            progress.advance(1)
+            if isinstance(item, str):
+                decoder.problems.append(f"{records.name(i)} ({item})")
+            else:
+                good.append(i)
+    return records.subset(np.array(good, int))

@@ -1,0 +1,191 @@
+"""Files that authors publish at a stable address, downloaded once and checked."""
+
+import logging
+import pathlib
+import threading
+import time
+from typing import Any, NamedTuple
+
+import environment
+from configs.default import UserError
+from readers.locking import waiting_lock
+
+log = logging.getLogger("soft_truncation")
+
+_SECONDS_TO_ANSWER = 8.0
+
+
+class Published(NamedTuple):
+    """A file on its authors' site."""
+
+    url: str
+    sha256: str
+
+
+_FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+
+# By data set; sizes and checksums are those that TFDS and Keras check, too.
+FILES: dict[str, tuple[Published, ...]] = {
+    "CIFAR10": (
+        Published(
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+            "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        ),
+    ),
+    "SVHN": (
+        Published(
+            "http://ufldl.stanford.edu/housenumbers/train_32x32.mat",
+            "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+        ),
+        Published(
+            "http://ufldl.stanford.edu/housenumbers/test_32x32.mat",
+            "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+        ),
+    ),
+    "STL10": (
+        Published(
+            "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+            "f31fd99273a1acb8609c8db427cebb1de3f71de77758cdc0e22956e1289b9866",
+        ),
+    ),
+    "fashion_mnist": (
+        Published(
+            f"{_FASHION}/train-images-idx3-ubyte.gz",
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        ),
+        Published(
+            f"{_FASHION}/train-labels-idx1-ubyte.gz",
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        ),
+        Published(
+            f"{_FASHION}/t10k-images-idx3-ubyte.gz",
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        ),
+        Published(
+            f"{_FASHION}/t10k-labels-idx1-ubyte.gz",
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        ),
+    ),
+}
+
+
+class _Progress:
+    """What pooch tells of a download, as lines of the log."""
+
+    total = 0
+
+    def __init__(self, name: str) -> None:
+        self._name, self._done, self._logged = name, 0, time.time()
+
+    def update(self, count: int) -> None:
+        """`count` more bytes are there."""
+        self._done += count
+        if time.time() - self._logged > 3:
+            self._logged = time.time()
+            of = f" of {self.total / 1e6:,.0f}" if self.total else ""
+            log.info("downloading %s: %s%s MB", self._name, f"{self._done / 1e6:,.0f}", of)
+
+    def reset(self) -> None:
+        """The download is complete; pooch counts up to the end once more."""
+        self._done, self._logged = 0, time.time()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def check_reachable(url: str) -> None:
+    """Make sure that an address answers at all, within ten seconds.
+
+    Name servers that can't be reached would make a download wait for minutes.
+
+    Raises:
+      UserError: it does not.
+    """
+    import requests
+
+    problems: list[str] = []
+
+    def ask() -> None:
+        try:
+            requests.get(url, stream=True, timeout=_SECONDS_TO_ANSWER).close()
+            problems.append("")
+        except requests.RequestException as error:
+            problems.append(_reason(error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_SECONDS_TO_ANSWER)
+    problem = problems[0] if problems else f"no answer in {_SECONDS_TO_ANSWER:.0f} s"
+    if problem:
+        raise UserError(f"{url} can't be reached ({problem})")
+
+
+def _reason(error: Exception) -> str:
+    """In a few words: what an exception of requests is about."""
+    text = " ".join(str(error).split())
+    for sign, words in (
+        ("NameResolution", "its name is not found: is there a network?"),
+        ("Failed to resolve", "its name is not found: is there a network?"),
+        ("timed out", "no answer in time"),
+        ("Connection refused", "the connection is refused"),
+        ("unreachable", "the network is unreachable"),
+        ("IncompleteRead", "the download was cut off"),
+        ("CERTIFICATE", "its certificate is not trusted"),
+        ("SHA256", "the file is not the published one: its SHA-256 differs"),
+        ("No space left", "the disk is full"),
+    ):
+        if sign in text:
+            return words
+    return text[:200] or type(error).__name__
+
+
+def fetch(dataset: str, other_ways: str) -> pathlib.Path:
+    """The folder with a data set's files, which are downloaded if they are not there.
+
+    Args:
+      dataset: a name in FILES.
+      other_ways: a sentence that says how else the data can be had, for errors.
+
+    Raises:
+      UserError: a file can't be downloaded, or is not the published one.
+    """
+    folder = environment.cache_dir() / "downloads" / dataset
+    missing = [f for f in FILES[dataset] if not (folder / f.url.rsplit("/", 1)[1]).exists()]
+    if not missing:
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with waiting_lock(folder / ".lock", f"another process is downloading {dataset}"):
+            for file in missing:
+                _fetch_file(file, folder)
+    except OSError as error:
+        raise UserError(
+            f"{dataset} can't be downloaded to {folder}: {error.strerror or error}. XDG_CACHE_HOME "
+            f"names another folder. {other_ways}"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{dataset} can't be downloaded: {error}. {other_ways}") from error
+    return folder
+
+
+def _fetch_file(file: Published, folder: pathlib.Path) -> None:
+    import pooch
+    import requests
+
+    name = file.url.rsplit("/", 1)[1]
+    if (folder / name).exists():  # another process has brought it
+        return
+    for partial in folder.glob("tmp*"):  # of a download that was cut off
+        partial.unlink()
+    check_reachable(file.url)
+    log.info("downloading %s to %s", file.url, folder)
+    pooch.get_logger().setLevel(logging.ERROR)
+    downloader: Any = pooch.HTTPDownloader(
+        progressbar=_Progress(name), chunk_size=2**18, timeout=(_SECONDS_TO_ANSWER, 60)
+    )
+    try:
+        pooch.retrieve(file.url, f"sha256:{file.sha256}", name, folder, downloader=downloader)
+    except requests.HTTPError as error:
+        raise UserError(f"{file.url}: {_reason(error)}") from error
+    except (requests.RequestException, ValueError) as error:
+        raise UserError(f"{file.url}: {_reason(error)}") from error

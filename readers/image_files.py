@@ -1,0 +1,274 @@
+"""Image files in folders, zip and tar archives: with splits, with classes, as EDM writes them."""
+
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from configs.default import UserError
+from readers.containers import (
+    Container,
+    Folder,
+    archive_stem,
+    is_archive_name,
+    open_container,
+)
+from readers.decode import is_image_name, open_image
+from readers.layout import Found, Item, Opened, Records, every_tenth
+
+TRAIN_NAMES = ("train", "train_32x32")
+TEST_NAMES = ("test", "val", "valid", "valid_32x32", "validation")  # the first that is there
+_MOST_CLASSES = 100
+_LABELS = "dataset.json"
+
+Splitter = Callable[[int], tuple[np.ndarray, np.ndarray]]  # count → (training, test) indices
+
+
+def records_of(
+    container: Container,
+    names: Sequence[str],
+    labels: Sequence[int] | np.ndarray | None = None,
+    size: tuple[int, int] | None = None,
+) -> Records:
+    """Some of a container's files as records; without labels they are all 0."""
+    of = np.zeros(len(names), np.int64) if labels is None else np.asarray(labels, np.int64)
+
+    def read(i: int) -> Item:
+        return container.read(names[i]), int(of[i])
+
+    def name(i: int) -> str:
+        return f"{container.path}/{names[i]}"
+
+    return Records(len(names), read, name, size, container.in_order)
+
+
+def _common_folder(names: Sequence[str]) -> str:
+    """The folders, with a slash at the end, that all names begin with."""
+    if not names:
+        return ""
+    first, last = (name.split("/")[:-1] for name in (min(names), max(names)))
+    shared = []
+    for one, other in zip(first, last, strict=False):
+        if one != other:
+            break
+        shared.append(one)
+    return "".join(f"{part}/" for part in shared)
+
+
+class _Part:
+    """The image files of a split, or of a data set without splits."""
+
+    def __init__(self, container: Container, prefix: str = "") -> None:
+        self.container = container
+        self.names = [n for n in container.names() if is_image_name(n) and n.startswith(prefix)]
+        self.root = prefix + _common_folder([n.removeprefix(prefix) for n in self.names])
+
+    def class_names(self) -> list[str] | None:
+        """Folder of each image, if all lie one level below the root; else None."""
+        below = [name.removeprefix(self.root).split("/") for name in self.names]
+        # A split with one class alone has it as its root.
+        if any(len(parts) != 2 for parts in below):
+            return None
+        return [parts[0] for parts in below]
+
+
+def _classes(parts: Sequence[_Part], wanted: int | None) -> tuple[list[list[int]] | None, int]:
+    """(labels of each part's images, number of classes), or (None, 0) where folders are no classes.
+
+    Args:
+      parts: the splits, or the one part that has no splits.
+      wanted: how many classes the data set has: others are refused; None: a handful.
+    """
+    if wanted == 0:
+        return None, 0
+    folders = [part.class_names() for part in parts]
+    known = sorted(set(folders[0] or []))
+    same = all(names is not None and sorted(set(names)) == known for names in folders)
+    if wanted:
+        if not same or len(known) != wanted:
+            raise UserError(
+                f"{parts[0].container.path} must have {wanted} class folders below each split, "
+                f"the same in both; it has {', '.join(known[:12]) or 'none'}"
+            )
+    elif not same or not 2 <= len(known) <= _MOST_CLASSES:
+        return None, 0
+    elif all(re.fullmatch(r"\d{4,}", name) for name in known):
+        return None, 0  # folders of so many files each, as FFHQ's and EDM's
+    number = {name: i for i, name in enumerate(known)}
+    return [[number[name] for name in names or []] for names in folders], len(known)
+
+
+def _labels_file(part: _Part) -> str | None:
+    """A dataset.json in a folder that all images lie below."""
+    for name in part.container.names():
+        if name.split("/")[-1] == _LABELS and part.root.startswith(name.removesuffix(_LABELS)):
+            return name
+    return None
+
+
+def _edm_labels(part: _Part, file: str) -> tuple[list[int] | None, int]:
+    """Labels by dataset.json, as EDM's and StyleGAN's dataset_tool.py write them."""
+    container = part.container
+    where = f"{container.path}/{file}"
+    try:
+        given = json.loads(container.read(file)).get("labels")
+        by_name = None if given is None else {name: int(label) for name, label in given}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} can't be understood: {error}") from error
+    if by_name is None:
+        return None, 0
+    names = [name.removeprefix(file.removesuffix(_LABELS)) for name in part.names]
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise UserError(
+            f"{where} has no label for {missing[0]} ({len(missing)} of {len(names)} are missing)"
+        )
+    labels = [by_name[name] for name in names]
+    if min(labels) < 0:
+        raise UserError(f"{where} has the negative label {min(labels)}")
+    return labels, max(labels) + 1
+
+
+def _open_unsplit(container: Container, classes: int | None, note: str) -> Opened:
+    part = _Part(container)
+    if len(part.names) < 10:
+        raise UserError(
+            f"data.path: {container.path} has {len(part.names)} images; every tenth is held out "
+            "for testing, so 10 or more are needed"
+        )
+    size = None
+    labels_file = _labels_file(part)
+    if labels_file is not None:
+        labels, num_classes = _edm_labels(part, labels_file)
+        size = open_image(container.read(part.names[0])).size
+    else:
+        of_parts, num_classes = _classes([part], classes)
+        labels = of_parts[0] if of_parts else None
+    records = records_of(container, part.names, labels, size)
+    train, test = every_tenth(len(records))
+    return Opened(records.subset(train), records.subset(test), num_classes, (note,) if note else ())
+
+
+def _open_splits(train: _Part, test: _Part, classes: int | None) -> Opened:
+    for part in (train, test):
+        if not part.names:
+            raise UserError(f"data.path: {part.container.path}/{part.root} has no images")
+    labels, num_classes = _classes([train, test], classes)
+    of_train, of_test = labels or (None, None)
+    return Opened(
+        records_of(train.container, train.names, of_train),
+        records_of(test.container, test.names, of_test),
+        num_classes,
+    )
+
+
+def _split_names(names: Sequence[str], prefix: str, path: pathlib.Path) -> tuple[str, str] | None:
+    """(training, test) of some names; None if none is a split's.
+
+    Raises:
+      UserError: some are, and others are not or are missing.
+    """
+    train = [name for name in names if name.removeprefix(prefix) in TRAIN_NAMES]
+    tests = [prefix + name for name in TEST_NAMES if prefix + name in names]
+    tests += [name for name in TEST_NAMES if prefix and name in names]
+    if not train and not tests:
+        return None
+    others = sorted(set(names) - set(train) - set(tests))
+    if len(train) != 1 or not tests:
+        have = ", ".join(sorted(names)[:8])
+        raise UserError(
+            f"data.path: {path} has {have}; a training split is called {' or '.join(TRAIN_NAMES)}, "
+            f"and a test split beside it {', '.join(TEST_NAMES)}"
+        )
+    if others:
+        raise UserError(
+            f"data.path: {path} has splits, {train[0]} and {tests[0]}, and beside them "
+            f"{', '.join(others[:8])}; move these away"
+        )
+    return train[0], tests[0]
+
+
+def _places(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Folders and archives in a folder, by their names without suffix."""
+    return {
+        archive_stem(entry.name): entry
+        for entry in sorted(path.iterdir())
+        if not entry.name.startswith((".", "__MACOSX"))
+        and (entry.is_dir() or is_archive_name(entry.name))
+    }
+
+
+def find_splits(
+    path: pathlib.Path, classes: int | None = None, prefix: str = "", what: str = "images"
+) -> Found | None:
+    """Image files in train/ and test/ (val/, valid/, …), each a folder or an archive of its own.
+
+    Args:
+      path: the folder above, or an archive with both.
+      classes: as of `_classes`: 0, a number, or None for what the folders look like.
+      prefix: that the splits' names may have.
+      what: the images are called in the log.
+    """
+    if path.is_dir():
+        places = _places(path)
+        loose = [p.name for p in path.iterdir() if p.is_file() and is_image_name(p.name)]
+        chosen = _split_names([*places, *loose[:1]], prefix, path)
+        if chosen is None:
+            return None
+        train, test = (open_container(places[name]) for name in chosen)
+        names = " and ".join(places[name].name for name in chosen)
+        return Found(
+            f"{what} in {path}, splits {names}",
+            (train.identity(), test.identity(), classes),
+            lambda: _open_splits(_Part(train), _Part(test), classes),
+        )
+    container = open_container(path)
+    files = [name for name in container.names() if is_image_name(name)]
+    root = _common_folder(files)
+    tops = sorted({name.removeprefix(root).split("/")[0] for name in files})
+    # Hundreds of images side by side are no splits.
+    chosen = _split_names(tops, prefix, path) if len(tops) <= 8 else None
+    if chosen is None:
+        return None
+    train_root, test_root = (f"{root}{name}/" for name in chosen)
+    return Found(
+        f"{what} in {path}, splits {' and '.join(chosen)}",
+        (container.identity(), classes),
+        lambda: _open_splits(_Part(container, train_root), _Part(container, test_root), classes),
+    )
+
+
+def find_unsplit(path: pathlib.Path, classes: int | None = None, note: str = "") -> Found:
+    """Image files in a folder or an archive, of which every tenth is a test image.
+
+    EDM's and StyleGAN's zips have their labels in dataset.json; else folders may be classes.
+
+    Args:
+      path: the folder or archive.
+      classes: as of `_classes`.
+      note: said in the log and the report.
+    """
+    container = open_container(path)
+    kind = "image files" if isinstance(container, Folder) else "images of the archive"
+    return Found(
+        f"{kind} {path}, every tenth held out",
+        (container.identity(), classes, "every tenth"),
+        lambda: _open_unsplit(container, classes, note),
+    )
+
+
+def find_held_out(path: pathlib.Path, split: Splitter, what: str) -> Found:
+    """Image files without labels, split by their numbers in the order of their names."""
+    container = open_container(path)
+
+    def opened() -> Opened:
+        names = [name for name in container.names() if is_image_name(name)]
+        train, test = split(len(names))
+        if not len(test):
+            raise UserError(f"data.path: {path} has {len(names)} images, too few to hold some out")
+        records = records_of(container, names)
+        return Opened(records.subset(train), records.subset(test))
+
+    return Found(f"{path}, {what}", (container.identity(), what), opened)

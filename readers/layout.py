@@ -1,0 +1,116 @@
+"""What a reader gives: the splits of a data set, found at a path and not decoded yet."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from configs.default import UserError
+
+# An encoded image, or an array (H, W, C) uint8; and its label.
+Item = tuple[bytes | np.ndarray, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Images that are decoded one by one.
+
+    Attributes:
+      count: how many there are.
+      read: the item of an index; several threads may call it at once.
+      name: what an index is called in messages.
+      size: (width, height) that every image must have; None: any.
+      in_order: reading is fast in the order of the indices alone (a compressed archive), and only
+        one thread may read.
+    """
+
+    count: int
+    read: Callable[[int], Item]
+    name: Callable[[int], str]
+    size: tuple[int, int] | None = None
+    in_order: bool = False
+
+    def __len__(self) -> int:
+        return self.count
+
+    def check_size(self, i: int, size: tuple[int, int]) -> None:
+        """Raise UserError if the image of an index has another (width, height) than it must."""
+        if self.size and size != self.size:
+            raise UserError(
+                f"{self.name(i)} is {size[0]}×{size[1]} pixels; this data set's images are "
+                f"{self.size[0]}×{self.size[1]}"
+            )
+
+    def subset(self, indices: np.ndarray) -> "Records":
+        """The records of these indices, in their order."""
+
+        def read(i: int) -> Item:
+            return self.read(int(indices[i]))
+
+        def name(i: int) -> str:
+            return self.name(int(indices[i]))
+
+        return dataclasses.replace(self, count=len(indices), read=read, name=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Images that come as arrays, all of one size.
+
+    Attributes:
+      blocks: goes through (images (n, H, W, C) uint8, labels (n,)) in order; a single block is in
+        memory already, or is memory-mapped.
+      is_single: whether there is one block.
+    """
+
+    blocks: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
+    is_single: bool = False
+
+
+def arrays_of(images: np.ndarray, labels: np.ndarray | None = None) -> Arrays:
+    """`Arrays` of images (N, H, W, C) uint8 and labels (N,), all 0 if there are none."""
+    known = np.zeros(len(images), np.int64) if labels is None else labels.astype(np.int64)
+    return Arrays(lambda: iter([(images, known)]), is_single=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """The splits of a data set.
+
+    Attributes:
+      train, test: their images.
+      num_classes: labels are 0 … num_classes - 1; 0: there are no labels.
+      notes: sentences that the log and the report show, such as that a split is not official.
+    """
+
+    train: Records | Arrays
+    test: Records | Arrays
+    num_classes: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What lies at a path.
+
+    Attributes:
+      what: for the log, for example "the authors' python archive cifar-10-python.tar.gz".
+      identity: tells it from anything else that could lie there: paths, sizes and times.
+      open: reads the index, and gives the splits. It can take long, and raises UserError.
+    """
+
+    what: str
+    identity: tuple[object, ...]
+    open: Callable[[], Opened]
+
+
+def every_tenth(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training, test) indices where a data set has no splits: every tenth is a test image."""
+    is_test = np.arange(count) % 10 == 9
+    return np.flatnonzero(~is_test), np.flatnonzero(is_test)
+
+
+def last_part(count: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training, test) indices where the last of so many equal parts is for testing."""
+    num_test = count // parts
+    return np.arange(count - num_test), np.arange(count - num_test, count)

@@ -1,0 +1,88 @@
+"""Random access to examples: images in memory, memory-mapped, or decoded when they are needed."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from configs.default import UserError
+from readers.decode import open_image
+from readers.layout import Records
+
+Examples = dict[str, np.ndarray]  # `image` (n, H, W, C) uint8 and `label` (n,)
+
+
+class Source(Protocol):
+    """Random access to examples."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: np.ndarray) -> Examples:
+        """The examples of these indices."""
+        ...
+
+    def describe(self) -> bytes:
+        """What tells these examples from others, short of reading them all from disk."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Images (N, H, W, C) uint8 and labels (N,), in memory or memory-mapped.
+
+    `digest` tells the images from others; without it, it is computed.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    digest: bytes = b""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, indices: np.ndarray) -> Examples:
+        """The examples of these indices."""
+        return {"image": self.images[indices], "label": self.labels[indices]}
+
+    def describe(self) -> bytes:
+        """A hash of all images."""
+        return self.digest or hashlib.sha256(np.ascontiguousarray(self.images).data).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSource:
+    """Encoded images, each read and decoded when it is asked for.
+
+    `fit` makes an image the array (H, W, C) uint8 that is wanted, or raises.
+    """
+
+    records: Records
+    fit: Callable[[Image.Image], np.ndarray]
+    identity: bytes = b""  # tells them from others
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def _read(self, i: int) -> tuple[np.ndarray, int]:
+        try:
+            data, label = self.records.read(i)
+            image = open_image(data)
+            self.records.check_size(i, image.size)
+            return self.fit(image), label
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file makes PIL raise anything at all
+            name = self.records.name(i)
+            raise UserError(f"{name} is not a readable image: {error}") from error
+
+    def fetch(self, indices: np.ndarray) -> Examples:
+        """The examples of these indices."""
+        images, labels = zip(*(self._read(int(i)) for i in indices), strict=True)
+        return {"image": np.stack(images), "label": np.array(labels)}
+
+    def describe(self) -> bytes:
+        """A hash of what the reader knows of the files."""
+        return hashlib.sha256(self.identity).digest()

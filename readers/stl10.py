@@ -1,0 +1,58 @@
+"""STL-10's binary files: 96×96 images, each channel column by column."""
+
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from readers.containers import Container, Folder, damaged, member, open_container
+from readers.layout import Arrays, Found, Opened
+
+_ARCHIVE, _FOLDER = "stl10_binary.tar.gz", "stl10_binary"
+_IMAGE = 3 * 96 * 96
+_BLOCK = 1000  # images read at a time
+
+
+def _blocks(container: Container, file: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    with container.open(member(container, file)) as opened:
+        while True:
+            try:
+                raw = opened.read(_BLOCK * _IMAGE)
+            except (OSError, EOFError, ValueError) as error:
+                raise damaged(container.path, error) from error
+            if not raw:
+                return
+            if len(raw) % _IMAGE:
+                raise damaged(container.path, f"{file} ends within an image")
+            images = np.frombuffer(raw, np.uint8).reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+            yield images, np.zeros(len(images), np.int64)
+
+
+def find(path: pathlib.Path) -> Found | None:
+    """The authors' archive or its folder; training images are the labelled and the others.
+
+    There are no labels, since most training images have none.
+    """
+    container: Container
+    if path.is_file():
+        container = open_container(path)
+        if not any(name.split("/")[-1] == "train_X.bin" for name in container.names()):
+            return None
+    elif (path / _FOLDER / "train_X.bin").exists() or (path / "train_X.bin").exists():
+        container = Folder(path / _FOLDER if (path / _FOLDER).is_dir() else path)
+    elif (path / _ARCHIVE).exists():
+        container = open_container(path / _ARCHIVE)
+    else:
+        return None
+
+    def train() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        yield from _blocks(container, "train_X.bin")
+        yield from _blocks(container, "unlabeled_X.bin")
+
+    def opened() -> Opened:
+        for file in ("train_X.bin", "unlabeled_X.bin", "test_X.bin"):
+            member(container, file)
+        return Opened(Arrays(train), Arrays(lambda: _blocks(container, "test_X.bin")))
+
+    kind = "files" if isinstance(container, Folder) else "archive"
+    return Found(f"the authors' binary {kind} {container.path}", (container.identity(),), opened)

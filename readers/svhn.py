@@ -1,0 +1,43 @@
+"""SVHN's cropped digits: MATLAB files of all images."""
+
+import pathlib
+
+import numpy as np
+
+from configs.default import UserError
+from readers.containers import damaged, file_identity
+from readers.layout import Found, Opened, arrays_of
+
+_FILES = ("train_32x32.mat", "test_32x32.mat")
+
+
+def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    import scipy.io
+
+    try:
+        content = scipy.io.loadmat(path, variable_names=["X", "y"])
+        images, labels = content["X"], content["y"]
+    except Exception as error:  # a damaged file makes SciPy raise anything at all
+        raise damaged(path, error) from error
+    if images.dtype != np.uint8 or images.shape[:3] != (32, 32, 3) or images.ndim != 4:
+        raise UserError(f"{path} has X of {images.dtype}, {images.shape}; (32, 32, 3, N) is needed")
+    if labels.size != images.shape[3]:
+        raise UserError(f"{path} has {images.shape[3]} images and {labels.size} labels")
+    # 10 stands for the digit 0.
+    return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels.ravel().astype(int) % 10
+
+
+def find(path: pathlib.Path) -> Found | None:
+    """The authors' train_32x32.mat and test_32x32.mat in a folder."""
+    files = [path / name for name in _FILES]
+    there = [file.exists() for file in files]
+    if not any(there):
+        return None
+    if not all(there):
+        raise UserError(f"data.path: {path} has no {_FILES[there.index(False)]}")
+
+    def opened() -> Opened:
+        train, test = map(_read, files)
+        return Opened(arrays_of(*train), arrays_of(*test), num_classes=10)
+
+    return Found(f"the authors' .mat files in {path}", tuple(map(file_identity, files)), opened)

@@ -1,0 +1,160 @@
+"""Data sets that TFDS prepared, as TFRecord or array_record; what is missing it prepares."""
+
+import logging
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from configs.default import UserError
+from readers import download, tfrecords
+from readers.containers import file_identity
+from readers.layout import Found, Item, Opened, Records
+
+log = logging.getLogger("soft_truncation")
+
+
+def _import() -> Any:
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UserError(
+            f"data.tfds_dir needs TFDS, which can't be imported here ({error}); "
+            "pip install -r requirements.txt"
+        ) from error
+    return tensorflow_datasets
+
+
+def _version(folder: pathlib.Path) -> tuple[int, ...]:
+    parts = folder.name.split(".")
+    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()
+
+
+def _prepared(data_dir: pathlib.Path, name: str) -> pathlib.Path | None:
+    """The folder of the newest version that lies there."""
+    infos = (data_dir / name).glob("*/dataset_info.json")
+    versions = [info.parent for info in infos if _version(info.parent)]
+    return max(versions, key=_version, default=None)
+
+
+def _prepare(name: str, data_dir: pathlib.Path) -> None:
+    """Have TFDS download and prepare a data set.
+
+    Raises:
+      UserError: it can't, here or at all.
+    """
+    tfds = _import()
+    log.info("%s is not in %s; TFDS downloads and prepares it there", name, data_dir)
+    try:
+        builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+        urls = [url for url in builder.url_infos or {} if url.startswith("http")]
+        if urls:
+            download.check_reachable(urls[0])
+        builder.download_and_prepare()
+    except UserError:
+        raise
+    except Exception as error:  # TFDS and the network raise anything at all
+        raise UserError(
+            f"TFDS can't prepare {name} in {data_dir}: {_reason(error)}. A folder that TFDS "
+            "prepared elsewhere works too, in either file format; and docs/data.md says which of "
+            "the authors' files are read without TFDS"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kind = type(error).__name__
+    if kind == "NonMatchingChecksumError":
+        return "a downloaded file is not the published one (its checksum is another)"
+    return f"{kind}: {lines[0][:300]}" if lines else kind
+
+
+def _records(builder: Any, split: str, labelled: bool) -> Records:
+    """A split of a prepared data set."""
+
+    def parse(features: Any) -> Item:
+        label = int(features["label"].int64_list.value[0]) if labelled else 0
+        return features["image"].bytes_list.value[0], label
+
+    info = builder.info
+    if split not in info.splits:
+        raise UserError(f"{builder.data_path} has no split {split}")
+    if info.file_format.value == "tfrecord":
+        paths = [pathlib.Path(path) for path in info.splits[split].filepaths]
+        return tfrecords.records_of(paths, parse)
+    from tensorflow_datasets.core import decode
+
+    raw = decode.DeserializeMethod.RAW_BYTES
+    source = builder.as_data_source(split, deserialize_method=raw)
+
+    def read(i: int) -> Item:
+        return parse(tfrecords.parse_example(source[i]))
+
+    return Records(len(source), read, lambda i: f"{builder.data_path}, {split} {i}")
+
+
+def _joined(parts: Sequence[Records]) -> Records:
+    """The records of all parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def place(i: int) -> tuple[Records, int]:
+        number = int(np.searchsorted(starts, i, side="right")) - 1
+        return parts[number], i - int(starts[number])
+
+    def read(i: int) -> Item:
+        part, row = place(i)
+        return part.read(row)
+
+    def name(i: int) -> str:
+        part, row = place(i)
+        return part.name(row)
+
+    return Records(int(starts[-1]), read, name)
+
+
+def find(
+    name: str,
+    data_dir: pathlib.Path,
+    splits: tuple[str, str],
+    num_classes: int,
+    hold_out: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None,
+) -> Found:
+    """A data set in TFDS's folder, prepared there first if it is missing.
+
+    Args:
+      name: TFDS's, with its configuration if it has any.
+      data_dir: the folder.
+      splits: of training and test; names joined by +.
+      num_classes: of its labels; 0: they are not read.
+      hold_out: the number of training images → (training, test) indices, for a data set without a
+        test split.
+
+    Raises:
+      UserError: it can't be prepared.
+    """
+    folder = _prepared(data_dir, name)
+    if folder is None:
+        _prepare(name, data_dir)
+        folder = _prepared(data_dir, name)
+    if folder is None:
+        raise UserError(f"TFDS left no {name} in {data_dir}")
+    there = folder
+
+    def opened() -> Opened:
+        try:
+            builder = _import().builder_from_directory(str(there))
+        except Exception as error:  # whatever a damaged folder makes TFDS raise
+            raise UserError(f"{there} is no folder of TFDS: {_reason(error)}") from error
+        labelled = num_classes > 0
+        parts = [[_records(builder, s, labelled) for s in split.split("+")] for split in splits]
+        train, test = map(_joined, parts)
+        if hold_out:
+            train_indices, test_indices = hold_out(len(train))
+            train, test = train.subset(train_indices), train.subset(test_indices)
+        return Opened(train, test, num_classes)
+
+    files = sorted(file for file in there.iterdir() if file.is_file())
+    return Found(f"TFDS's {there}", tuple(map(file_identity, files)), opened)

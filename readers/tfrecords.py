@@ -1,0 +1,142 @@
+"""TFRecord files: those of ProGAN's and StyleGAN's tools, and TFDS's. TensorFlow is not needed."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from configs.default import UserError
+from readers.containers import file_identity
+from readers.layout import Found, Item, Opened, Records
+
+
+@functools.cache
+def _example_class() -> Any:
+    """The message `tf.train.Example`: a map from names to lists of bytes, floats or integers."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    field = descriptor_pb2.FieldDescriptorProto
+    package = "soft_truncation.records"
+    file = descriptor_pb2.FileDescriptorProto(
+        name="soft_truncation_example.proto", package=package, syntax="proto3"
+    )
+
+    def message(name: str, fields: list[tuple[str, int, int, str]], repeated: bool = False) -> Any:
+        added = file.message_type.add(name=name)
+        for number, (field_name, type_, label, type_name) in enumerate(fields, start=1):
+            made = added.field.add(name=field_name, number=number, type=type_, label=label)
+            if type_name:
+                made.type_name = f".{package}.{type_name}"
+        return added
+
+    one, many, nested = field.LABEL_OPTIONAL, field.LABEL_REPEATED, field.TYPE_MESSAGE
+    message("BytesList", [("value", field.TYPE_BYTES, many, "")])
+    message("FloatList", [("value", field.TYPE_FLOAT, many, "")])
+    message("Int64List", [("value", field.TYPE_INT64, many, "")])
+    lists = (("bytes_list", "BytesList"), ("float_list", "FloatList"), ("int64_list", "Int64List"))
+    message("Feature", [(name, nested, one, kind) for name, kind in lists])
+    features = message("Features", [("feature", nested, many, "Features.FeatureEntry")])
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=one)
+    entry.field.add(name="value", number=2, type=nested, label=one, type_name=f".{package}.Feature")
+    message("Example", [("features", nested, one, "Features")])
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.Example"))
+
+
+def parse_example(record: bytes) -> Any:
+    """The features of a serialised `tf.train.Example`: feature by name."""
+    return _example_class().FromString(record).features.feature
+
+
+def index(path: pathlib.Path) -> np.ndarray:
+    """(N, 2), the offset and length of each record; reads the lengths alone.
+
+    Raises:
+      UserError: the file is cut short or empty.
+    """
+    places: list[tuple[int, int]] = []
+    position, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        while position < size:
+            # Eight bytes of length, four of its checksum, the payload, four of its checksum.
+            file.seek(position)
+            header = file.read(8)
+            length = int.from_bytes(header, "little")
+            position += 12 + length + 4
+            if len(header) < 8 or position > size:
+                raise UserError(f"{path} ends within record {len(places)}; bring the file again")
+            places.append((position - 4 - length, length))
+    if not places:
+        raise UserError(f"{path} is empty")
+    return np.array(places)
+
+
+def records_of(paths: Sequence[pathlib.Path], parse: Callable[[Any], Item]) -> Records:
+    """The records of several files, one file after the other.
+
+    Args:
+      paths: the files.
+      parse: the features of a record → its item; it may raise anything.
+    """
+    indices = [index(path) for path in paths]
+    starts = np.cumsum([0, *map(len, indices)])
+
+    def place(i: int) -> tuple[pathlib.Path, int]:
+        number = int(np.searchsorted(starts, i, side="right")) - 1
+        return paths[number], i - int(starts[number])
+
+    def read(i: int) -> Item:
+        path, row = place(i)
+        offset, length = indices[paths.index(path)][row]
+        with path.open("rb") as file:
+            file.seek(offset)
+            record = file.read(length)
+        try:
+            return parse(parse_example(record))
+        except Exception as error:  # protobuf's own, and whatever is missing
+            raise UserError(f"{path}: record {row} is not an image: {error}") from error
+
+    def name(i: int) -> str:
+        path, row = place(i)
+        return f"{path}, record {row}"
+
+    return Records(int(starts[-1]), read, name)
+
+
+def _pixels(features: Any) -> Item:
+    """`shape` (C, H, W) and `data`, raw bytes."""
+    shape = tuple(features["shape"].int64_list.value)
+    data = features["data"].bytes_list.value[0]
+    if len(shape) != 3:
+        raise ValueError(f"its shape is {shape}")
+    return np.frombuffer(data, np.uint8).reshape(shape).transpose(1, 2, 0), 0
+
+
+def find(
+    path: pathlib.Path, split: Callable[[int], tuple[np.ndarray, np.ndarray]], what: str
+) -> Found | None:
+    """A file of ProGAN's or StyleGAN's dataset_tool.py, all images of one size.
+
+    Args:
+      path: the .tfrecords file.
+      split: the number of images → (training, test) indices.
+      what: says how they are split.
+    """
+    if not path.is_file() or path.suffix != ".tfrecords":
+        return None
+
+    def opened() -> Opened:
+        records = records_of([path], _pixels)
+        height, width = np.shape(records.read(0)[0])[:2]
+        records = Records(len(records), records.read, records.name, (width, height))
+        train, test = split(len(records))
+        if not len(test):
+            raise UserError(f"{path} has {len(records)} images, too few to hold some out")
+        return Opened(records.subset(train), records.subset(test))
+
+    return Found(f"{path}, {what}", (*file_identity(path), what), opened)
