@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from readers.source import ArraySource
 
 import datasets
 import environment
@@ -40,6 +39,7 @@ from benchmarks.measure import (
     seconds_a_call,
 )
 from configs.vp import cifar10_st
+from readers.source import ArraySource
 
 
 def print_profile(run: Callable[[], Any], steps: int, rows: int) -> None:

@@ -57,7 +57,7 @@ def find(path: pathlib.Path) -> Found | None:
     """CelebA's zip or folder of photographs, or the folder above, and its partition file."""
     candidates = [path / _IMAGES, path / f"{_IMAGES}.zip"] if path.is_dir() else []
     images = next((place for place in candidates if place.exists()), path)
-    if images == path and path.is_dir() and not any(path.glob("*.jpg")):
+    if images == path and path.is_dir() and not any(is_image_name(p.name) for p in path.iterdir()):
         return None
     container = open_container(images)
     places = [folder / name for folder in (path, images.parent) for name in _PARTITIONS]
