@@ -223,10 +223,11 @@ class JittedNetwork:
         return jitted_network(self.model)(variables, x, labels, dropout_keys)
 
 
-def random_images(size, channels):
-    """Two images of a data set's size."""
-    shape = (2, size, size, channels)
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+def random_images(config):
+    """Two images of a data set's size and levels."""
+    shape = (2, config.data.image_size, config.data.image_size, config.data.num_channels)
+    levels = datasets.get_num_levels(config)
+    return np.random.default_rng(0).integers(0, levels, shape, dtype=np.uint8)
 
 
 # Compiling these networks takes minutes, or a minute where another recipe has nearly the same.
@@ -248,9 +249,7 @@ SLOW = (
 )
 def test_recipe_takes_a_training_step(name):
     config = reduced(get_recipe(name))
-    images = random_images(config.data.image_size, config.data.num_channels)
-    images %= datasets.get_num_levels(config)
-    images = images[: config.training.batch_size]
+    images = random_images(config)[: config.training.batch_size]
     model, sde = JittedNetwork(mutils.create_model(config)), sde_lib.get_sde(config)
     optimizer, params = losses.get_optimizer(config), random_params(config)
     state = losses.TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))

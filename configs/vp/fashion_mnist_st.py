@@ -1,7 +1,6 @@
 """Fashion-MNIST, padded to 32×32, with a network for one GPU or a patient CPU.
 
-Reads TFDS's copy, or the IDX files in data.path, which Debian's package dataset-fashion-mnist puts
-where this finds them without a word.
+Reads the files of Debian's package dataset-fashion-mnist if it is installed, else downloads them.
 """
 
 from ml_collections import ConfigDict
