@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+SUPPORTED = 3.11 | 3.12 | 3.13
 CONFIG = configs/vp/digits_st.py
 WORKDIR = runs/vp/digits_st
 
@@ -23,8 +24,10 @@ check: $(VENV)/.installed
 	$(BIN)/mypy .
 
 $(VENV)/.installed: requirements.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else \
-	"Python %d.%d is not supported: use 3.11 or 3.12, for example make PYTHON=python3.12 …" % v)'
+	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
+	case "$${version:=not installed}" in $(SUPPORTED)) ;; *) \
+	echo "Python 3.11, 3.12 or 3.13 is needed, but $(PYTHON) is $$version: install one of them," \
+	"then type, for example, make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1;; esac
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@

@@ -30,18 +30,23 @@ def _keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def cpu_flags() -> str:
+    """XLA flags that make training on a CPU faster; empty if this jaxlib may not know them.
+
+    They keep convolutions from YNNPACK, with which gradients take up to twice as long in jaxlib
+    0.10, a little longer in 0.12. XLA ends a program that sets a flag unknown to it.
+    """
+    known = importlib.metadata.version("jaxlib").startswith(("0.10.", "0.12."))
+    return "--xla_cpu_experimental_ynn_fusion_type=" if known else ""
+
+
 def prepare() -> None:
     """Set XLA's flags for this version, keep programs, and have only our own lines in the log.
 
     JAX reads the flags when it is first used, which may not be earlier than this.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if importlib.metadata.version("jaxlib").startswith("0.10."):
-        # On a CPU, these versions' new convolutions are up to twice as slow as the old ones.
-        # Another version that does not know the flag would stop.
-        os.environ["XLA_FLAGS"] = " ".join(
-            [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_experimental_ynn_fusion_type="]
-        )
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_flags()}".strip()
     _keep_programs()
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would show a traceback for a full disk
     # The same: what Orbax's threads can't raise anywhere, they would show.

@@ -517,7 +517,7 @@ def get_step_fn(
         params = optax.apply_updates(state.params, updates)
         decay = ema_decay(config.model.ema_rate, state.step + 1)
         ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         params, ema_params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),

@@ -91,12 +91,12 @@ class _Gradients:
     def add(self, loss: Array, grads: Any) -> None:
         self._sum = grads if self._sum is None else jax.tree.map(jnp.add, self._sum, grads)
         self._losses.append(float(loss))
-        self._squares.append(float(optax.global_norm(grads)) ** 2)
+        self._squares.append(float(optax.tree.norm(grads)) ** 2)
 
     def summary(self) -> dict[str, float]:
         """Unbiased: `grad_variance` is summed over parameters, `grad_norm` is of the mean."""
         count = len(self._squares)
-        of_mean = float(optax.global_norm(self._sum)) ** 2 / count**2
+        of_mean = float(optax.tree.norm(self._sum)) ** 2 / count**2
         variance = (np.mean(self._squares) - of_mean) * count / (count - 1)
         return {
             "loss": float(np.mean(self._losses)),

@@ -3,10 +3,12 @@
 import os
 import tempfile
 
+from environment import cpu_flags
+
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=4"
-    " --xla_cpu_experimental_ynn_fusion_type="  # as main.py
     " --xla_backend_optimization_level=1"  # most programs here run once: compile time counts
+    f" {cpu_flags()}"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests, and the processes that they start, compile each program once.

@@ -1,5 +1,7 @@
 """Group normalisation is Flax's, its gradients in both modes are, and its kernels agree with it."""
 
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -103,22 +105,61 @@ def test_kernels_do_without_silu_shift_and_dropout():
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
+def _training(options, inputs, words, direction):
+    def function(*args):
+        return norm_kernels.norm_act(options, *args, words, train=True)
+
+    return jax.vjp(function, *inputs)[1](direction)
+
+
 @pytest.mark.parametrize(("use", "kernels"), [("train", 2), ("forward", 0), ("jvp", 0)])
 def test_training_on_a_gpu_gets_the_kernels(use, kernels, monkeypatch):
+    pytest.importorskip("jax.experimental.pallas.triton")
     inputs, words, direction = _inputs(16, 64, jnp.bfloat16)
     options = normalization.Options(16, True, 0.1)
     monkeypatch.setattr(norm_kernels.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(norm_kernels, "available", lambda: True)
 
     def function(*args):
-        return norm_kernels.norm_act(options, *args, words, train=use == "train")
+        return norm_kernels.norm_act(options, *args, words)
 
     uses = {
-        "train": lambda *args: jax.vjp(function, *args)[1](direction),
+        "train": lambda *args: _training(options, args, words, direction),
         "forward": function,
         "jvp": lambda *args: jax.jvp(function, args, args),
     }
-    lowered = jax.jit(uses[use]).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    # JAX 0.12 lowers a Triton kernel for a GPU that it is told of, if the machine has none.
+    h100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=h100)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(uses[use]).trace(*inputs)
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("gpu.triton") == kernels
+
+
+@pytest.mark.parametrize("backend", ["fails", "is gone"])
+def test_training_on_a_gpu_is_left_to_xla_where_the_kernels_do_not_work(
+    backend, monkeypatch, caplog
+):
+    inputs, words, direction = _inputs(8, 32, jnp.float32)
+    options = normalization.Options(8, True, 0.1)
+    function = lambda *args: _training(options, args, words, direction)  # noqa: E731
+    expected = jax.jit(function)(*inputs)
+    # Lowering for what is a CPU in fact fails as it does for a GPU that Triton does not know.
+    monkeypatch.setattr(norm_kernels.jax, "default_backend", lambda: "gpu")
+    if backend == "is gone":
+        monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+        monkeypatch.delattr("jax.experimental.pallas.triton", raising=False)
+    norm_kernels.available.cache_clear()
+    try:
+        for _ in range(2):
+            ours = jax.jit(lambda *args: function(*args))(*inputs)
+            for a, b in zip(ours, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    finally:
+        norm_kernels.available.cache_clear()
+    (line,) = caplog.messages
+    assert "left to XLA" in line and "\n" not in line
 
 
 def test_images_that_do_not_fit_a_tile_are_left_to_xla():
