@@ -136,6 +136,7 @@ def _reason(error: Exception) -> str:
     ):
         if sign in text:
             return words
+    text, _, _ = text.partition(" for url: ")  # which the caller names
     return text[:200] or type(error).__name__
 
 

@@ -1,5 +1,6 @@
 """Data sets that TFDS prepared, as TFRecord or array_record; what is missing it prepares."""
 
+import importlib
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
@@ -47,13 +48,13 @@ def _prepare(name: str, data_dir: pathlib.Path) -> None:
     tfds = _import()
     log.info("%s is not in %s; TFDS downloads and prepares it there", name, data_dir)
     try:
+        if name.startswith("lsun/"):
+            _check_lmdb()
         builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
         urls = [url for url in builder.url_infos or {} if url.startswith("http")]
         if urls:
             download.check_reachable(urls[0])
         builder.download_and_prepare()
-    except UserError:
-        raise
     except Exception as error:  # TFDS and the network raise anything at all
         raise UserError(
             f"TFDS can't prepare {name} in {data_dir}: {_reason(error)}. A folder that TFDS "
@@ -62,12 +63,28 @@ def _prepare(name: str, data_dir: pathlib.Path) -> None:
         ) from error
 
 
+def _check_lmdb() -> None:
+    """Make sure that TFDS can read LSUN's LMDB files, before it downloads them.
+
+    Raises:
+      UserError: it can't.
+    """
+    try:
+        importlib.import_module("tensorflow_io")
+    except Exception as error:  # built for another TensorFlow, it raises anything at all
+        raise UserError(
+            "it reads LSUN's LMDB files by tensorflow-io, which can't be loaded beside this "
+            "TensorFlow; data.path reads the authors' LMDB files themselves"
+        ) from error
+
+
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kind = type(error).__name__
+    text, kind = " ".join(str(error).split()), type(error).__name__
     if kind == "NonMatchingChecksumError":
         return "a downloaded file is not the published one (its checksum is another)"
-    return f"{kind}: {lines[0][:300]}" if lines else kind
+    if isinstance(error, UserError) or text.startswith("Manual directory"):  # says what to bring
+        return text
+    return f"{kind}: {text[:300].rstrip('.')}" if text else kind
 
 
 def _records(builder: Any, split: str, labelled: bool) -> Records:
