@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Both build the environment first.
+# Two commands do everything: `make demo` and `make test`. All build the environment first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,7 +6,7 @@ SUPPORTED = 3.11 | 3.12 | 3.13
 CONFIG = configs/vp/digits_st.py
 WORKDIR = runs/vp/digits_st
 
-.PHONY: demo test check
+.PHONY: demo test test-all check docs
 
 # Train on scikit-learn's digits, score the result, leave samples and a report.
 demo: $(VENV)/.installed
@@ -15,13 +15,29 @@ demo: $(VENV)/.installed
 	@echo "samples: $(WORKDIR)/eval/samples.png   curve: $(WORKDIR)/training.png"
 	@echo "report:  $(WORKDIR)/eval/report.md"
 
+# Lint, types, layers and the fast tests.
 test: check
+	$(BIN)/python -m pytest -m "not slow"
+
+# All tests.
+test-all: check
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
+	$(BIN)/python -m tests.check_layers
+
+# The documentation, into site/; warnings are errors.
+docs: $(VENV)/.docs_installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict -q
+	@echo "open site/index.html"
+
+$(VENV)/.docs_installed: $(VENV)/.installed docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --disable-pip-version-check -q -r docs/requirements.txt
+	touch $@
 
 $(VENV)/.installed: requirements.txt
 	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \

@@ -5,26 +5,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
+from PIL import Image
 
+from configs.default import UserError
+from datasets import Dataset, levels_to_uint8
+from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
+from runtime.progress import Progress
 from sampling import Constraint, MakeScoreFn, pc_options, pc_sample
 from sde_lib import SDE
+from session import Setup
 
 
 def inpainting(
     sde: SDE, images: Array, mask: ArrayLike
 ) -> tuple[Constraint, Callable[[Array], Array]]:
-    """What `pc_sample` needs to fill in the masked part of images (arXiv 2011.13456, app. I.2).
+    """The constraint of `pc_sample` that inpaints images (arXiv 2011.13456, app. I.2).
 
     Args:
       sde: the SDE.
       images: (N, H, W, C), in the model's range.
-      mask: 1 where pixels are to be filled in, 0 where they are known; broadcast to the images.
+      mask: 1 for pixels to fill in, 0 for known pixels; broadcast to the shape of the images.
 
     Returns:
-      (constraint, finish): `finish(samples)` puts the known pixels in exactly.
+      (constraint, finish): `finish(samples)` replaces the known pixels by their exact values.
     """
     mask = jnp.asarray(mask)
 
@@ -36,9 +43,10 @@ def inpainting(
 
 
 def colorization(sde: SDE, images: Array) -> tuple[Constraint, Callable[[Array], Array]]:
-    """What `pc_sample` needs to colour grey images (arXiv 2011.13456, app. I.3).
+    """The constraint of `pc_sample` that colours grey images (arXiv 2011.13456, app. I.3).
 
-    In an orthonormal basis of the colours whose first vector is grey, inpainting of the others.
+    This is inpainting in an orthonormal basis of the colours: the first basis vector is grey and
+    known, and the other two are filled in.
 
     Args:
       sde: the SDE.
@@ -59,11 +67,11 @@ def colorization(sde: SDE, images: Array) -> tuple[Constraint, Callable[[Array],
 def get_completion_fn(
     config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn
 ) -> Callable[[Any, Array, Array, Array], Array]:
-    """The task that `config.sampling.task` names, compiled: inpaint or colorize.
+    """The compiled function for `config.sampling.task`, inpaint or colorize.
 
     Returns:
-      (params, key, images, mask) → x, with images (N, H, W, C) in the model's range, mask as in
-      `inpainting` (colorize takes no notice of it), and x like the images.
+      (params, key, images, mask) → x, with images and x (N, H, W, C) in the model's range, and the
+      mask as in `inpainting`; colorize ignores it.
     """
 
     def complete(params: Any, key: Array, images: Array, mask: Array) -> Array:
@@ -76,3 +84,86 @@ def get_completion_fn(
         return finish(x)
 
     return jax.jit(complete)
+
+
+PER_IMAGE = 6  # number of completions of each image
+
+
+def _read_mask(config: ConfigDict) -> np.ndarray:
+    """The mask (H, W, 1) that `sampling.mask` names, 1 for pixels to fill in."""
+    size, name = config.data.image_size, config.sampling.mask
+    mask, half, quarter = np.zeros((size, size, 1), np.float32), size // 2, size // 4
+    regions: dict[str, Any] = {
+        "left": np.s_[:, :half],
+        "right": np.s_[:, half:],
+        "top": np.s_[:half],
+        "bottom": np.s_[half:],
+        "center": np.s_[quarter : size - quarter, quarter : size - quarter],
+    }
+    if name in regions:
+        mask[regions[name]] = 1
+        return mask
+    try:
+        with Image.open(name) as image:
+            resized = image.convert("L").resize((size, size), Image.Resampling.NEAREST)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"sampling.mask is {name!r}: neither {', '.join(regions)} nor a readable image"
+        ) from error
+    return (np.asarray(resized)[..., None] > 127).astype(np.float32)
+
+
+def complete_test_images(
+    config: ConfigDict, setup: Setup, test: Dataset, params: Any
+) -> dict[str, np.ndarray]:
+    """Inpaint or colour test images, each `PER_IMAGE` times.
+
+    Returns:
+      `samples`, `originals` and `known` (the known part of the originals), (N, H, W, C) uint8 each,
+      pixel values 0 … 255.
+
+    Raises:
+      UserError: there are too few test images, or the mask can't be read.
+    """
+    count, most = config.sampling.n_images, PER_IMAGE * len(test)
+    if count > most:
+        raise UserError(
+            f"sampling.n_images is {count}; the test images completed {PER_IMAGE} times each are "
+            f"{most}"
+        )
+    chosen = np.random.default_rng(config.seed).permutation(len(test))[: -(-count // PER_IMAGE)]
+    originals = test.source.fetch(np.sort(chosen))["image"].repeat(PER_IMAGE, axis=0)[:count]
+    mask = np.zeros(1, np.float32) if config.sampling.task == "colorize" else _read_mask(config)
+    rows, everywhere = batch_and_replicated_shardings()
+    complete = get_completion_fn(config, setup.sde, setup.make_score_fn)
+    size = min(config.sampling.batch_size, count)
+    size = -(-size // jax.device_count()) * jax.device_count()
+    params, parts = to_devices(params, everywhere), []
+    progress = Progress(config.sampling.task, len(originals))
+    for i in range(0, len(originals), size):
+        batch = originals[i : i + size]
+        kept = len(batch)
+        batch = np.pad(batch, ((0, size - kept), (0, 0), (0, 0), (0, 0)), mode="wrap")
+        x = setup.preprocessing.to_x0_without_noise(batch)
+        key = jax.random.fold_in(jax.random.key(config.seed + 5), i)
+        shared = to_devices((key, jnp.asarray(mask)), everywhere)
+        completed = jnp.asarray(
+            to_host(complete(params, shared[0], to_devices(x, rows), shared[1]))
+        )
+        parts.append(np.asarray(setup.preprocessing.to_levels(completed))[:kept])
+        progress.advance(kept)
+    if config.sampling.task == "colorize":
+        known = originals.mean(axis=-1, keepdims=True).repeat(3, axis=-1).astype(np.uint8)
+    else:
+        known = np.where(mask > 0, (setup.num_levels - 1) // 2, originals).astype(np.uint8)
+    arrays = {"samples": np.concatenate(parts), "originals": originals, "known": known}
+    return {k: levels_to_uint8(v, setup.num_levels) for k, v in arrays.items()}
+
+
+def completion_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The images of a grid whose rows are the original, its known part, and its completions."""
+    cells: list[np.ndarray] = []
+    for i in range(0, len(arrays["samples"]), PER_IMAGE):
+        cells += [arrays["originals"][i], arrays["known"][i]]
+        cells += list(arrays["samples"][i : i + PER_IMAGE])
+    return np.stack(cells)

@@ -1,213 +1,271 @@
-"""Scores of samples: distances between features of real and generated images.
+"""--mode eval and --mode stats: scores of checkpoints or of existing samples.
 
-They take plain arrays of features, from any extractor; features.py has two. All in float64.
+Partial results are stored in <workdir>/eval/parts until the report is written, so that an
+interrupted evaluation can resume. Their names contain a hash of the weights, data and options.
 """
 
+import contextlib
 import dataclasses
+import functools
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from sklearn.metrics.pairwise import euclidean_distances
+from ml_collections import ConfigDict
 
+import datasets
+from configs.default import UserError
+from datasets import Data, load_data
+from metrics.bits_per_dim import (
+    BitsEvaluation,
+    evaluate_baselines,
+    evaluate_bits,
+    get_bpd_fn,
+    network_fields,
+)
+from metrics.distances import (
+    frechet_distance,
+    inception_score,
+    kernel_inception_distance,
+    precision_recall,
+)
+from metrics.inception import get_inception
+from metrics.report import clear_pictures, write_report, write_sweep
+from metrics.scorers import (
+    Images,
+    Scorer,
+    cache_dir,
+    get_scorers,
+    images_of,
+    inception_statistics,
+    regrouped,
+    score_images,
+)
+from readers.samples import load_samples
+from runtime import checkpointing, hosts
+from runtime.locking import locked
+from runtime.pictures import plot_training, save_grid
+from runtime.progress import Progress
+from runtime.workdir import PartialResults, check_network, make_folder, short_hash
+from session import Setup, get_sampler, sample_batches, set_up
 
-class Moments:
-    """Mean and covariance of rows that come batch by batch."""
+__all__ = [
+    "evaluate",
+    "frechet_distance",
+    "inception_score",
+    "kernel_inception_distance",
+    "make_statistics",
+    "precision_recall",
+]
 
-    def __init__(self) -> None:
-        """Of no rows yet."""
-        self.count = 0
-        self.mean = np.zeros(())
-        self._scatter = np.zeros(())
-
-    def add(self, rows: np.ndarray) -> None:
-        """Take in rows (n, D), by the pairwise update of Chan, Golub and LeVeque (1983)."""
-        rows = np.asarray(rows, np.float64)
-        mean, total = rows.mean(axis=0), self.count + len(rows)
-        shift, centred = mean - self.mean, rows - mean
-        between = np.outer(shift, shift) * (self.count * len(rows) / total)
-        self._scatter = self._scatter + centred.T @ centred + between
-        self.mean = self.mean + shift * (len(rows) / total)
-        self.count = total
-
-    @property
-    def cov(self) -> np.ndarray:
-        """The unbiased covariance (D, D) of two rows or more."""
-        return self._scatter / (self.count - 1)
-
-
-def _sqrt_psd(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-
-
-def frechet_distance_of_moments(
-    mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray
-) -> float:
-    """Fréchet distance of two normal distributions, from means (D,) and covariances (D, D).
-
-    ‖μ_a - μ_b‖² + tr(A + B - 2 (A^½ B A^½)^½) (arXiv 1706.08500), by eigenvalues of symmetric
-    matrices only, so that singular covariances are no trouble.
-    """
-    root = _sqrt_psd(cov_a)
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    squared = np.sum((mean_a - mean_b) ** 2)
-    return float(squared + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of the normal distributions fitted to two sets of features.
-
-    Args:
-      a: features (N, D), N at least 2.
-      b: features (M, D).
-    """
-    moments = Moments(), Moments()
-    for each, rows in zip(moments, (a, b), strict=True):
-        each.add(rows)
-    return frechet_distance_of_moments(*(x for m in moments for x in (m.mean, m.cov)))
-
-
-def frechet_distance_stderr(
-    mean: np.ndarray, cov: np.ndarray, rows: np.ndarray, groups: int = 10
-) -> float:
-    """Standard error of the distance of `rows` to given moments: a jackknife over groups of rows.
-
-    It is of the drawing of `rows` alone; of the distance's bias, which depends on their number and
-    is the same for sets of one size, it says nothing.
-
-    Args:
-      mean, cov: (D,), (D, D), taken as certain.
-      rows: independent features (N, D), N at least two a group.
-      groups: each is left out once.
-    """
-    parts = np.array_split(rows, groups)
-    values = []
-    for i in range(groups):
-        rest = Moments()
-        for part in parts[:i] + parts[i + 1 :]:
-            rest.add(part)
-        values.append(frechet_distance_of_moments(mean, cov, rest.mean, rest.cov))
-    return float(np.sqrt((groups - 1) * np.var(values)))
+log = logging.getLogger("soft_truncation")
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A figure and its standard error."""
+class _Run:
+    """Objects shared by the evaluations of all checkpoints, so that each function compiles once."""
 
-    value: float
-    stderr: float
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> "Estimate":
-        """The mean of independent values (N,), N at least 2."""
-        return cls(float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))))
-
-
-def inception_score(logits: np.ndarray) -> float:
-    """exp(E KL(p(y|x) ‖ p(y))) of classifier logits (N, K) (arXiv 1606.03498), one split."""
-    logits = np.asarray(logits, np.float64)
-    log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    log_mean = np.logaddexp.reduce(log_p, axis=0) - np.log(len(log_p))
-    return float(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_mean), axis=1))))
+    config: ConfigDict
+    setup: Setup
+    results: PartialResults
+    bits: BitsEvaluation
+    sample: Any  # from session.get_sampler
+    scorers: list[Scorer]
 
 
-def _shuffled(rows: np.ndarray, seed: int = 0) -> np.ndarray:
-    """In an order of its own: files of a folder may come class by class."""
-    return rows[np.random.default_rng(seed).permutation(len(rows))]
+def _sample_size(config: ConfigDict) -> int:
+    return min(config.eval.batch_size, config.eval.num_samples)
 
 
-def split_inception_score(logits: np.ndarray, splits: int = 10) -> Estimate:
-    """The mean score over `splits` disjoint parts of logits (N, K), as papers report it."""
-    parts = np.array_split(_shuffled(logits), min(splits, len(logits)))
-    return Estimate.of(np.array([inception_score(part) for part in parts]))
+def _samples_of_network(run: _Run, params: Any) -> tuple[Images, dict[str, Any]]:
+    """Sample from a network; returns the samples and their entries of the report."""
+    config, results = run.config, run.results
+    count, size = config.eval.num_samples, _sample_size(config)
+    digest = short_hash(params, *network_fields(config), config.sampling, size)
+
+    def keep(name: Any, compute: Any) -> Any:
+        return results.get(f"{digest}/{name}", compute)
+
+    batches = functools.partial(sample_batches, run.sample, params, config.seed, count, size, keep)
+    progress, evaluations, broken = Progress("sampling", count), [], 0
+    for part in batches():
+        evaluations.append(part.nfe)
+        broken += part.num_broken
+        note = f"{part.nfe} evaluations"
+        progress.advance(len(part.levels), note, fresh=not results.recalled)
+    images = Images(count, digest, lambda: (part.levels for part in batches()))
+    nfe = round(float(np.mean(evaluations)))
+    return images, {"num_samples": count, "sampling_nfe": nfe, "num_broken_samples": broken}
 
 
-def kernel_inception_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Unbiased MMD² with the kernel (x·y/D + 1)³ (arXiv 1801.01401) on all rows.
+def _given_samples(config: ConfigDict, num_levels: int) -> tuple[Images, dict[str, Any]]:
+    """The images of `eval.samples`, and their entries of the report."""
+    path = pathlib.Path(config.eval.samples)
+    source = load_samples(path, config.data.image_size, config.data.num_channels)
+    dataset = datasets.Dataset(path.stem, source, 256, 0)
+    images = images_of(dataset)
 
-    Args:
-      a: features (N, D), N at least 2.
-      b: features (M, D), M at least 2.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3  # noqa: E731
+    def batches() -> Iterator[np.ndarray]:
+        for grey in images.batches():
+            yield np.round(grey * ((num_levels - 1) / 255)).astype(np.uint8)
 
-    def within(x: np.ndarray) -> float:
-        gram = kernel(x, x)
-        return (gram.sum() - np.trace(gram)) / (len(x) * (len(x) - 1))
-
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+    report = {"samples": config.eval.samples, "num_samples": len(dataset)}
+    return dataclasses.replace(images, batches=batches), report
 
 
-def split_kernel_distance(a: np.ndarray, b: np.ndarray, size: int = 1000) -> Estimate:
-    """The mean kernel distance of (N, D) and (M, D) over disjoint subsets, ten or more.
-
-    Each has at most `size` rows. Subsets that share no row are independent, so that their scatter
-    is an honest standard error.
-    """
-    count = min(len(a), len(b))
-    size = max(2, min(size, count // 10))
-    a, b = _shuffled(a, 0), _shuffled(b, 1)
-    starts = range(0, count - size + 1, size)
-    return Estimate.of(
-        np.array([kernel_inception_distance(a[i : i + size], b[i : i + size]) for i in starts])
-    )
+def _evaluate_samples(run: _Run, images: Images, folder: pathlib.Path) -> dict[str, Any]:
+    few = next(regrouped(images.batches(), 64))
+    grid = datasets.levels_to_uint8(few, run.setup.num_levels)
+    hosts.on_main(lambda: save_grid(grid, folder / "samples.png"))
+    report: dict[str, Any] = {}
+    for scorer in run.scorers:
+        report |= score_images(scorer, images, run.results)
+    return report
 
 
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    squared = euclidean_distances(a, b, squared=True)
-    # By products: what is nearer than rounding is the same row.
-    squared[squared < 1e-12 * max(np.mean(a**2), np.mean(b**2)) * a.shape[1]] = 0
-    return squared
+def _evaluate_checkpoint(
+    run: _Run, workdir: pathlib.Path, step: int, folder: pathlib.Path
+) -> dict[str, Any]:
+    config, results = run.config, run.results
+    log.info("evaluating step %d of %s", step, workdir)
+    params = checkpointing.restore_step(config, workdir, run.setup.state_shape, step).ema_params
+    before = set(results.used)
+
+    def score() -> dict[str, np.ndarray]:
+        hosts.on_main(lambda: clear_pictures(folder))
+        report: dict[str, Any] = {"step": step, "truncation": config.training.truncation}
+        report |= {"weights": "EMA", "weights_digest": short_hash(params)}
+        if config.eval.enable_bpd:
+            report |= evaluate_bits(run.bits, params)
+        if config.eval.enable_sampling:
+            images, facts = _samples_of_network(run, params)
+            report |= facts | _evaluate_samples(run, images, folder)
+        return {"json": np.array(json.dumps(report))}
+
+    # The checkpoint's report is kept until the sweep is complete, so that a resumed sweep skips it;
+    # its samples and other parts are deleted now.
+    name = short_hash(params, config, step)
+    report = json.loads(str(results.get(f"{name}/report", score)["json"]))
+    hosts.on_main(lambda: results.discard(results.used - before - {name}))
+    return report
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991).
+def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Score checkpoints' EMA weights, or `eval.samples`; writes report.json and report.md.
 
-    Args:
-      real: features (N, D).
-      fake: features (M, D).
-      k: a set's manifold is the balls around its points that reach to the k-th neighbour.
+    The report of one checkpoint or of a sweep is in eval/, that of given samples in
+    eval/samples_…. The reports of a sweep's checkpoints are in eval/step_<step>/.
 
     Returns:
-      (share of fakes within the real manifold, share of reals within the fake manifold).
+      The report. For a sweep it has `checkpoints`, their reports, and `best`, the best step by each
+      score.
 
     Raises:
-      ValueError: a set has no k-th neighbour.
+      UserError: the config, data, weights, statistics or checkpoints can't be used.
     """
-    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(f"precision and recall with k={k} need more than {k} rows in each set")
-    centre = real.mean(axis=0)  # distances stay, and products lose fewer digits
-    real, fake = real - centre, fake - centre
-
-    def squared_radius(x: np.ndarray) -> np.ndarray:
-        # Column k of a sorted row is the k-th neighbour; column 0 is the point itself.
-        return np.concatenate(
-            [np.partition(_squared_distances(rows, x), k, axis=1)[:, k] for rows in _chunks(x)]
-        )
-
-    def share_within(x: np.ndarray, others: np.ndarray) -> float:
-        radius = squared_radius(others)
-        within = [(_squared_distances(rows, others) <= radius).any(axis=1) for rows in _chunks(x)]
-        return float(np.mean(np.concatenate(within)))
-
-    return share_within(fake, real), share_within(real, fake)
+    workdir = pathlib.Path(workdir)
+    setup, data = set_up(config), load_data(config)
+    given = _given_samples(config, setup.num_levels) if config.eval.samples else None
+    with contextlib.ExitStack() as stack:
+        steps = hosts.on_main(lambda: _take_hold(config, workdir, stack))
+        return _evaluate(config, setup, data, workdir, given, steps)
 
 
-def _chunks(rows: np.ndarray) -> list[np.ndarray]:
-    """Some thousand rows at a time: all distances at once would fill the memory."""
-    return np.array_split(rows, -(-len(rows) // 2000))
+def _take_hold(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitStack) -> list[int]:
+    """Lock eval/, and return the steps to evaluate."""
+    steps = [] if config.eval.samples else checkpointing.steps_to_evaluate(config, workdir)
+    check_network(config, workdir)
+    make_folder(workdir / "eval", "--workdir")
+    stack.enter_context(locked(workdir / "eval"))
+    return steps
 
 
-def gaussian_bits_per_dim(fitted: Moments, test: np.ndarray, offset: float) -> np.ndarray:
-    """Bits/dim (M,) of `test` (M, D) under the normal distribution of training data's moments.
+def _evaluate(
+    config: ConfigDict,
+    setup: Setup,
+    data: Data,
+    workdir: pathlib.Path,
+    given: tuple[Images, dict[str, Any]] | None,
+    steps: list[int],
+) -> dict[str, Any]:
+    folder = workdir / "eval"
+    results = PartialResults(folder / "parts")
+    scorers = get_scorers(config, data, results) if config.eval.enable_sampling else []
+    if not scorers and (given or not config.eval.enable_bpd):
+        raise UserError("nothing would be scored; see the lines above, and the eval.enable_ fields")
+    bits = BitsEvaluation(config, setup, data, results, get_bpd_fn(config, setup))
+    sample = get_sampler(config, setup, _sample_size(config))
+    run = _Run(config, setup, results, bits, sample, scorers)
+    if config.eval.enable_bpd and not given and bits.num_test < 2:
+        raise UserError(f"{data.test.name} has one test image; a standard error needs 2 or more")
+    about: dict[str, Any] = {"data": data.train.name, "num_levels": setup.num_levels}
+    about["data_notes"] = list(data.train.notes)
+    if given:
+        images, facts = given
+        name = pathlib.Path(config.eval.samples).resolve().name
+        folder = folder / f"samples_{name}_{images.digest[:8]}"
+        log.info("evaluating %d images of %s", images.count, config.eval.samples)
+        report = about | facts | _evaluate_samples(run, images, folder)
+        hosts.on_main(functools.partial(write_report, report, folder))
+    else:
+        about |= evaluate_baselines(run.bits) if config.eval.enable_bpd else {}
+        report = _evaluate_steps(run, workdir, steps, about)
+    hosts.on_main(lambda: _finish(results, folder))
+    return report
 
-    Both are dequantised and scaled. The fit is by maximum likelihood, with the full covariance.
+
+def _evaluate_steps(
+    run: _Run, workdir: pathlib.Path, steps: list[int], about: dict[str, Any]
+) -> dict[str, Any]:
+    """Write a report for each step, and a common one if there are several; returns the last."""
+    reports, folder = [], workdir / "eval"
+    for step in steps:
+        of_step = folder / f"step_{step:08}" if len(steps) > 1 else folder
+        try:
+            report = about | _evaluate_checkpoint(run, workdir, step, of_step)
+        except UserError as error:
+            if len(steps) == 1:
+                raise
+            log.warning("step %d is left out: %s", step, error)
+            continue
+        reports.append(report)
+        curve = workdir / "metrics.jsonl", of_step / "training.png"
+        hosts.on_main(functools.partial(plot_training, *curve))
+        hosts.on_main(functools.partial(write_report, report, of_step))
+    if not reports:
+        raise UserError("no checkpoint could be scored; the lines above say why")
+    if len(steps) > 1:
+        return hosts.on_main(lambda: write_sweep(reports, folder))
+    return report
+
+
+def _finish(results: PartialResults, folder: pathlib.Path) -> None:
+    """Delete the partial results, and log the report's table."""
+    results.discard(results.used)
+    for line in (folder / "report.md").read_text().splitlines():
+        if line.startswith("|"):
+            log.info("%s", line)
+    log.info("report in %s", folder / "report.md")
+
+
+def make_statistics(config: ConfigDict) -> pathlib.Path:
+    """Compute the statistics of the training images, for FID.
+
+    Returns:
+      The path of their file: `eval.stats_path`, or a file in the cache.
+
+    Raises:
+      UserError: there are no Inception weights, or the file has statistics of something else.
     """
-    cov = fitted.cov * ((fitted.count - 1) / fitted.count)
-    test, dims = np.asarray(test, np.float64), len(cov)
-    factor = np.linalg.cholesky(cov)
-    white = np.linalg.solve(factor, (test - fitted.mean).T)
-    log_det = 2 * np.log(np.diag(factor)).sum()
-    nats = 0.5 * (np.sum(white**2, axis=0) + log_det + dims * np.log(2 * np.pi))
-    return nats / (dims * np.log(2)) + offset
+    set_up(config)
+    train = datasets.get_dataset(config, "train")
+    extractor = get_inception(config.eval.inception_path, cache_dir(config), train.num_levels)
+    if not extractor:
+        raise UserError("no Inception weights, hence no statistics; the line above says more")
+    statistics, path = inception_statistics(config, extractor, train, make=True)
+    log.info("%s: %s", path, statistics.facts)
+    return path

@@ -1,12 +1,13 @@
 """Bits/dim: NLL by the probability-flow ODE, and the variational bound NELBO.
 
-Each comes with and without the residual, the reconstruction term of the truncation at ε:
+Both are computed with and without the residual, the reconstruction term of the truncation at ε:
 
     -log p(x_0) ≤ E[-log p_ε(x_ε)] + E[log p_0ε(x_ε | x_0) - log p(x_0 | x_ε)],
 
-with x_ε ~ p_0ε(· | x_0); `losses.reconstruction_loss` has it. With the residual the value bounds
-the likelihood of x_0. Without, the NLL takes x_0 itself for x_ε (the common habit), and the NELBO
-stops at x_ε. Data without dequantisation (`lossless`) have a NELBO with a decoder of levels.
+with x_ε ~ p_0ε(· | x_0); `losses.reconstruction_loss` computes it. With the residual the value
+bounds the likelihood of x_0. Without it, the NLL is that of x_0 at time ε (as is common), and the
+NELBO is that of x_ε. For data without dequantisation (`lossless`) there is a NELBO with a decoder
+of the levels.
 """
 
 import functools
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 import datasets
 import losses
-from sampling import MakeScoreFn, ScoreFn, fill_time, on_clock, probability_flow, solve_ode
+from sampling import MakeScoreFn, ScoreFn, fill_time, in_solver_time, probability_flow, solve_ode
 from sde_lib import SDE
 
 
@@ -42,9 +43,9 @@ def ode_log_likelihood(
       sde, score_fn: the probability-flow ODE.
       x: data at ε, (N, ...).
       probe: Hutchinson's probe for the divergence, of x's shape, with unit covariance.
-      eps: where the ODE starts.
-      rtol, atol: tolerances of an adaptive solver.
-      num_steps: steps of `_fixed_steps` instead, 32 or more; 0: the adaptive solver.
+      eps: the time ε, at which the ODE starts.
+      rtol, atol: tolerances of the adaptive solver.
+      num_steps: number of steps of `_fixed_steps`, 32 or more; 0: the adaptive solver.
 
     Returns:
       (log-likelihood in nats (N,), latents at T (N, ...), number of score evaluations).
@@ -58,9 +59,9 @@ def ode_log_likelihood(
         dx, tangent = jax.jvp(lambda x: drift(t, x, args), (state[0],), (probe,))
         return dx, losses.sum_image(tangent * probe)
 
-    start, stop = sde.clock(eps), sde.clock(sde.T)
+    start, stop = sde.solver_time(eps), sde.solver_time(sde.T)
     (latent, divergence), nfe = solve_ode(
-        on_clock(sde, vector_field), (x, jnp.zeros(len(x))), start, stop, rtol, atol
+        in_solver_time(sde, vector_field), (x, jnp.zeros(len(x))), start, stop, rtol, atol
     )
     return sde.prior_logp(latent) + divergence, latent, nfe
 
@@ -78,12 +79,12 @@ def _adams_weights(h: float, num_steps: int) -> tuple[np.ndarray, np.ndarray, np
     """Weights of `_fixed_steps` at each node, (num_steps + 1, …), float64.
 
     Returns:
-      (corrector (…, 4): of the slopes here and at three nodes before, for the step to here;
-      predictor (…, 3): of those here and at two nodes before, for the step from here;
-      quadrature (…): Gregory's rule of fourth order).
+      (corrector (…, 4): weights of the slopes at this node and the three before, for the step to
+      this node; predictor (…, 3): weights of the slopes at this node and the two before, for the
+      step to the next node; quadrature (…): Gregory's rule of fourth order).
     """
     corrector, predictor = np.zeros((num_steps + 1, 4)), np.zeros((num_steps + 1, 3))
-    for known in range(1, 5):  # the first steps have fewer nodes behind them
+    for known in range(1, 5):  # the first steps have fewer previous nodes
         nodes, first = -h * np.arange(known), known - 1
         if known > 1:
             corrector[first:, :known] = _integrals(nodes, -h, 0)
@@ -98,14 +99,14 @@ def _adams_weights(h: float, num_steps: int) -> tuple[np.ndarray, np.ndarray, np
 def _fixed_steps(
     sde: SDE, score_fn: ScoreFn, x: Array, probe: Array, eps: float, num_steps: int
 ) -> tuple[Array, Array]:
-    """Latents and ∫ div, by a multistep method with one evaluation a step, equal in log-SNR.
+    """Latents and ∫ div, by a multistep method with one evaluation per step, uniform in log-SNR.
 
-    With y = x/α, γ = log σ²/α² and the noise ε̂ = -σ s that the network sees, the ODE of every SDE
-    is dy/dγ = ½ e^{γ/2} ε̂: there is no linear term, and ε̂ is as smooth as the denoised image is in
-    γ. Each step integrates ε̂'s interpolating polynomial against ½ e^{γ/2} (as DEIS does, arXiv
-    2204.13902): a predictor through three nodes, a corrector through four, which takes ε̂ where the
-    predictor led (as UniPC does, arXiv 2302.04867). The divergence is integrated over the same
-    nodes by a rule of fourth order. log p(x) = log p(y) - D log α.
+    With y = x/α, γ = log σ²/α² and the predicted noise ε̂ = -σ s, the ODE of every SDE is
+    dy/dγ = ½ e^{γ/2} ε̂. It has no linear term, and ε̂ is as smooth in γ as the denoised image. Each
+    step integrates an interpolating polynomial of ε̂ times ½ e^{γ/2} (as DEIS, arXiv 2204.13902):
+    first a predictor through three nodes, then a corrector through four, which evaluates ε̂ at the
+    predicted point (as UniPC, arXiv 2302.04867). The divergence is integrated over the same nodes
+    by a rule of fourth order. log p(x) = log p(y) - D log α.
     """
     with jax.ensure_compile_time_eval():
         start, stop = float(sde.gamma(eps)), float(sde.gamma(sde.T))
@@ -140,43 +141,43 @@ def _fixed_steps(
 def diffusion_term(
     sde: SDE, score_fn: ScoreFn, x0: Array, t: Array, z: Array, inverse_density: Array
 ) -> Array:
-    """An unbiased estimate of -E log p_ε(x_ε)'s bound less the prior's term, in nats, (N,).
+    """An unbiased estimate of the score's term in the bound on -E log p_ε(x_ε), in nats, (N,).
 
-    ½ ∫_ε^T E[g² (‖s - ∇ log p_0t‖² - ‖∇ log p_0t‖²) - 2 div f] dt (arXiv 2101.09258, thm. 3) at one
-    time for each image, drawn with a density whose reciprocal is `inverse_density`. The last two
-    terms have expectations that are known; they are put in by `get_nelbo_fn`.
+    The integral is ½ ∫_ε^T E[g² (‖s - ∇ log p_0t‖² - ‖∇ log p_0t‖²) - 2 div f] dt (arXiv
+    2101.09258, thm. 3). This function estimates its first term from one time for each image, drawn
+    with a density whose reciprocal is `inverse_density`; `nelbo_constants` has the other two.
     """
     weight = sde.diffusion(t) ** 2 * inverse_density
     return losses.score_matching_loss(score_fn, sde, x0, t, z, weight)
 
 
-def known_terms(sde: SDE, eps: float, dims: int) -> Array:
+def nelbo_constants(sde: SDE, eps: float, dims: int) -> Array:
     """-½ ∫ E[g² ‖∇ log p_0t‖² + 2 div f] dt = -D (½ Z_ε + log α(T) - log α(ε)), in nats."""
     drift = sde.log_mean_coeff(sde.T) - sde.log_mean_coeff(eps)
     return -dims * (0.5 * sde.importance_normalizer(eps) + drift)
 
 
-def _image_keys(key: Array, count: int) -> Array:
-    """A key for each image: those given, or made from one."""
+def _keys_per_image(key: Array, count: int) -> Array:
+    """A key for each image: `key` itself if it is (N,), else derived from the single key."""
     if key.ndim:
         return key
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
 
 
 def _draw(sample: Callable[..., Array], keys: Array, x: Array) -> Array:
-    """Noise of x's shape, each image's from its own key."""
+    """Noise of x's shape, with one key for each image."""
     return jax.vmap(lambda key: sample(key, x.shape[1:]))(keys)
 
 
 def mean_and_errors(values: np.ndarray) -> tuple[float, float, float | None]:
-    """The mean over images and draws, and how certain it is.
+    """The mean over images and draws, and its standard errors.
 
     Args:
-      values: (draws, N), N at least 2; each column is one image, with draws of its noise.
+      values: (draws, N), N at least 2; a column has the values of one image for all draws.
 
     Returns:
-      (mean; its standard error over images and draws; the part of that which is due to the draws,
-      the error where the images are all there are: None for a single draw).
+      (mean; its standard error over images and draws; the standard error over draws alone, for
+      the mean over exactly these images, None for a single draw).
     """
     draws, count = values.shape
     stderr = float(values.mean(axis=0).std(ddof=1) / np.sqrt(count))
@@ -187,26 +188,28 @@ def mean_and_errors(values: np.ndarray) -> tuple[float, float, float | None]:
 
 
 def to_bits_per_dim(nats: Array, dims: int, offset: float) -> Array:
-    """From -log p of scaled, dequantised data to bits/dim of their levels."""
+    """Convert -log p of scaled, dequantised data to bits/dim of their levels."""
     return nats / (dims * np.log(2)) + offset
 
 
 def get_nll_fn(
     config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, num_levels: int = 256
 ) -> Callable[..., dict[str, Array]]:
-    """NLL of a batch, compiled.
+    """A compiled function that computes the NLL of a batch.
 
     Returns:
-      nll_fn(params, key, x), key one or (N,), x (N, H, W, C) dequantised and scaled →
-        `nll`: bits/dim with the residual, (N,); `nll_without_residual`: without, (N,);
-        `nfe`: score evaluations of one solve, `latent`: of the solve with the residual.
-      The noise can be given instead of drawn: `probe`, `z_eps` and `z_residual`, of x's shape.
+      nll_fn(params, key, x), with one key or keys (N,), and x (N, H, W, C) dequantised and scaled →
+        `nll`: bits/dim with the residual, (N,);
+        `nll_without_residual`: bits/dim without it, (N,);
+        `nfe`: score evaluations of one solve;
+        `latent`: latents of the solve for `nll`, (N, H, W, C).
+      The noise can be given as `probe`, `z_eps` and `z_residual`, of x's shape; else it is drawn.
     """
     eps = config.training.truncation_time
     solver = {"num_steps": config.eval.nll_steps}
     if not config.eval.nll_steps:
         solver = {"rtol": config.eval.rtol, "atol": config.eval.atol}
-    offset = datasets.bits_offset(num_levels, config.data.centered)
+    offset = datasets.get_preprocessing(config, num_levels).bits_offset
 
     def nll_fn(
         params: Any,
@@ -218,19 +221,19 @@ def get_nll_fn(
     ) -> dict[str, Array]:
         score_fn, dims = make_score_fn(params), int(np.prod(x.shape[1:]))
         split = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)
-        probe_keys, eps_keys, residual_keys = split(_image_keys(key, len(x)))
+        probe_keys, eps_keys, residual_keys = split(_keys_per_image(key, len(x)))
         rademacher = functools.partial(jax.random.rademacher, dtype=x.dtype)
         probe = _draw(rademacher, probe_keys, x) if probe is None else probe
         z_eps = _draw(jax.random.normal, eps_keys, x) if z_eps is None else z_eps
         if z_residual is None:
             z_residual = _draw(jax.random.normal, residual_keys, x)
         x_eps = losses.perturb(sde, x, fill_time(eps, x), z_eps)
-        plain, _, nfe = ode_log_likelihood(sde, score_fn, x, probe, eps=eps, **solver)
-        proper, latent, _ = ode_log_likelihood(sde, score_fn, x_eps, probe, eps=eps, **solver)
-        remainder = losses.reconstruction_loss(score_fn, sde, x, eps, z_residual)
+        logp_x0, _, nfe = ode_log_likelihood(sde, score_fn, x, probe, eps=eps, **solver)
+        logp_x_eps, latent, _ = ode_log_likelihood(sde, score_fn, x_eps, probe, eps=eps, **solver)
+        residual = losses.reconstruction_loss(score_fn, sde, x, eps, z_residual)
         return {
-            "nll": to_bits_per_dim(remainder - proper, dims, offset),
-            "nll_without_residual": to_bits_per_dim(-plain, dims, offset),
+            "nll": to_bits_per_dim(residual - logp_x_eps, dims, offset),
+            "nll_without_residual": to_bits_per_dim(-logp_x0, dims, offset),
             "nfe": nfe,
             "latent": latent,
         }
@@ -241,23 +244,25 @@ def get_nll_fn(
 def get_nelbo_fn(
     config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, num_levels: int = 256
 ) -> Callable[..., dict[str, Array]]:
-    """NELBO of a batch, compiled.
+    """A compiled function that computes the NELBO of a batch.
 
     Returns:
-      nelbo_fn(params, key, x), key one or (N,), x (N, H, W, C) dequantised and scaled →
-        `nelbo`: bits/dim with the residual, (N,); `nelbo_without_residual`: without, (N,).
-      With `lossless=True` x is levels, scaled without dequantisation, and it gives
-        `nelbo_lossless`: bits/dim of the levels themselves, with their decoder, (N,).
-      All average `eval.nelbo_draws` times, importance-sampled and stratified.
+      nelbo_fn(params, key, x), with one key or keys (N,), and x (N, H, W, C) dequantised and
+      scaled →
+        `nelbo`: bits/dim with the residual, (N,);
+        `nelbo_without_residual`: bits/dim without it, (N,).
+      With `lossless=True`, x is levels scaled without dequantisation, and the result is
+        `nelbo_lossless`: bits/dim of the levels, with their decoder, (N,).
+      The values are means over `eval.nelbo_draws` importance-sampled, stratified times.
     """
     eps, draws = config.training.truncation_time, config.eval.nelbo_draws
-    offset = datasets.bits_offset(num_levels, config.data.centered)
-    grid = datasets.level_grid(num_levels, config.data.centered)
+    offset = datasets.get_preprocessing(config, num_levels).bits_offset
+    grid = datasets.get_preprocessing(config, num_levels).level_grid
 
     def nelbo_fn(params: Any, key: Array, x: Array, lossless: bool = False) -> dict[str, Array]:
         score_fn, dims = make_score_fn(params), int(np.prod(x.shape[1:]))
         split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)
-        u_keys, z_keys, prior_keys, residual_keys = split(_image_keys(key, len(x)))
+        u_keys, z_keys, prior_keys, residual_keys = split(_keys_per_image(key, len(x)))
         offsets = jax.vmap(jax.random.uniform)(u_keys)
 
         def draw(i: Array, total: Array) -> Array:
@@ -269,16 +274,16 @@ def get_nelbo_fn(
         diffusion = jax.lax.fori_loop(0, draws, draw, jnp.zeros(len(x))) / draws
         z_prior = _draw(jax.random.normal, prior_keys, x)
         prior = -sde.prior_logp(losses.perturb(sde, x, fill_time(sde.T, x), z_prior))
-        bound = prior + diffusion + known_terms(sde, eps, dims)
+        bound = prior + diffusion + nelbo_constants(sde, eps, dims)
         z_residual = _draw(jax.random.normal, residual_keys, x)
         if lossless:
             decoder = losses.discrete_decoder_loss(score_fn, sde, x, eps, z_residual, *grid)
             log_std = dims * (jnp.log(sde.std(eps)) + 0.5 * np.log(2 * np.pi))
             encoder = -log_std - 0.5 * losses.sum_image(z_residual**2)  # log p_0ε(x_ε | x_0)
             return {"nelbo_lossless": to_bits_per_dim(bound + encoder + decoder, dims, 0.0)}
-        remainder = losses.reconstruction_loss(score_fn, sde, x, eps, z_residual)
+        residual = losses.reconstruction_loss(score_fn, sde, x, eps, z_residual)
         return {
-            "nelbo": to_bits_per_dim(bound + remainder, dims, offset),
+            "nelbo": to_bits_per_dim(bound + residual, dims, offset),
             "nelbo_without_residual": to_bits_per_dim(bound, dims, offset),
         }
 

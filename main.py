@@ -1,4 +1,4 @@
-"""Train, evaluate, sample, …: python main.py --config configs/vp/digits_st.py --mode train."""
+"""The command line: python main.py --config configs/vp/digits_st.py --mode train."""
 
 import argparse
 import errno
@@ -12,35 +12,49 @@ import traceback
 from absl import app, flags
 from ml_collections import config_flags
 
-import environment
+from configs import saved
 from configs.default import UserError
+from runtime import environment
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The recipe; --config.section.field=value overrides a field.", lock_config=True
+    "config",
+    None,
+    "A config file; --config.section.field=value overrides a field.",
+    lock_config=True,
 )
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "eval", "sample", "stats", "import"], "What to do."
 )
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "--mode import: an official .pth file.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/<config's folder>/<its name>.")
-_OVERRIDE = flags.DEFINE_bool("override", False, "--mode train: go on in another config's workdir.")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "Several processes: host:port of process 0; README.md says more."
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "For --mode import: the path of an official .pth file."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Ask SLURM, Open MPI or the TPU for these.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "The folder of the run; by default runs/<folder of the config>/<name of the config>.",
+)
+_OVERRIDE = flags.DEFINE_bool(
+    "override", False, "For --mode train: continue in a workdir of another config."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "For several processes: host:port of process 0."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "The index of this process, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Detect processes and coordinator by SLURM, Open MPI or the TPU."
+)
 
 
 def _with_saved_config(argv: list[str]) -> list[str]:
-    """Without --config: the config of a workdir that has one."""
+    """Without --config, add a --config flag for the config saved in the workdir, if any."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     parser.add_argument("--workdir")
     try:
         given, _ = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError:
-        return argv  # a flag without its value: absl says so
+        return argv  # a flag without a value; absl reports it
     folder = given.workdir and pathlib.Path(given.workdir)
     if given.config or not folder or not (folder / "config.json").exists():
         return argv
@@ -49,15 +63,15 @@ def _with_saved_config(argv: list[str]) -> list[str]:
 
 
 def _with_home(argument: str) -> str:
-    """--workdir=~/runs with ~ replaced; a shell does so only where a word begins with it."""
+    """Expand ~ in --flag=~/path; a shell expands it only at the start of a word."""
     name, sign, value = argument.partition("=")
     return f"{name}={os.path.expanduser(value)}" if sign and value.startswith("~") else argument
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Flags, with every mistake as one line."""
+    """Parse the flags; a mistake ends the program with a one-line message."""
     argv = [_with_home(argument) for argument in argv]
-    environment.prepare()  # before the config's file, which may use JAX
+    environment.prepare()  # before the config file is loaded, which may use JAX
     try:
         rest = flags.FLAGS(_with_saved_config(argv))
         if _CONFIG.value is None:
@@ -72,12 +86,12 @@ def _parse(argv: list[str]) -> list[str]:
             raise UserError(f"{rest[1]!r} is not a flag; overrides look like --config.seed=1")
     except (UserError, flags.Error) as error:
         _fail(error)
-    except Exception as error:  # a recipe is Python: it can raise anything at all
-        said = str(error.args[0]) if error.args else ""  # it may end with a suggestion
-        field = said.split()[-1].strip("'\"?") if said else ""
+    except Exception as error:  # a config file is Python code, which can raise any kind of error
+        message = str(error.args[0]) if error.args else ""  # it may end with a suggestion
+        field = message.split()[-1].strip("'\"?") if message else ""
         given = [arg for arg in argv if arg.startswith("--config.") and field and field in arg]
         if given and isinstance(error, (AttributeError, KeyError)):
-            meant = re.search(r'mean "(\w+)"', said)
+            meant = re.search(r'mean "(\w+)"', message)
             hint = f"; did you mean {meant[1]}?" if meant else ""
             _fail(UserError(f"the config has no such field: {' '.join(given)}{hint}"))
         what = f"{type(error).__name__}: {error}{_place(error)}"
@@ -86,7 +100,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _place(error: Exception) -> str:
-    """Where in the config's file it was raised."""
+    """The place in the config file where the error was raised, for the message."""
     places = [
         f" ({frame.f_code.co_filename}, line {line})"
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -100,20 +114,39 @@ def _fail(error: Exception) -> None:
     sys.exit(2)
 
 
+def _config_file() -> str:
+    """The file of the config; for a config saved in a workdir, the file that it recorded."""
+    path, *argument = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")
+    if argument and pathlib.Path(path).name == "saved.py":
+        return str(saved.read(argument[0]).get("config_file", ""))
+    return str(pathlib.Path(path).resolve())
+
+
 def _default_workdir() -> str:
     path = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     return str(pathlib.Path("runs") / path.parent.name / path.stem)
 
 
+def _hint_at_config_file(error: UserError) -> str:
+    """A hint to add --config if a saved config may need what its config file registers."""
+    own = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0].endswith("saved.py")
+    if not own or "it must be one of" not in str(error) or not _config_file():
+        return ""
+    return f"; the run's config file may register it: add --config={_config_file()}"
+
+
 def main(argv: list[str]) -> None:
-    """Do what the flags say."""
+    """Run the chosen mode."""
     del argv
     config, workdir = _CONFIG.value, _WORKDIR.value or _default_workdir()
     try:
-        import hosts
+        from runtime import hosts
 
         hosts.initialize(
-            *(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value)
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            _DISTRIBUTED.value,
         )
         import run_lib
 
@@ -124,7 +157,7 @@ def main(argv: list[str]) -> None:
         if _OVERRIDE.value and _MODE.value != "train":
             raise UserError("--override is for --mode train")
         if _MODE.value == "train":
-            run_lib.train(config, workdir, override=_OVERRIDE.value)
+            run_lib.train(config, workdir, _OVERRIDE.value, _config_file())
         elif _MODE.value == "eval":
             run_lib.evaluate(config, workdir)
         elif _MODE.value == "sample":
@@ -134,9 +167,9 @@ def main(argv: list[str]) -> None:
         elif not _CHECKPOINT.value:
             raise UserError("--mode import needs --checkpoint, an official .pth file")
         else:
-            run_lib.import_official(config, workdir, _CHECKPOINT.value)
+            run_lib.import_official(config, workdir, _CHECKPOINT.value, _config_file())
     except UserError as error:
-        _fail(error)
+        _fail(UserError(f"{error}{_hint_at_config_file(error)}"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise

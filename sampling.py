@@ -1,9 +1,10 @@
-"""Samplers: predictor-corrector (arXiv 2011.13456, §4), and four ways along the ODE.
+"""Samplers: predictor-corrector (arXiv 2011.13456, §4), and three solvers of the ODE.
 
-A predictor or a corrector is one pure function of the state, the time and the noise; a sampler is
-a compiled function of (params, key).
+A predictor or a corrector is a pure function of the state, the times and the noise. A sampler is a
+compiled function of (params, key).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from sde_lib import SDE, expand
 
 ScoreFn = Callable[[Array, Array], Array]  # x (N, ...), t (N,) → ∇ log p_t(x)
 MakeScoreFn = Callable[[Any], ScoreFn]  # parameters → score function
-Constraint = Callable[[Array, Array, Array], Array]  # (key, x, t) → x with what is known of it
+Constraint = Callable[[Array, Array, Array], Array]  # (key, x, t) → x with its known part replaced
 
 
 def fill_time(t: ArrayLike, x: Array) -> Array:
@@ -35,7 +36,7 @@ def euler_maruyama(
     z: Array,
     probability_flow: bool = False,
 ) -> tuple[Array, Array]:
-    """Euler-Maruyama on the reverse SDE, from t to t_next < t with noise z: (x, its mean)."""
+    """A step of Euler-Maruyama on the reverse SDE from t to t_next < t: (x, its mean)."""
     dt = t - t_next
     g, score = sde.diffusion(t), score_fn(x, fill_time(t, x))
     if probability_flow:
@@ -73,12 +74,12 @@ def ancestral_sampling(
     z: Array,
     probability_flow: bool = False,
 ) -> tuple[Array, Array]:
-    """A draw from p(x_s | x_t, x_0 = E[x_0 | x_t]) for s = t_next: (x, its mean).
+    """A sample of p(x_s | x_t, x_0 = E[x_0 | x_t]) for s = t_next: (x, its mean).
 
-    The posterior of the forward chain, exact for every linear SDE (arXiv 2006.11239, eq. 7;
+    This posterior of the forward chain is exact for every linear SDE (arXiv 2006.11239, eq. 7;
     arXiv 2011.13456, eq. 47 for VE).
     """
-    del probability_flow  # the config refuses it
+    del probability_flow  # configs/validate.py refuses it
     a, b = sde.transition(t_next, t)
     mean = (x + b**2 * score_fn(x, fill_time(t, x))) / a
     return mean + b * sde.std(t_next) / sde.std(t) * z, mean
@@ -93,7 +94,7 @@ def no_predictor(
     z: Array,
     probability_flow: bool = False,
 ) -> tuple[Array, Array]:
-    """Leaves x alone: the corrector does everything."""
+    """No predictor: x is unchanged, and only the corrector changes it."""
     del sde, score_fn, t, t_next, z, probability_flow
     return x, x
 
@@ -103,11 +104,14 @@ def langevin(
 ) -> tuple[Array, Array]:
     """One step of Langevin dynamics at t (arXiv 2011.13456, alg. 5): (x, its mean).
 
-    The step size follows from the norms of score and noise, averaged over the batch, and from the
-    factor of the chain's step from t_next.
+    The step size is 2 a² (snr ‖z‖/‖score‖)², with norms averaged over the batch and the factor a of
+    the forward transition from t_next to t.
     """
     score = score_fn(x, fill_time(t, x))
-    norm = lambda v: jnp.mean(jnp.linalg.norm(v.reshape(len(v), -1), axis=-1))  # noqa: E731
+
+    def norm(v: Any) -> Any:
+        return jnp.mean(jnp.linalg.norm(v.reshape(len(v), -1), axis=-1))
+
     a, _ = sde.transition(t_next, t)
     step = 2 * a**2 * (snr * norm(z) / norm(score)) ** 2
     mean = x + step * score
@@ -117,7 +121,7 @@ def langevin(
 def annealed_langevin(
     sde: SDE, score_fn: ScoreFn, x: Array, t: Array, t_next: Array, snr: float, z: Array
 ) -> tuple[Array, Array]:
-    """Annealed Langevin dynamics of NCSN (arXiv 1907.05600, alg. 1): a step ∝ σ(t)²: (x, mean)."""
+    """One step ∝ σ(t)² of annealed Langevin dynamics (arXiv 1907.05600, alg. 1): (x, its mean)."""
     a, _ = sde.transition(t_next, t)
     step = 2 * a**2 * (snr * sde.std(t)) ** 2
     mean = x + step * score_fn(x, fill_time(t, x))
@@ -158,19 +162,19 @@ def pc_sample(
 
     Args:
       sde, score_fn: the reverse SDE.
-      key: for all noise.
-      shape: of the samples, (N, H, W, C).
+      key: all noise is a function of it.
+      shape: the shape of the samples, (N, H, W, C).
       predictor, corrector: names in PREDICTORS and CORRECTORS.
-      num_steps: evaluations by the predictor and the final denoising, at least 2.
-      eps: where the reverse process stops.
+      num_steps: number of times, at least 2: predictor steps, plus one for the final denoising.
+      eps: the last time.
       snr: Langevin's signal-to-noise ratio.
-      n_steps_each: corrector steps for each predictor step.
-      probability_flow: the predictor steps along the ODE, without noise.
-      noise_removal: end with `denoise` at eps.
-      constrain: (key, x, t) → x, applied after every step: what is known of x_t is put in.
+      n_steps_each: number of corrector steps for each predictor step.
+      probability_flow: whether the predictor solves the ODE, without noise.
+      noise_removal: whether to end with `denoise` at eps.
+      constrain: (key, x, t) → x, applied after every step to replace the known part of x_t.
 
     Returns:
-      (x (N, H, W, C) in the model's range, number of score evaluations for each sample).
+      (x (N, H, W, C) in the model's range, number of score evaluations per sample).
     """
     predict, correct = PREDICTORS[predictor], CORRECTORS[corrector]
     times = sde.time_grid(eps, num_steps)
@@ -200,7 +204,7 @@ def pc_sample(
 
 
 def noise_ratio_grid(sde: SDE, eps: float, num_steps: int, rho: float = 7.0) -> Array:
-    """Times at which σ/α falls from T to eps as EDM's grid does (arXiv 2206.00364, eq. 5)."""
+    """Times (num_steps + 1,) from T to eps whose σ/α is EDM's grid (arXiv 2206.00364, eq. 5)."""
     start, stop = (jnp.exp(0.5 * sde.gamma(t) / rho) for t in (sde.T, eps))
     ratios = jnp.linspace(start, stop, num_steps + 1) ** rho
     times = sde.inverse_gamma(2 * jnp.log(ratios))
@@ -218,14 +222,14 @@ def heun_sample(
 ) -> tuple[Array, int]:
     """Heun's second-order method on the probability-flow ODE (arXiv 2206.00364, alg. 1).
 
-    For every SDE, with y = x/α and r = σ/α the ODE is dy/dr = (y - E[x_0 | x])/r.
+    With y = x/α and r = σ/α the ODE of every SDE is dy/dr = (y - E[x_0 | x])/r.
 
     Args:
       sde, score_fn: the ODE.
       x: latents at T, (N, ...).
-      num_steps: steps of two score evaluations each.
-      eps: where it stops.
-      noise_removal: end with `denoise` at eps.
+      num_steps: number of steps, with two score evaluations each.
+      eps: the last time.
+      noise_removal: whether to end with `denoise` at eps.
 
     Returns:
       (x at eps or denoised, number of score evaluations).
@@ -258,7 +262,7 @@ def dpm_solver_sample(
 ) -> tuple[Array, int]:
     """DPM-Solver++ (2M), a second-order multistep method (arXiv 2211.01095, alg. 2).
 
-    Arguments and results as of `heun_sample`, but a step takes one score evaluation.
+    Arguments and results are those of `heun_sample`, but a step takes one score evaluation.
     """
     times = noise_ratio_grid(sde, eps, num_steps)
     alphas, stds, lambdas = sde.mean_coeff(times), sde.std(times), -0.5 * sde.gamma(times)
@@ -267,7 +271,7 @@ def dpm_solver_sample(
         x, previous = state
         h = lambdas[i + 1] - lambdas[i]
         x0 = denoise(sde, score_fn, x, times[i])
-        # The first step has nothing to extrapolate from; its own r would be infinite.
+        # The first step has no previous one to extrapolate from, and its r would be infinite.
         before = lambdas[i] - lambdas[jnp.maximum(i - 1, 0)]
         weight = jnp.where(i == 0, 0.0, h / jnp.where(i == 0, 1.0, 2 * before))
         data = x0 + weight * (x0 - previous)
@@ -287,18 +291,18 @@ def solve_ode(
     rtol: float,
     atol: float,
 ) -> tuple[Any, Array]:
-    """Dormand-Prince 5(4) with adaptive steps, entirely on the device.
+    """Solve an ODE by Dormand-Prince 5(4) with adaptive steps, entirely on the device.
 
-    The error norm is the root mean square over the whole state, so that a batch shares its steps.
+    The error norm is the root mean square over the whole state, so a batch shares its steps.
 
     Args:
       vector_field: (t, y, args) → dy/dt.
       y0: state at t0, a pytree.
-      t0, t1: ends, in either order.
+      t0, t1: start and end time, in either order.
       rtol, atol: tolerances.
 
     Returns:
-      (y at t1, number of evaluations of the vector field). A solve that fails gives NaN.
+      (y at t1, number of evaluations of the vector field). If the solver fails, y is NaN.
     """
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(vector_field),
@@ -307,7 +311,7 @@ def solve_ode(
         t1,
         None,
         y0,
-        # A field that is not finite would shrink the step forever: dtmin ends such a solve.
+        # A field that is not finite would shrink the step forever; dtmin stops the solver then.
         stepsize_controller=diffrax.PIDController(
             rtol=rtol, atol=atol, dtmin=1e-10, force_dtmin=False
         ),
@@ -316,7 +320,8 @@ def solve_ode(
     )
     failed = solution.result != diffrax.RESULTS.successful
     y1 = jax.tree.map(lambda y: jnp.where(failed, jnp.nan, y[-1]), solution.ys)
-    # Six new stages a step (the first is the last one's last), and two to choose the first step.
+    # Six evaluations per step (the first stage is the last of the previous step), and two to
+    # choose the first step size.
     return y1, 6 * solution.stats["num_steps"] + 2
 
 
@@ -331,16 +336,16 @@ def probability_flow(sde: SDE, score_fn: ScoreFn) -> Callable[[Any, Array, Any],
     return drift
 
 
-def on_clock(
+def in_solver_time(
     sde: SDE, vector_field: Callable[[Any, Any, Any], Any]
 ) -> Callable[[Any, Any, Any], Any]:
-    """A vector field (t, y, args) → dy/dt as (c, y, args) → dy/dc, with c = `sde.clock(t)`.
+    """Convert a vector field (t, y, args) → dy/dt to (c, y, args) → dy/dc for c = solver_time(t).
 
-    On t itself an adaptive solver steps over all that RVE does, between 1e-5 and 1e-3.
+    In t itself an adaptive solver steps over the interval [1e-5, 1e-3], where RVE's dynamics are.
     """
 
     def field(c: Array, y: Any, args: Any) -> Any:
-        t, rate = jax.jvp(sde.inverse_clock, (c,), (jnp.ones_like(c),))
+        t, rate = jax.jvp(sde.time_of_solver, (c,), (jnp.ones_like(c),))
         return jax.tree.map(lambda slope: rate * slope, vector_field(t, y, args))
 
     return field
@@ -356,56 +361,65 @@ def ode_sample(
     atol: float,
     noise_removal: bool = True,
 ) -> tuple[Array, Array]:
-    """Samples by the probability-flow ODE from the latents `z` at T: (x, score evaluations)."""
-    field = on_clock(sde, probability_flow(sde, score_fn))
-    x, nfe = solve_ode(field, z, sde.clock(sde.T), sde.clock(eps), rtol, atol)
+    """Samples by the probability-flow ODE from latents `z` at T: (x, number of evaluations)."""
+    field = in_solver_time(sde, probability_flow(sde, score_fn))
+    x, nfe = solve_ode(field, z, sde.solver_time(sde.T), sde.solver_time(eps), rtol, atol)
     if noise_removal:
         return denoise(sde, score_fn, x, eps), nfe + 1
     return x, nfe
 
 
 def slerp(a: Array, b: Array, share: ArrayLike) -> Array:
-    """Spherical interpolation of latents: a at share 0, b at 1, between them along a great circle.
+    """Spherical interpolation of latents, from a at share 0 to b at share 1.
 
-    Latents of D dimensions lie close to a sphere of radius √D times the prior's deviation. What is
-    between two of them does so too; the middle of a straight line would be too near the centre.
+    Latents of D dimensions lie close to a sphere of radius √D times the prior's standard deviation.
+    So do points of a great circle; the middle of a straight line is too close to the centre.
 
     Args:
-      a, b: (N, ...), rows that are not opposite.
+      a, b: (N, ...); their rows must not be opposite to each other.
       share: scalar or (N,).
     """
-    dot = lambda u, v: jnp.sum(u * v, axis=tuple(range(1, u.ndim)))  # noqa: E731
+
+    def dot(u: Any, v: Any) -> Any:
+        return jnp.sum(u * v, axis=tuple(range(1, u.ndim)))
+
     angle = jnp.arccos(jnp.clip(dot(a, b) / jnp.sqrt(dot(a, a) * dot(b, b)), -1, 1))
 
     def weight(share: Array) -> Array:
-        # sin(share·angle)/sin(angle), which is `share` where the rows are parallel.
+        # sin(share·angle)/sin(angle), whose limit for parallel rows is `share`.
         return share * jnp.sinc(share * angle / jnp.pi) / jnp.sinc(angle / jnp.pi)
 
     share = jnp.asarray(share)
     return expand(weight(1 - share), a) * a + expand(weight(share), b) * b
 
 
-# A method: (config, sde, score_fn, key, shape (N, H, W, C)) → (x, score evaluations).
-SamplerFn = Callable[[ConfigDict, SDE, ScoreFn, Array, tuple[int, ...]], tuple[Array, ArrayLike]]
+# A sampling method: (sde, score_fn, key, shape (N, H, W, C)) → (x, number of score evaluations).
+SamplerFn = Callable[[SDE, ScoreFn, Array, tuple[int, ...]], tuple[Array, ArrayLike]]
 
 
-def _along_the_ode(solve: Callable[..., tuple[Array, ArrayLike]], *options: str) -> SamplerFn:
-    """A method that starts from latents, and takes some of `config.sampling`'s fields."""
+def _along_the_ode(
+    solve: Callable[..., tuple[Array, ArrayLike]], *fields: str
+) -> Callable[[ConfigDict], SamplerFn]:
+    """A sampling method that solves the ODE from latents, with options from `config.sampling`."""
 
-    def sample(
-        config: ConfigDict, sde: SDE, score_fn: ScoreFn, key: Array, shape: tuple[int, ...]
-    ) -> tuple[Array, ArrayLike]:
-        z = sde.prior_std() * jax.random.normal(key, shape)
-        given = {name: config.sampling[name] for name in ("noise_removal", *options)}
-        return solve(sde, score_fn, z, eps=config.sampling.truncation_time, **given)
+    def get_sampler(config: ConfigDict) -> SamplerFn:
+        options = {name: config.sampling[name] for name in ("noise_removal", *fields)}
+        eps = config.sampling.truncation_time
 
-    return sample
+        def sample(
+            sde: SDE, score_fn: ScoreFn, key: Array, shape: tuple[int, ...]
+        ) -> tuple[Array, ArrayLike]:
+            z = sde.prior_std() * jax.random.normal(key, shape)
+            return solve(sde, score_fn, z, eps=eps, **options)
+
+        return sample
+
+    return get_sampler
 
 
-SAMPLERS: dict[str, SamplerFn] = {
-    "pc": lambda config, sde, score_fn, key, shape: pc_sample(
-        sde, score_fn, key, shape, **pc_options(config)
-    ),
+# The samplers that `sampling.method` can name, each a function of the config.
+SAMPLERS: dict[str, Callable[[ConfigDict], SamplerFn]] = {
+    "pc": lambda config: functools.partial(pc_sample, **pc_options(config)),
     "ode": _along_the_ode(ode_sample, "rtol", "atol"),
     "heun": _along_the_ode(heun_sample, "num_steps"),
     "dpm_solver": _along_the_ode(dpm_solver_sample, "num_steps"),
@@ -415,14 +429,15 @@ SAMPLERS: dict[str, SamplerFn] = {
 def get_sampling_fn(
     config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, batch_size: int
 ) -> Callable[[Any, Array], tuple[Array, Array]]:
-    """The sampler that `config.sampling` names, compiled: (params, key) → (x, nfe).
+    """The compiled sampler of `config.sampling`, a function (params, key) → (x, nfe).
 
     x is (batch_size, H, W, C) in the model's range.
     """
     shape = (batch_size, config.data.image_size, config.data.image_size, config.data.num_channels)
+    sampler = SAMPLERS[config.sampling.method](config)
 
     def sample(params: Any, key: Array) -> tuple[Array, ArrayLike]:
-        return SAMPLERS[config.sampling.method](config, sde, make_score_fn(params), key, shape)
+        return sampler(sde, make_score_fn(params), key, shape)
 
     return jax.jit(lambda params, key: jax.tree.map(jnp.asarray, sample(params, key)))
 

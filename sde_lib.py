@@ -1,7 +1,7 @@
 """SDEs with linear drift, dx = f(t) x dt + g(t) dw, for which x_t = α(t) x_0 + σ(t) z.
 
-Every formula about an SDE is here and nowhere else. All functions of time are elementwise, keep
-the shape of `t`, and are accurate in float32 on [1e-5, 1].
+All formulas that depend on the SDE are in this file. Functions of time are elementwise, keep the
+shape of `t`, and are accurate in float32 on [1e-5, 1].
 """
 
 import abc
@@ -19,12 +19,13 @@ from ml_collections import ConfigDict
 
 
 class SDE(abc.ABC):
-    """What every SDE offers.
+    """The interface of an SDE.
 
     Attributes:
-      T: largest time.
-      exploding: α = 1, and σ grows to the data's own size and beyond. Its network sees σ(t) or
-        log σ(t), and gives the score; else the network sees t and gives the noise, -σ(t) s.
+      T: the largest time.
+      exploding: whether α = 1 and σ grows beyond the scale of the data. If so, the network is
+        conditioned on σ(t) or log σ(t) and predicts the score s; otherwise it is conditioned on t
+        and predicts the noise, -σ(t) s.
     """
 
     T: ClassVar[float] = 1.0
@@ -56,7 +57,7 @@ class SDE(abc.ABC):
 
     @abc.abstractmethod
     def transition(self, s: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:
-        """From s to a later t, x_t = a x_s + b z: (a, b), exact (not a step of a solver)."""
+        """The exact coefficients (a, b) of x_t = a x_s + b z for s < t."""
 
     @abc.abstractmethod
     def prior_std(self) -> float:
@@ -83,17 +84,19 @@ class SDE(abc.ABC):
         gamma = self.gamma(tau) + jnp.asarray(u) * self.importance_normalizer(tau)
         return jnp.clip(self.inverse_gamma(gamma), jnp.asarray(tau), self.T)
 
-    def clock(self, t: ArrayLike) -> Array:
-        """The SDE's own clock, increasing in t, on which a solver's steps are of like size."""
+    def solver_time(self, t: ArrayLike) -> Array:
+        """An increasing function of t in which an adaptive solver takes steps of similar size."""
         return jnp.asarray(t)
 
-    def inverse_clock(self, c: ArrayLike) -> Array:
-        """The t with clock(t) = c."""
+    def time_of_solver(self, c: ArrayLike) -> Array:
+        """The t with solver_time(t) = c."""
         return jnp.asarray(c)
 
     def time_grid(self, eps: float, num: int) -> Array:
-        """`num` times from T down to eps, equally spaced on the clock."""
-        return self.inverse_clock(jnp.linspace(self.clock(self.T), self.clock(eps), num))
+        """`num` times from T down to eps, equally spaced in `solver_time`."""
+        return self.time_of_solver(
+            jnp.linspace(self.solver_time(self.T), self.solver_time(eps), num)
+        )
 
     def _stabilized_gamma(self, t: ArrayLike, stabilizing_constant: float) -> Array:
         """γ_c(t) = log (σ² + c)/α²."""
@@ -102,10 +105,13 @@ class SDE(abc.ABC):
     def unbounded_time(self, t: ArrayLike, stabilizing_constant: float) -> Array:
         """γ_c(t) = log (σ² + c)/α², scaled to 0 at t = 1e-5 and 1 at T.
 
-        The network's time in the unbounded parametrisation (arXiv 2106.05527, appendix): on this
-        scale the score's growth as t → 0 is spread out, down to where c cuts it off.
+        The network's time in the unbounded parametrisation (arXiv 2106.05527, appendix). It
+        stretches small times, where the score grows fast; the constant c bounds it as t → 0.
         """
-        gamma = lambda t: self._stabilized_gamma(t, stabilizing_constant)  # noqa: E731
+
+        def gamma(t: ArrayLike) -> Array:
+            return self._stabilized_gamma(t, stabilizing_constant)
+
         start = gamma(1e-5)
         return (gamma(t) - start) / (gamma(self.T) - start)
 
@@ -123,13 +129,13 @@ class SDE(abc.ABC):
 
 
 def expand(value: ArrayLike, x: Array) -> Array:
-    """A scalar or (N,) with as many axes as x (N, ...), to be broadcast against it."""
+    """Reshape a scalar or (N,) so that it broadcasts against x (N, ...)."""
     value = jnp.asarray(value)
     return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
 
 
 def _log_expm1(b: Array) -> Array:
-    """log(e^b - 1) for b > 0: neither overflows, nor cancels for large b or loses a small one."""
+    """log(e^b - 1) for b > 0, accurate for small b and without overflow for large b."""
     small = b < 1
     below = jnp.log(jnp.expm1(jnp.where(small, b, 1.0)))
     above = b + jnp.log1p(-jnp.exp(-jnp.where(small, 1.0, b)))
@@ -138,7 +144,7 @@ def _log_expm1(b: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _LinearBeta(SDE):
-    """What VP and sub-VP share: f = -β(t)/2 with β linear in t.
+    """The common part of VP and sub-VP: f = -β(t)/2 with β linear in t.
 
     Attributes:
       beta_min: β(0).
@@ -158,7 +164,7 @@ class _LinearBeta(SDE):
         return t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
 
     def invert_integral_beta(self, b: ArrayLike) -> Array:
-        """The t with B(t) = b, from the root of the quadratic that does not cancel."""
+        """The t with B(t) = b, by the form of the quadratic's root that has no cancellation."""
         b = jnp.asarray(b)
         slope = self.beta_max - self.beta_min
         return 2 * b / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * b))
@@ -173,12 +179,12 @@ class _LinearBeta(SDE):
         return 1.0
 
     def _integral_between(self, s: ArrayLike, t: ArrayLike) -> Array:
-        # B(t) - B(s) without subtracting the two.
+        # B(t) - B(s), without cancellation.
         s, t = jnp.asarray(s), jnp.asarray(t)
         return (t - s) * (self.beta_min + 0.5 * (t + s) * (self.beta_max - self.beta_min))
 
     def _stabilized_gamma(self, t: ArrayLike, stabilizing_constant: float) -> Array:
-        # VP's own, which the release has for sub-VP too.
+        # VP's formula; the official release uses it for sub-VP too.
         b = self.integral_beta(t)
         return jnp.log(stabilizing_constant - jnp.expm1(-b)) + b
 
@@ -225,14 +231,14 @@ class SubVPSDE(_LinearBeta):
 
     def transition(self, s: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:
         delta = self._integral_between(s, t)
-        # σ_t² - a² σ_s², factored.
+        # σ_t² - a² σ_s², factored to avoid cancellation.
         variance = -jnp.expm1(-delta) * -jnp.expm1(-delta - 2 * self.integral_beta(s))
         return jnp.exp(-0.5 * delta), jnp.sqrt(variance)
 
 
 @dataclasses.dataclass(frozen=True)
 class _VarianceExploding(SDE):
-    """What VE and RVE share: f = 0, and log σ runs from log σ_min to log σ_max on a warped clock.
+    """The common part of VE and RVE: f = 0, and σ grows from σ_min to σ_max.
 
     Attributes:
       sigma_min: the smallest σ.
@@ -245,12 +251,12 @@ class _VarianceExploding(SDE):
     sigma_max: float = 50.0
 
     @abc.abstractmethod
-    def _clock(self, t: Array) -> tuple[Array, Array]:
-        """(c, 1 - c) for the clock's c(t) in [0, 1], each without cancellation."""
+    def _log_sigma_fraction(self, t: Array) -> tuple[Array, Array]:
+        """(c, 1 - c) for c(t) = log(σ/σ_min)/log(σ_max/σ_min), each without cancellation."""
 
     @abc.abstractmethod
-    def _clock_between(self, s: Array, t: Array) -> Array:
-        """c(t) - c(s), without subtracting the two."""
+    def _log_sigma_fraction_between(self, s: Array, t: Array) -> Array:
+        """c(t) - c(s), without cancellation."""
 
     @property
     def _log_range(self) -> float:
@@ -260,24 +266,26 @@ class _VarianceExploding(SDE):
         return jnp.zeros_like(jnp.asarray(t))
 
     def std(self, t: ArrayLike) -> Array:
-        # From the nearer end: the exponent is small there, and so is its error.
-        gone, left = self._clock(jnp.asarray(t))
-        low = self.sigma_min * jnp.exp(self._log_range * gone)
-        return jnp.where(gone < left, low, self.sigma_max * jnp.exp(-self._log_range * left))
+        # Computed from the nearer end, where the exponent and so its error are small.
+        fraction, remaining = self._log_sigma_fraction(jnp.asarray(t))
+        low = self.sigma_min * jnp.exp(self._log_range * fraction)
+        return jnp.where(
+            fraction < remaining, low, self.sigma_max * jnp.exp(-self._log_range * remaining)
+        )
 
     def drift_coeff(self, t: ArrayLike) -> Array:
         return jnp.zeros_like(jnp.asarray(t))
 
     def gamma(self, t: ArrayLike) -> Array:
-        gone, left = self._clock(jnp.asarray(t))
-        low = 2 * math.log(self.sigma_min) + 2 * self._log_range * gone
-        high = 2 * math.log(self.sigma_max) - 2 * self._log_range * left
-        return jnp.where(gone < left, low, high)
+        fraction, remaining = self._log_sigma_fraction(jnp.asarray(t))
+        low = 2 * math.log(self.sigma_min) + 2 * self._log_range * fraction
+        high = 2 * math.log(self.sigma_max) - 2 * self._log_range * remaining
+        return jnp.where(fraction < remaining, low, high)
 
     def transition(self, s: ArrayLike, t: ArrayLike) -> tuple[Array, Array]:
-        passed = self._clock_between(jnp.asarray(s), jnp.asarray(t))
-        noise = jnp.sqrt(-jnp.expm1(-2 * self._log_range * passed))
-        return jnp.ones_like(passed), self.std(t) * noise
+        difference = self._log_sigma_fraction_between(jnp.asarray(s), jnp.asarray(t))
+        noise = jnp.sqrt(-jnp.expm1(-2 * self._log_range * difference))
+        return jnp.ones_like(difference), self.std(t) * noise
 
     def prior_std(self) -> float:
         return self.sigma_max
@@ -287,10 +295,10 @@ class _VarianceExploding(SDE):
 class VESDE(_VarianceExploding):
     """Variance-exploding SDE (arXiv 2011.13456, eq. 9): log σ is linear in t."""
 
-    def _clock(self, t: Array) -> tuple[Array, Array]:
+    def _log_sigma_fraction(self, t: Array) -> tuple[Array, Array]:
         return t, 1 - t
 
-    def _clock_between(self, s: Array, t: Array) -> Array:
+    def _log_sigma_fraction_between(self, s: Array, t: Array) -> Array:
         return t - s
 
     def diffusion(self, t: ArrayLike) -> Array:
@@ -300,7 +308,7 @@ class VESDE(_VarianceExploding):
         return (0.5 * jnp.asarray(gamma) - math.log(self.sigma_min)) / self._log_range
 
     def importance_time(self, u: ArrayLike, tau: ArrayLike) -> Array:
-        # g²/σ² is constant: importance sampling is uniform sampling.
+        # g²/σ² is constant, so importance sampling is uniform sampling.
         tau = jnp.asarray(tau)
         return tau + jnp.asarray(u) * (self.T - tau)
 
@@ -315,11 +323,11 @@ class RVESDE(_VarianceExploding):
 
     eps: float = 1e-5
 
-    def _clock(self, t: Array) -> tuple[Array, Array]:
+    def _log_sigma_fraction(self, t: Array) -> tuple[Array, Array]:
         span = t * (1 - self.eps)
         return (t - self.eps) / span, self.eps * (1 - t) / span
 
-    def _clock_between(self, s: Array, t: Array) -> Array:
+    def _log_sigma_fraction_between(self, s: Array, t: Array) -> Array:
         return self.eps / (1 - self.eps) * (t - s) / (s * t)
 
     def diffusion(self, t: ArrayLike) -> Array:
@@ -335,14 +343,14 @@ class RVESDE(_VarianceExploding):
         u, tau = jnp.asarray(u), jnp.asarray(tau)
         return jnp.clip(tau / ((1 - u) + u * tau), tau, self.T)
 
-    def clock(self, t: ArrayLike) -> Array:
+    def solver_time(self, t: ArrayLike) -> Array:
         return -1 / jnp.asarray(t)
 
-    def inverse_clock(self, c: ArrayLike) -> Array:
+    def time_of_solver(self, c: ArrayLike) -> Array:
         return -1 / jnp.asarray(c)
 
 
-# The SDE by `training.sde`; a config's own file can add to them (docs/extending.md).
+# The SDEs that `training.sde` can name; a config file can register more (docs/extending.md).
 SDES: dict[str, Callable[[ConfigDict], SDE]] = {
     "vpsde": lambda config: VPSDE(config.model.beta_min, config.model.beta_max),
     "subvpsde": lambda config: SubVPSDE(config.model.beta_min, config.model.beta_max),

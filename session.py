@@ -1,4 +1,4 @@
-"""What a config names, made ready: SDE, network, optimiser, data, devices, sampler."""
+"""Building the parts of a run from its config: SDE, network, optimiser, training step, sampler."""
 
 import dataclasses
 import functools
@@ -11,21 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import datasets
 import losses
 import sampling
 import sde_lib
-from configs.default import UserError, validate
+from configs.default import UserError
+from configs.validate import validate
 from models import utils as mutils
+from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
+from train_step import TrainCall, TrainState, get_optimizer, get_step_fn, make_train_call
 
 log = logging.getLogger("soft_truncation")
 
 
-# What fields name; a config's own file can add to each (docs/extending.md).
+# The values that these fields can name; a config file can register more (docs/extending.md).
 REGISTRIES: dict[str, dict[str, Any]] = {
     "training.sde": sde_lib.SDES,
     "training.prior": losses.PRIORS,
@@ -38,21 +39,29 @@ REGISTRIES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a config names, but for its data; checked, and nothing is compiled yet."""
+    """The parts of a run that a config names, without the data; nothing is compiled yet."""
 
     sde: sde_lib.SDE
     model: mutils.Model
     optimizer: optax.GradientTransformation
-    num_levels: int  # of the data
-    state_shape: losses.TrainState  # of jax.ShapeDtypeStruct
+    objective: losses.Objective
+    preprocessing: datasets.Preprocessing
+    make_score_fn: sampling.MakeScoreFn  # parameters → (x, t) → score
+    make_train_score_fn: Callable[[Any], losses.ScoreFn]  # … → (x, t, dropout keys) → score
+    state_shape: TrainState  # of jax.ShapeDtypeStruct
+
+    @property
+    def num_levels(self) -> int:
+        """The number of values of a pixel of the data."""
+        return self.preprocessing.num_levels
 
 
 def init_state(
     config: ConfigDict, model: mutils.Model, optimizer: optax.GradientTransformation
-) -> losses.TrainState:
+) -> TrainState:
     """The state before the first step, a function of the config's seed."""
     params = mutils.init_params(config, model, jax.random.key(config.seed))
-    return losses.TrainState(
+    return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),
@@ -61,110 +70,104 @@ def init_state(
 
 
 def set_up(config: ConfigDict) -> Setup:
-    """Check a config.
+    """Check a config and build the parts that it names.
 
     Raises:
-      UserError: one line that says what is wrong with it.
+      UserError: the config is wrong; the message is one line that says why.
     """
     validate(config, jax.device_count(), REGISTRIES)
     sde, model = sde_lib.get_sde(config), mutils.create_model(config)
-    optimizer = losses.get_optimizer(config)
+    optimizer = get_optimizer(config)
     try:
         shape = jax.eval_shape(lambda: init_state(config, model, optimizer))
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"config.model: no network can be built: {error}") from error
-    return Setup(sde, model, optimizer, datasets.get_num_levels(config), shape)
+    return Setup(
+        sde=sde,
+        model=model,
+        optimizer=optimizer,
+        objective=losses.get_objective(config, sde),
+        preprocessing=datasets.get_preprocessing(config),
+        make_score_fn=functools.partial(mutils.get_score_fn, config, sde, model),
+        make_train_score_fn=functools.partial(mutils.get_score_fn, config, sde, model, train=True),
+        state_shape=shape,
+    )
 
 
-def mesh_shardings() -> tuple[NamedSharding, NamedSharding]:
-    """(rows over all devices, the same on all devices)."""
-    mesh = Mesh(np.array(jax.devices()), ("batch",))
-    return NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
-
-
-def spread(tree: Any, sharding: NamedSharding) -> Any:
-    """Arrays that all processes have alike, laid out over the devices of all."""
-    if jax.process_count() == 1:
-        return jax.device_put(tree, sharding)
-
-    def place(x: Any) -> Array:
-        if isinstance(x, Array) and not x.is_fully_addressable:
-            return x  # it is laid out already
-        if isinstance(x, Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(place(jax.random.key_data(x)))
-        whole = np.asarray(x)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
-
-    return jax.tree.map(place, tree)
-
-
-def gather(x: Array) -> np.ndarray:
-    """An array that is laid out over the devices of all processes, whole, on each of them."""
-    if jax.process_count() == 1:
-        return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+def get_train_call(
+    config: ConfigDict, setup: Setup, train: datasets.Dataset, first_step: int
+) -> TrainCall:
+    """The training function (`make_train_call`) of a config, whose first call is `first_step`."""
+    step_fn = get_step_fn(
+        setup.objective,
+        setup.make_train_score_fn,
+        setup.optimizer,
+        seed=config.seed,
+        ema_rate=config.model.ema_rate,
+        num_micro_batch=config.optim.num_micro_batch,
+    )
+    return make_train_call(step_fn, train, config.training.batch_size, config.seed, first_step)
 
 
 class Samples(NamedTuple):
     """A batch of samples."""
 
     levels: np.ndarray  # (n, H, W, C) uint8
-    nfe: int  # score evaluations for each
-    num_broken: int  # of those that are not finite
+    nfe: int  # score evaluations per sample
+    num_broken: int  # number of samples that are not finite
 
 
 def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
-    """(params, key) → `batch_size` Samples, over all devices."""
+    """A function (params, key) → `batch_size` Samples, computed on all devices."""
     full = -(-batch_size // jax.device_count()) * jax.device_count()
-    rows, everywhere = mesh_shardings()
-    make_score_fn = functools.partial(mutils.get_score_fn, config, setup.sde, setup.model)
-    sample_fn = sampling.get_sampling_fn(config, setup.sde, make_score_fn, full)
+    rows, everywhere = batch_and_replicated_shardings()
+    sample_fn = sampling.get_sampling_fn(config, setup.sde, setup.make_score_fn, full)
 
     def sample_levels(params: Any, key: Array) -> tuple[Array, Array, Array]:
         x, nfe = sample_fn(params, key)
         broken = ~jnp.isfinite(x).all(axis=(1, 2, 3))
-        return datasets.to_levels(x, setup.num_levels, config), nfe, broken
+        return setup.preprocessing.to_levels(x), nfe, broken
 
     compiled = jax.jit(sample_levels, out_shardings=(rows, everywhere, rows))
 
     def sample(params: Any, key: Array) -> Samples:
-        levels, nfe, broken = compiled(*spread((params, key), everywhere))
-        broken = gather(broken)[:batch_size].sum()
+        levels, nfe, broken = compiled(*to_devices((params, key), everywhere))
+        broken = to_host(broken)[:batch_size].sum()
         if broken:
             log.warning(
-                "%d of %d samples are not finite and come out black: the weights are broken, or "
+                "%d of %d samples are not finite and are shown black: the weights are broken, or "
                 "the sampler failed",
-                *(broken, batch_size),
+                broken,
+                batch_size,
             )
-        return Samples(gather(levels)[:batch_size], int(nfe), int(broken))
+        return Samples(to_host(levels)[:batch_size], int(nfe), int(broken))
 
     return sample
 
 
-# (name, compute) → what compute() gives, or gave when that name was last asked for
-Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
+# (name, compute) → the result of compute(), or the stored result of that name
+CacheFn = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
 
 
 def sample_batches(
-    sample: Any, params: Any, seed: int, count: int, batch_size: int, keep: Keep | None = None
+    sample: Any, params: Any, seed: int, count: int, batch_size: int, cache: CacheFn | None = None
 ) -> Iterator[Samples]:
-    """Samples in batches, each a function of (seed, its number).
+    """Yield samples in batches; each batch is a function of the seed and the batch's index.
 
     Args:
-      sample: of `get_sampler`, for this batch size.
-      params: of the network.
-      seed: of the config.
-      count, batch_size: how many samples, and how many at a time.
-      keep: recalls what was sampled before; None: nothing is kept.
-
+      sample: from `get_sampler`, for this batch size.
+      params: the network's parameters.
+      seed: the config's seed.
+      count, batch_size: the number of samples, and the number in a batch.
+      cache: stores and returns earlier batches; None: batches are not stored.
     """
-    key, params = jax.random.key(seed + 2), spread(params, mesh_shardings()[1])
+    key, params = jax.random.key(seed + 2), to_devices(params, batch_and_replicated_shardings()[1])
     for i, start in enumerate(range(0, count, batch_size)):
 
         def draw(i: int = i) -> dict[str, np.ndarray]:
             drawn = sample(params, jax.random.fold_in(key, i))
             return {name: np.asarray(value) for name, value in drawn._asdict().items()}
 
-        part = keep(f"samples_{start:08}", draw) if keep else draw()
+        part = cache(f"samples_{start:08}", draw) if cache else draw()
         levels = part["levels"][: count - start]
         yield Samples(levels, int(part["nfe"]), int(part["num_broken"]))

@@ -1,10 +1,10 @@
-"""What saving costs a run, and how long resuming takes.
+"""How long training waits for saving a checkpoint, and how long resuming takes.
 
 python -m benchmarks.checkpoints
 
 Prints, for the full-width CIFAR-10 recipe, the size of a checkpoint, how long training waits for a
-save, how long the writing goes on beside it, and how long reading it takes; and the share of
-training time that saves at the recipe's interval would take, at a given rate.
+save, how long writing takes in all, how long reading takes, and the share of training time that
+waiting takes at the recipe's interval and a given training speed.
 """
 
 import argparse
@@ -15,16 +15,16 @@ import time
 import jax
 import numpy as np
 
-import checkpointing
 import session
 from configs.vp import cifar10_st
 from models import utils as mutils
+from runtime import checkpointing
 
 
 def main() -> None:
-    """Do it."""
+    """Measure saving and reading, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps_per_second", type=float, default=28.0, help="of training")
+    parser.add_argument("--steps_per_second", type=float, default=28.0, help="speed of training")
     rate = parser.parse_args().steps_per_second
     config = cifar10_st.get_config()
     setup = session.set_up(config)

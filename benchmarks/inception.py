@@ -1,13 +1,13 @@
-"""How fast features for FID are made: images a second through Inception-v3.
+"""Speed of the features for FID: images per second through Inception-v3.
 
 python -m benchmarks.inception           # 32×32 and 299×299 pixels
-python -m benchmarks.inception --peer    # and through PyTorch's, where torchvision is installed
+python -m benchmarks.inception --peer    # also in PyTorch, if torchvision is installed
 
-Ours is the extractor of `--mode eval`, with random weights: uint8 images on the host are resized to
-299×299 on the device, and features and logits brought back. The share is of the rate of one large
-matrix product in full float32, as the network's are. PyTorch's is torch-fidelity's network if that
-is installed, else torchvision's; on GPUs also in TF32, which convolutions there have by default.
-Memory is the process's peak on the device so far.
+Ours is the extractor of `--mode eval` with random weights: uint8 images on the host are resized to
+299×299 on the device, and features and logits are copied back. The share is relative to the speed
+of one large matrix product in full float32, the network's precision. PyTorch's network is that of
+torch-fidelity if it is installed, else that of torchvision; on GPUs it is also measured in TF32,
+the default of convolutions there. Memory is the process's peak on the device so far.
 """
 
 import argparse
@@ -21,8 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import environment
-import features
 from benchmarks.measure import (
     Table,
     gflop_a_call,
@@ -32,11 +30,14 @@ from benchmarks.measure import (
     product_rate,
     seconds_a_call,
 )
+from metrics.features import Extractor
+from metrics.inception import inception_extractor
 from models import inception
+from runtime import environment
 
 
 def random_params(model: inception.InceptionV3, x: Any) -> Any:
-    """Parameters that keep the size of what goes through."""
+    """Random parameters that preserve the scale of the activations."""
     rng = np.random.default_rng(0)
 
     def draw(shape: Any) -> np.ndarray:
@@ -46,7 +47,7 @@ def random_params(model: inception.InceptionV3, x: Any) -> Any:
     return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), x)["params"])
 
 
-def ours(extractor: features.Extractor, sizes: list[int], count: int) -> Iterator[dict[str, Any]]:
+def ours(extractor: Extractor, sizes: list[int], count: int) -> Iterator[dict[str, Any]]:
     """A row for each size of images."""
     for size in sizes:
         images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
@@ -59,13 +60,13 @@ def ours(extractor: features.Extractor, sizes: list[int], count: int) -> Iterato
 
 
 def main() -> None:
-    """Do it."""
+    """Measure all sizes, and print the table."""
     environment.prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--images", type=int, default=64 if on_cpu else 2048)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 299])
-    parser.add_argument("--peer", action="store_true", help="PyTorch's, too")
+    parser.add_argument("--peer", action="store_true", help="also measure PyTorch")
     flags = parser.parse_args()
     if flags.peer:
         need("torch", "torchvision")
@@ -73,7 +74,7 @@ def main() -> None:
     params = random_params(model, one)
     rate = product_rate("float32", jax.lax.Precision.HIGHEST)
     gflop = gflop_a_call(lambda x: model.apply({"params": params}, x), one)
-    extractor = features.inception_extractor(params, "random", 256)
+    extractor = inception_extractor(params, "random", 256)
     rows = ours(extractor, flags.sizes, flags.images)
     columns = ("images/s", "ms an image", "TFLOP/s", "share", "peak GiB", "first call s")
     table = Table("", "pixels", *columns)

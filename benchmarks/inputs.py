@@ -1,12 +1,12 @@
-"""Input pipeline throughput, measured without training: images a second, processor time an image.
+"""Input pipeline throughput, measured without training: images/s and CPU time per image.
 
 python -m benchmarks.inputs
 
-Batches are made as in training, by `datasets.train_batches`, and nothing is done with them. The
-files hold random images of CIFAR-10's size and are made in a temporary folder. Files are decoded
-once into the cache and memory-mapped from there; with data.cache=False they are decoded anew each
-time. On an accelerator a set of up to 1 GiB lives on the device: then only the indices of a
-batch's images are made here, which is the first row.
+Batches are made as in training, by `datasets.train_batches`, and discarded. The files are random
+images of CIFAR-10's size in a temporary folder. They are decoded once into the cache and
+memory-mapped from there; with data.cache=False they are decoded for every batch. Data sets of up to
+1 GiB are kept in device memory, so that a step receives only the indices of its images; this is the
+first row.
 """
 
 import argparse
@@ -20,30 +20,30 @@ import numpy as np
 from PIL import Image
 
 import datasets
-import environment
 from datasets import Dataset
 from readers import cache, image_files, tfds
 from readers.decode import Fit
 from readers.layout import Found
 from readers.source import ArraySource
+from runtime import environment
 
 
 def speed(
-    dataset: Dataset, batch: int, seconds: float, places: bool = False
+    dataset: Dataset, batch: int, seconds: float, indices_only: bool = False
 ) -> tuple[float, float]:
-    """(images a second, microseconds of processor time an image), after the first batch."""
-    batches = datasets.train_batches(dataset, batch, seed=0, places=places)
+    """(images per second, microseconds of CPU time per image), after the first batch."""
+    batches = datasets.train_batches(dataset, batch, seed=0, indices_only=indices_only)
     next(batches)
     start, start_cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:
         next(batches)
         count += batch
-    cpu = time.process_time() - start_cpu  # of all threads
+    cpu = time.process_time() - start_cpu  # over all threads
     return count / (time.perf_counter() - start), 1e6 * cpu / count
 
 
 def prepare_tfds(images: np.ndarray, folder: pathlib.Path) -> None:
-    """Have TFDS prepare the images in a folder, as array_record."""
+    """Prepare the images with TFDS in a folder, as array_record."""
     import tensorflow_datasets
 
     class Random32(tensorflow_datasets.core.GeneratorBasedBuilder):
@@ -83,7 +83,7 @@ def kept_and_not(name: str, found: Found, flags: argparse.Namespace) -> list[tup
 
 
 def main() -> None:
-    """Do it."""
+    """Measure all kinds of data, and print the table."""
     environment.prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--batch", type=int, default=128)
@@ -92,15 +92,17 @@ def main() -> None:
     flags = parser.parse_args()
     rng = np.random.default_rng(0)
     shape = (flags.images, 32, 32, 3)
-    # Smooth noise: PNG files of it are as large as photographs'.
+    # Smooth noise, whose PNG files are as large as those of photographs.
     coarse = rng.integers(0, 256, (flags.images, 8, 8, 3), dtype=np.uint8)
     images = coarse.repeat(4, axis=1).repeat(4, axis=2) // 2 + rng.integers(0, 64, shape)
     images = images.astype(np.uint8)
     memory = Dataset("memory", ArraySource(images, np.zeros(len(images))), 256, 0)
-    rows = [("places, for data on the device", speed(memory, flags.batch, flags.seconds, True))]
+    rows = [
+        ("indices, of data in the device's memory", speed(memory, flags.batch, flags.seconds, True))
+    ]
     rows.append(("memory", speed(memory, flags.batch, flags.seconds)))
     with tempfile.TemporaryDirectory() as name:
-        os.environ["XDG_CACHE_HOME"] = name  # what is decoded goes there
+        os.environ["XDG_CACHE_HOME"] = name  # the cache of decoded images
         for size in (32, 128):
             folder = pathlib.Path(name) / f"{size}"
             folder.mkdir()

@@ -1,10 +1,10 @@
-"""Kill a training run again and again; it must end as an undisturbed one, bit for bit.
+"""Kill a training run many times; its result must equal an uninterrupted run's, bit for bit.
 
 python -m benchmarks.kill_training --kills 30
 
-Trains a small network on digits twice on this machine's CPU: once in peace, and once killed by
-SIGKILL at random times, every second time while a checkpoint is being written. Prints a line a
-kill and, at the end, whether parameters, EMA, optimiser state and losses are the same.
+Trains a small network on digits twice: once without interruption, and once killed by SIGKILL at
+random times, every second time while a checkpoint is being written. Prints a line for each kill
+and, at the end, whether parameters, EMA, optimiser state and losses are identical.
 """
 
 import argparse
@@ -27,7 +27,7 @@ STEPS = 1200
 
 
 def start(workdir: pathlib.Path) -> subprocess.Popen:
-    """Begin the run, or go on with it; the same command always."""
+    """Start or resume the run; the command is the same for both."""
     command = [sys.executable, str(ROOT / "main.py"), f"--config={ROOT}/configs/vp/digits_st.py"]
     command += [f"--workdir={workdir}", f"--config.training.n_iters={STEPS}"]
     command += ["--config.model.nf=8", "--config.model.ch_mult=(1,)"]
@@ -41,19 +41,19 @@ def start(workdir: pathlib.Path) -> subprocess.Popen:
 
 
 def log_of(workdir: pathlib.Path) -> pathlib.Path:
-    """What the last process of a run said."""
+    """The path of the log of a run's last process."""
     return workdir.with_suffix(".log")
 
 
 def last_step(workdir: pathlib.Path) -> int:
-    """The last step in the log."""
+    """The last step in metrics.jsonl."""
     path = workdir / "metrics.jsonl"
     rows = path.read_text().splitlines() if path.exists() else []
     return max((json.loads(row)["step"] for row in rows[:-1]), default=0)
 
 
 def wait_for_kill(workdir: pathlib.Path, process: subprocess.Popen, amid_save: bool) -> str:
-    """Until a random moment after the first new step; or until a checkpoint is half written."""
+    """Wait until a random time after the first new step, or until a checkpoint is being written."""
     before = last_step(workdir)
     while last_step(workdir) <= before and process.poll() is None:
         time.sleep(0.01)
@@ -71,7 +71,7 @@ def state_of(workdir: pathlib.Path) -> list[np.ndarray]:
 
 
 def main() -> None:
-    """Do it."""
+    """Train both runs, and compare their results; the exit status is 0 if they are identical."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30)
     kills = parser.parse_args().kills

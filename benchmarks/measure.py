@@ -1,4 +1,4 @@
-"""What the benchmarks that measure speed have in common: a clock, a scale and a table."""
+"""Common parts of the speed benchmarks: timing, counts of operations, and tables."""
 
 import importlib.util
 import json
@@ -15,9 +15,9 @@ import numpy as np
 
 
 def seconds_a_call(call: Callable[[], Any], at_least: float = 3.0) -> float:
-    """The median over five rounds of calls, each of which is waited for at its end.
+    """The median duration of a call over five rounds of calls, with the device's work.
 
-    A call that alone takes `at_least` seconds is timed once.
+    The rounds take `at_least` seconds in all. A call that takes longer than that is timed once.
     """
 
     def measure(count: int) -> float:
@@ -36,7 +36,7 @@ def seconds_a_call(call: Callable[[], Any], at_least: float = 3.0) -> float:
 
 
 def product_rate(dtype: str, precision: Any = None) -> float:
-    """TFLOP/s of a large square matrix product, what `share` is of; it is printed."""
+    """Measure and print the TFLOP/s of a large square matrix product, the reference of `share`."""
     size = 8192 if jax.default_backend() != "cpu" else 2048
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
@@ -47,7 +47,7 @@ def product_rate(dtype: str, precision: Any = None) -> float:
 
 
 def count_flops(jaxpr: Any) -> float:
-    """Operations of the convolutions and matrix products of a jaxpr, an addition being one."""
+    """Operations of the convolutions and matrix products in a jaxpr; a multiply-add counts as 2."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "conv_general_dilated":
@@ -64,25 +64,25 @@ def count_flops(jaxpr: Any) -> float:
 
 
 def gflop_a_call(fn: Callable[..., Any], *args: Any) -> float:
-    """`count_flops` of fn(*args), arrays or their shapes, in 10⁹; nothing is computed."""
+    """`count_flops` of fn(*args) in 10⁹, from arrays or their shapes; fn is only traced."""
     return count_flops(jax.make_jaxpr(fn)(*args).jaxpr) / 1e9
 
 
 def peak_gib() -> float | None:
-    """The most memory that was in use on the device, in GiB; None where it is not known."""
+    """The peak memory use of the device so far, in GiB; None if it is not known."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
 
 
 def need(*packages: str) -> None:
-    """Stop with a line that says so if a peer's packages are not installed."""
+    """Exit with a message if packages that --peer needs are not installed."""
     missing = [name for name in packages if not importlib.util.find_spec(name)]
     if missing:
         raise SystemExit(f"--peer needs what is not installed: pip install {' '.join(missing)}")
 
 
 def peer_rows(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """What benchmarks/peer.py measures of PyTorch, in a process of its own."""
+    """Run benchmarks/peer.py, which measures PyTorch, in another process; returns its rows."""
     command = [sys.executable, "-m", "benchmarks.peer", json.dumps(job)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.strip().splitlines()[-1])
@@ -95,20 +95,20 @@ def _shown(cell: Any) -> str:
 
 
 class Table:
-    """Rows that are printed as they are found, and all together at the end."""
+    """A table that prints each row when it is added, and all rows at the end."""
 
     def __init__(self, *columns: str) -> None:
-        """Of columns with these names; the first one's can be empty."""
+        """Start a table with these columns; the first name can be empty."""
         self._columns, self._rows = columns, list[tuple[str, ...]]()
 
     def add(self, *cells: Any) -> None:
-        """A row; a float is shown with four digits, and None as nothing."""
+        """Add a row; a float is shown with four digits, and None as an empty cell."""
         row = tuple(_shown(cell) for cell in cells)
         self._rows.append(row)
         print(" | ".join(f"{n} {c}".strip() for n, c in zip(self._columns, row, strict=True)))
 
     def show(self) -> None:
-        """Print it, as Markdown."""
+        """Print the table as Markdown."""
         print("\n| " + " | ".join(self._columns) + " |\n" + "|---" * len(self._columns) + "|")
         for row in self._rows:
             print("| " + " | ".join(row) + " |")

@@ -1,9 +1,9 @@
-"""What a user is told who gives a bad config or a bad file: a table, and whether all is well.
+"""Print the error messages for bad configs and bad files, and check their form.
 
 python -m benchmarks.mistakes
 
-Each row is a run of main.py of its own. It must end with one line, no traceback, an exit status
-that is not 0, and nothing written.
+Each row is a run of main.py. It must print one line without a traceback, end with an exit status
+other than 0, and write no files.
 """
 
 import concurrent.futures
@@ -49,7 +49,7 @@ CONFIGS = (
 
 
 def write_files(folder: pathlib.Path) -> dict[str, str]:
-    """Bad files; {what is wrong: the flags that name them}."""
+    """Write bad files; returns {description: the flags that name the file}."""
     data = "--config.data.num_channels=3 --config.data.dataset=folder --config.data.path="
     fashion = "--config.data.dataset=fashion_mnist --config.data.path="
     scored = "--mode=eval --config.eval.samples="
@@ -92,19 +92,19 @@ def write_files(folder: pathlib.Path) -> dict[str, str]:
 
 
 def try_it(flags: str, workdir: pathlib.Path) -> tuple[str, bool]:
-    """(what the user is told, whether it is one line and nothing more)."""
+    """Run main.py; returns (its message, whether that is one line and no file was written)."""
     command = [sys.executable, "main.py", "--config=configs/vp/digits_st.py"]
     command += [f"--workdir={workdir}", *flags.split()]
     env = dict(os.environ, JAX_PLATFORMS="cpu")
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    # What was done before, such as checking files, has the time in front.
+    # Ignore log lines of checking the images; they begin with the time.
     lines = [x for x in result.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d checking", x)]
     well = result.returncode != 0 and len(lines) == 1 and lines[0].startswith("error: ")
     return " / ".join(lines), well and not result.stdout and not workdir.exists()
 
 
 def main() -> None:
-    """Do it."""
+    """Try all mistakes, and print the table; the exit status is 0 if all messages are good."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         cases = {f"`{flags}`": flags for flags in CONFIGS} | write_files(folder)

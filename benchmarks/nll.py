@@ -1,14 +1,14 @@
-"""How long bits/dim by the probability-flow ODE takes, against loops that the host drives.
+"""Speed and error of bits/dim by the probability-flow ODE, on the device and with SciPy.
 
 python -m benchmarks.nll --workdir runs/vp/digits_st       # after `make demo`
-python -m benchmarks.nll --workdir RUN --batch 200         # any run, by its own config
+python -m benchmarks.nll --workdir RUN --batch 200         # any run, with its own config
 
-All integrate the same ODE of the same test images with the same network and probe. Ours are
-`likelihood.ode_log_likelihood`, one program on the device: in steps of a fixed size, and adaptive.
-The others are SciPy's RK45, which brings the state to the host, in float64, for every stage: once
-with our vector field, where a derivative in forward mode gives drift and divergence together, and
-once with the official releases', which take the drift, and then the divergence in reverse mode.
-Errors are of the mean and of the worst image, in bits/dim, against 512 steps of a fixed size.
+All solvers integrate the same ODE for the same test images, network and probe. Ours is
+`likelihood.ode_log_likelihood`, one program on the device, with fixed and with adaptive steps. The
+others are SciPy's RK45, which copies the state to the host, in float64, for every stage: once with
+our vector field, which computes drift and divergence together in forward mode, and once with that
+of the official releases, which computes the drift, and then the divergence in reverse mode. Errors
+are those of the mean and of the worst image, in bits/dim, relative to 512 fixed steps.
 """
 
 import argparse
@@ -23,21 +23,19 @@ import numpy as np
 import scipy.integrate
 from absl import logging
 
-import checkpointing
 import datasets
-import environment
 import likelihood
 import losses
 import session
 from configs import saved
-from models import utils as mutils
+from runtime import checkpointing, environment
 from sampling import probability_flow
 
 
 def host_driven(
     field: Callable[[jax.Array, jax.Array], Any], setup: Any, eps: float, **options: Any
 ) -> Any:
-    """x (N, H, W, C) → as of `ode_log_likelihood`, by SciPy's RK45."""
+    """A function of x (N, H, W, C) that solves the ODE of `ode_log_likelihood` by SciPy's RK45."""
 
     def solve(x: jax.Array) -> Any:
         def flat_field(t: float, state: np.ndarray) -> np.ndarray:
@@ -56,11 +54,11 @@ def host_driven(
 
 
 def main() -> None:
-    """Do it."""
+    """Measure all solvers, and print the table."""
     environment.prepare()
     logging.set_verbosity(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="a trained run's")
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of a trained run")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[1e-5, 1e-4])
     parser.add_argument("--steps", type=int, nargs="+", default=[64, 32])
@@ -68,10 +66,10 @@ def main() -> None:
     config = saved.get_config(flags.workdir)
     setup = session.set_up(config)
     state = checkpointing.restore_latest(config, flags.workdir, setup.state_shape)
-    score_fn = mutils.get_score_fn(config, setup.sde, setup.model, state.ema_params)
+    score_fn = setup.make_score_fn(state.ema_params)
     images = datasets.in_order(datasets.load_data(config).test, flags.batch)["image"]
     keys = jax.random.split(jax.random.key(0), len(images))
-    x = datasets.preprocess(jnp.asarray(images), keys, setup.num_levels, config, flip=False)
+    x = setup.preprocessing.to_x0(jnp.asarray(images), keys, flip=False)
     probe = jax.random.rademacher(jax.random.key(1), x.shape, dtype=jnp.float32)
     drift = probability_flow(setup.sde, score_fn)
     eps = config.training.truncation_time
@@ -108,7 +106,7 @@ def main() -> None:
         }
     for field in (forward_mode, official):
         jax.block_until_ready(field(x, jnp.float32(eps)))  # compiles
-    dims, offset = x[0].size, datasets.bits_offset(setup.num_levels, config.data.centered)
+    dims, offset = x[0].size, setup.preprocessing.bits_offset
 
     def bits(logp: jax.Array) -> np.ndarray:
         return np.asarray(likelihood.to_bits_per_dim(-jnp.asarray(logp), dims, offset), np.float64)

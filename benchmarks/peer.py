@@ -1,9 +1,9 @@
-"""DDPM++'s training step and Inception-v3 in PyTorch: what ours are timed against.
+"""DDPM++'s training step and Inception-v3 in PyTorch, for comparison of speed.
 
-Nothing but the benchmarks runs this, and PyTorch is no requirement of the project. DDPM++ is as
-fast as we can make it: `models.ncsnpp`'s network with DDPM++'s options (arXiv 2011.13456, appendix
-H), and the objective of `configs/vp/cifar10_st.py`. Images are NHWC on the outside; inside they are
-NCHW tensors in the "channels_last" layout, which is the same memory.
+Only the benchmarks use this module; PyTorch is not a requirement of the project. DDPM++ is as fast
+as we can make it: the network of `models.ncsnpp` with DDPM++'s options (arXiv 2011.13456, appendix
+H), and the objective of `configs/vp/cifar10_st.py`. Arguments and results are NHWC; the network
+uses NCHW tensors in the "channels_last" memory format, which has the same layout in memory.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ LEARNING_RATE, WARMUP, GRAD_CLIP, EMA_RATE = 2e-4, 5000, 1.0, 0.9999
 
 
 def _init(layer: nn.Module, scale: float = 1.0) -> nn.Module:
-    """`layer` with Xavier-uniform weights of variance `scale`, 0 being 1e-10, and no bias."""
+    """Initialise a layer with Xavier-uniform weights times √scale (0: 1e-10) and zero biases."""
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale or 1e-10))
     nn.init.zeros_(layer.bias)
     return layer
@@ -41,7 +41,7 @@ def _norm(channels: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the pixels, with a rescaled skip."""
+    """Single-head self-attention over the pixels, with a rescaled residual connection."""
 
     def __init__(self, channels: int) -> None:
         """For `channels` channels."""
@@ -68,7 +68,7 @@ class Block(nn.Module):
     def __init__(
         self, inputs: int, outputs: int, width: int, dropout: float, resample: str = ""
     ) -> None:
-        """From `inputs` to `outputs` channels; the embedding has `width`."""
+        """From `inputs` to `outputs` channels; the time embedding has size `width`."""
         super().__init__()
         self.resample = resample
         self.norm1, self.conv1 = _norm(inputs), _conv(inputs, outputs)
@@ -194,7 +194,7 @@ def _gamma(t: Tensor) -> Tensor:
 
 
 def _importance_time(u: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """Times (N,) with density ∝ g²/σ² on [τ, 1], from uniforms; and the normaliser Z_τ."""
+    """Times (N,) with density ∝ g²/σ² on [τ, 1], from uniform u (N,), and the normaliser Z_τ."""
     low, high = _gamma(tau), _gamma(torch.ones_like(tau))
     b = F.softplus(low + u * (high - low))
     slope = BETA_MAX - BETA_MIN
@@ -203,12 +203,12 @@ def _importance_time(u: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Trainer:
-    """A training step and a forward pass, with PyTorch's own means of being fast."""
+    """A training step and a forward pass, with PyTorch's own optimisations."""
 
     def __init__(
         self, network: nn.Module, device: torch.device | str, compile: bool, autocast: bool
     ) -> None:
-        """Take `network` to `device`; `autocast`: bfloat16 compute."""
+        """Move `network` to `device`; with `autocast` it computes in bfloat16."""
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         if on_gpu:  # TF32, which is XLA's default there too
@@ -226,7 +226,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
 
     def _draw(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Levels (N, H, W, C) uint8 → x_t, t, z and the weight Z_τ."""
+        """Levels (N, H, W, C) uint8 → (x_t, t, z, the weight Z_τ)."""
         x = images.permute(0, 3, 1, 2) * (2 / 255) - 1
         flip = torch.rand(len(x), 1, 1, 1, device=self.device) < 0.5
         x = torch.where(flip, x.flip(3), x)
@@ -238,12 +238,12 @@ class Trainer:
         return torch.exp(-0.5 * b) * x + torch.sqrt(-torch.expm1(-b)) * z, t, z, normalizer
 
     def step(self, images: Tensor) -> Tensor:
-        """One update with images (N, H, W, C) uint8 on the device; the loss, not waited for."""
+        """One update with images (N, H, W, C) uint8 on the device; returns the loss at once."""
         self.network.train()
         x_t, t, z, normalizer = self._draw(images)
         with self._precision():
             output = self._run(x_t, 999 * t)
-        # λ = g² over the density g²/(σ² Z_τ), of the noise's error: ½ Z_τ ‖z - output‖².
+        # λ = g² over the density g²/(σ² Z_τ) gives ½ Z_τ ‖z - output‖² for the predicted noise.
         loss = 0.5 * normalizer * F.mse_loss(output.float(), z)
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
@@ -266,7 +266,7 @@ class Trainer:
 
 
 def _seconds_a_call(call: Callable[[], Any], wait: Callable[[], None], at_least: float) -> float:
-    """As `measure.seconds_a_call`, with `wait` for the device."""
+    """As `measure.seconds_a_call`; `wait` waits for the device."""
 
     def measure(count: int) -> float:
         start = time.perf_counter()
@@ -287,7 +287,7 @@ def ddpmpp_rows(job: dict[str, Any], wait: Callable[[], None]) -> Iterator[dict[
     """Rows for benchmarks/train.py."""
     on_gpu = torch.cuda.is_available()
     size, channels = job["network"][-2:]
-    # Compiled where that is faster and known to work: on a CPU it needs a C++ compiler.
+    # Compiled on GPUs only: on a CPU torch.compile needs a C++ compiler.
     trainer = Trainer(
         build(*job["network"]), "cuda" if on_gpu else "cpu", on_gpu, job["dtype"] == "bfloat16"
     )
@@ -311,7 +311,8 @@ def build_inception() -> tuple[str, nn.Module, Callable[[Tensor], Any]]:
     """Inception-v3 with random weights: torch-fidelity's if it is installed, else torchvision's.
 
     Returns:
-      (whose it is; the network; images (N, 3, H, W) uint8 → features and logits).
+      (name of the package; the network; function from images (N, 3, H, W) uint8 to features and
+      logits).
     """
     import torchvision
 
@@ -357,7 +358,7 @@ def inception_rows(job: dict[str, Any], wait: Callable[[], None]) -> Iterator[di
 
 
 def main() -> None:
-    """Rows as JSON; the job is the first argument, JSON too."""
+    """Print the rows of a job as JSON; the job is the first argument, also JSON."""
     job = json.loads(sys.argv[1])
     on_gpu = torch.cuda.is_available()
     wait = torch.cuda.synchronize if on_gpu else (lambda: None)

@@ -1,10 +1,10 @@
-"""Whether a network that computes in bfloat16 trains as it does in float32.
+"""Compare training in bfloat16 with training in float32.
 
 python -m benchmarks.precision                             # digits, 500 steps
 python -m benchmarks.precision --config configs/vp/fashion_mnist_st.py --steps 2000 --nll
 
-Two runs of `--mode train` that differ in `model.dtype` alone: the same images, times and noise in
-every step. On a GPU float32 means TF32, unless JAX_DEFAULT_MATMUL_PRECISION=float32 is set.
+The two runs of `--mode train` differ only in `model.dtype`; images, times and noise of every step
+are the same. On a GPU float32 means TF32, unless JAX_DEFAULT_MATMUL_PRECISION=float32 is set.
 """
 
 import argparse
@@ -16,22 +16,22 @@ import tempfile
 import jax
 import numpy as np
 
-import environment
-import reporting
 import run_lib
+from runtime import environment
+from runtime.metrics_log import read_metrics
 
 DTYPES = ("float32", "bfloat16")
 
 
 def main() -> None:
-    """Do it."""
+    """Train both networks, and print a table of their losses."""
     environment.prepare()
-    logging.getLogger("soft_truncation").setLevel(logging.INFO)  # each run shows its progress
+    logging.getLogger("soft_truncation").setLevel(logging.INFO)  # show the runs' progress
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--config", default="configs/vp/digits_st.py")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--windows", type=int, default=5, help="rows of the table")
-    parser.add_argument("--nll", action="store_true", help="bits/dim of each run, too")
+    parser.add_argument("--windows", type=int, default=5, help="number of rows of the table")
+    parser.add_argument("--nll", action="store_true", help="also compute bits/dim of each run")
     flags = parser.parse_args()
     losses, lines = {}, []
     with tempfile.TemporaryDirectory() as folder:
@@ -49,7 +49,7 @@ def main() -> None:
             config.eval.enable_sampling = False
             workdir = pathlib.Path(folder) / dtype
             run_lib.train(config, workdir)
-            rows = reporting.read_metrics(workdir / "metrics.jsonl")
+            rows = read_metrics(workdir / "metrics.jsonl")
             losses[dtype] = np.array([row["loss"] for row in rows if "loss" in row])
             if flags.nll:
                 report = run_lib.evaluate(config, workdir)

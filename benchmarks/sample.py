@@ -1,15 +1,16 @@
-"""How fast each sampling method is.
+"""Speed of the sampling methods.
 
 python -m benchmarks.sample                                          # CIFAR-10's DDPM++, for a GPU
-python -m benchmarks.sample --nf 32 --num_res_blocks 1 --batch 16    # a CPU
+python -m benchmarks.sample --nf 32 --num_res_blocks 1 --batch 16    # for a CPU
 python -m benchmarks.sample --config configs/vp/digits_st.py --workdir RUN   # a trained network
 
-A method is compiled as `--mode sample` does, for one device. The share is of the rate of one large
-matrix product. Memory is the process's peak on the device so far, so that batch sizes should go up.
+Methods are compiled as in `--mode sample`, for one device. The share is relative to the speed of
+one large matrix product. Memory is the process's peak on the device so far, so give batch sizes in
+increasing order.
 
-A network that is not trained predicts next to nothing. So that x goes where images are, the score
-of Gaussian images, N(0, ¼), is added to it. Of the methods, only `ode` has evaluations that depend
-on the score: fewer than of a trained network, which --workdir takes.
+The output of an untrained network is close to 0, so the score of Gaussian images, N(0, ¼), is added
+to keep x in the range of images. Only the number of evaluations of `ode` depends on the score: it
+is smaller than for a trained network, which --workdir uses.
 """
 
 import argparse
@@ -26,17 +27,16 @@ from absl import logging
 from jax import Array
 from ml_collections import ConfigDict
 
-import checkpointing
-import environment
 import sampling
 import session
 from benchmarks.measure import Table, gflop_a_call, peak_gib, product_rate, seconds_a_call
 from models import utils as mutils
+from runtime import checkpointing, environment
 from sde_lib import expand
 
 
 def methods(config: ConfigDict, tolerance: float) -> dict[str, dict[str, Any]]:
-    """What each row sets of `config.sampling`."""
+    """The fields of `config.sampling` for each row of the table."""
     tolerances = {"rtol": tolerance, "atol": tolerance}
     predictor = {"predictor": "euler_maruyama", "corrector": "none", "probability_flow": False}
     return {
@@ -50,10 +50,10 @@ def methods(config: ConfigDict, tolerance: float) -> dict[str, dict[str, Any]]:
 def score_of(
     config: ConfigDict, setup: session.Setup, trained: bool
 ) -> Callable[[Any], sampling.ScoreFn]:
-    """Parameters → the score function that is sampled from."""
+    """A function from parameters to the score function to sample from."""
 
     def make_score_fn(params: Any) -> sampling.ScoreFn:
-        network = mutils.get_score_fn(config, setup.sde, setup.model, params)
+        network = setup.make_score_fn(params)
 
         def with_gaussian(x: Array, t: Array) -> Array:
             variance = 0.25 * setup.sde.mean_coeff(t) ** 2 + setup.sde.std(t) ** 2
@@ -65,18 +65,18 @@ def score_of(
 
 
 def main() -> None:
-    """Do it."""
+    """Measure all methods and batch sizes, and print the table."""
     environment.prepare()
     logging.set_verbosity(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--config", default="configs/vp/cifar10_st.py")
-    parser.add_argument("--workdir", type=pathlib.Path, help="a trained run's")
+    parser.add_argument("--workdir", type=pathlib.Path, help="workdir of a trained run")
     parser.add_argument("--batch", type=int, nargs="+", default=[16] if on_cpu else [128])
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
-    parser.add_argument("--nf", type=int, help="of another network than the config's")
-    parser.add_argument("--num_res_blocks", type=int, help="likewise")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="of ode")
+    parser.add_argument("--nf", type=int, help="replaces model.nf")
+    parser.add_argument("--num_res_blocks", type=int, help="replaces model.num_res_blocks")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="rtol and atol of ode")
     parser.add_argument("--pc_steps", type=int, default=20 if on_cpu else 1000)
     flags = parser.parse_args()
     sizes = {"nf": flags.nf, "num_res_blocks": flags.num_res_blocks}
@@ -91,7 +91,7 @@ def main() -> None:
     else:
         params = mutils.init_params(config, setup.model, jax.random.key(config.seed))
     params = jax.device_put(params)
-    # Not before, or the checkpoint would be another config's.
+    # After restoring the checkpoint, which belongs to the unchanged config.
     config.model.update(dtype=flags.dtype, num_scales=flags.pc_steps)
     setup = session.set_up(config)
     make_score_fn = score_of(config, setup, bool(flags.workdir))

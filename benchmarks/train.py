@@ -1,13 +1,13 @@
-"""How fast training and the network's forward pass are, and how much memory they take.
+"""Speed and memory of training and of the network's forward pass.
 
 python -m benchmarks.train                                 # CIFAR-10's DDPM++, for a GPU
-python -m benchmarks.train --peer                          # and PyTorch's, where it is installed
+python -m benchmarks.train --peer                          # also in PyTorch, if it is installed
 python -m benchmarks.train --peer --nf 32 --num_res_blocks 1 --batch 64 --dtype float32   # a CPU
 
 Trains on noise with the objective of configs/vp/cifar10_st.py, by the same calls as `--mode train`.
-A training step is counted as three forward passes; their share is of the rate of one large matrix
-product, measured beside them. Memory is the process's peak on the device so far, so that batch
-sizes should go up. `--profile` adds the kernels that take the most time.
+The operations of a training step are counted as those of three forward passes. The share is
+relative to the speed of one large matrix product. Memory is the process's peak on the device so
+far, so give batch sizes in increasing order. `--profile` lists the kernels that take the most time.
 """
 
 import argparse
@@ -25,10 +25,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import datasets
-import environment
-import losses
-import run_lib
 import session
+import train_step
 from benchmarks.measure import (
     Table,
     gflop_a_call,
@@ -40,10 +38,11 @@ from benchmarks.measure import (
 )
 from configs.vp import cifar10_st
 from readers.source import ArraySource
+from runtime import environment
 
 
 def print_profile(run: Callable[[], Any], steps: int, rows: int) -> None:
-    """The kernels that take the most time, numbers in their names left out, over one run."""
+    """Print the kernels that take the most time in one run, with numbers in names removed."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
@@ -69,31 +68,35 @@ def ours(config: ConfigDict, profile: int) -> Iterator[dict[str, Any]]:
     shape = (data.image_size, data.image_size, data.num_channels)
     images = np.random.default_rng(0).integers(0, 256, (10_000, *shape), dtype=np.uint8)
     noise = datasets.Dataset("noise", ArraySource(images, np.zeros(len(images))), 256, 0)
-    packed = run_lib.replicate(
-        losses.pack_state(session.init_state(config, setup.model, setup.optimizer)),
+    packed = train_step.replicate(
+        train_step.pack_state(session.init_state(config, setup.model, setup.optimizer)),
         jax.local_device_count(),
     )
-    call, steps = run_lib.get_call(config, setup, noise, 0), run_lib.steps_a_call(config)
+    train_call = session.get_train_call(config, setup, noise, first_step=0)
+    steps = train_step.steps_a_call(config)
     name = config.model.dtype
 
     def train() -> Any:
         nonlocal packed
-        packed, values = call(packed, steps)
+        packed, values = train_call(packed, steps)
         return values
 
     start = time.perf_counter()
     jax.block_until_ready(train())
     first = time.perf_counter() - start
     x, labels = jnp.zeros((batch, *shape)), jnp.linspace(0, 999, batch)
-    params = losses.unpack_state(run_lib.first_copy(packed)).params
+    params = train_step.unpack_state(train_step.first_copy(packed)).params
     gflop = gflop_a_call(setup.model.apply, {"params": params}, x[:1], labels[:1])
     seconds = seconds_a_call(train) / steps
     yield {"": f"training, {name}", "first": first, "gflop": 3 * gflop, "seconds": seconds}
     if profile:
         print_profile(train, steps, profile)
     del packed
-    apply = jax.jit(setup.model.apply)  # its arguments are no constants, which XLA would fold
-    forward = lambda: apply({"params": params}, x, labels)  # noqa: E731
+    apply = jax.jit(setup.model.apply)  # as arguments, since XLA would fold constants
+
+    def forward() -> Any:
+        return apply({"params": params}, x, labels)
+
     start = time.perf_counter()
     jax.block_until_ready(forward())
     first = time.perf_counter() - start
@@ -102,7 +105,7 @@ def ours(config: ConfigDict, profile: int) -> Iterator[dict[str, Any]]:
 
 
 def peers(config: ConfigDict) -> list[dict[str, Any]]:
-    """The same of PyTorch."""
+    """The rows of `ours`, measured in PyTorch."""
     model, data = config.model, config.data
     sizes = (model.nf, tuple(model.ch_mult), model.num_res_blocks, tuple(model.attn_resolutions))
     network = (*sizes, model.dropout, data.image_size, data.num_channels)
@@ -111,7 +114,7 @@ def peers(config: ConfigDict) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Do it."""
+    """Measure all batch sizes, and print the table."""
     environment.prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     on_cpu = jax.default_backend() == "cpu"
@@ -119,8 +122,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--nf", type=int, default=128)
     parser.add_argument("--num_res_blocks", type=int, default=4)
-    parser.add_argument("--peer", action="store_true", help="PyTorch's, too")
-    parser.add_argument("--profile", type=int, default=0, help="rows of the profile")
+    parser.add_argument("--peer", action="store_true", help="also measure PyTorch")
+    parser.add_argument("--profile", type=int, default=0, help="number of kernels to list")
     flags = parser.parse_args()
     if flags.peer:
         need("torch")

@@ -1,47 +1,43 @@
-"""Defaults that every recipe starts from, and the checks that a config must pass.
+"""The default config, which every recipe modifies; configs/validate.py checks it.
 
-Field names are the official release's wherever the meaning is the same. Three differ on purpose:
-`training.truncation` replaces the flag `st`; `training.likelihood_weighting` says which weighting
-the objective has, however its time is drawn; `model.dtype` is ours.
+Field names are those of the official release if the meaning is the same. Three differ on purpose:
+`training.truncation` replaces the flag `st`; `training.likelihood_weighting` chooses the weighting
+independently of how times are drawn; `model.dtype` is new.
 """
-
-import math
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 from ml_collections import ConfigDict
 
 
 class UserError(Exception):
-    """Something that the user can mend; main.py prints it as one line, without a traceback."""
+    """An error that the user can fix; main.py prints it as one line, without a traceback."""
 
 
 def get_default_config() -> ConfigDict:
-    """The defaults: VP, DDPM++, CIFAR-10's size, the likelihood weighting with soft truncation."""
+    """The defaults: VP, DDPM++ for 32×32 images, likelihood weighting with soft truncation."""
     config = ConfigDict()
     config.seed = 42
 
     config.data = data = ConfigDict()
-    data.dataset = "CIFAR10"  # README.md lists them
+    data.dataset = "CIFAR10"  # docs/data.md lists them
     data.category = ""  # LSUN: bedroom, church_outdoor, …
-    data.path = ""  # the authors' files, images, parquet, arrays; empty: downloaded where possible
-    data.tfrecords_path = ""  # CelebAHQ, FFHQ: where the file is, if data.path is empty
-    data.skip_unreadable = False  # leave out files that are no images, rather than stop
-    data.tfds_dir = ""  # a folder of TFDS's, which prepares there what is missing
+    data.path = ""  # the authors' files, images, parquet or arrays; empty: download if possible
+    data.tfrecords_path = ""  # CelebAHQ, FFHQ: the path of the file, if data.path is empty
+    data.skip_unreadable = False  # leave out files that are not readable images, instead of failing
+    data.tfds_dir = ""  # a folder of TFDS, where it prepares missing data sets
     data.cache = True  # keep decoded images in the user's cache folder
     data.image_size = 32
     data.num_channels = 3
-    data.centered = True  # images in [-1, 1] rather than [0, 1]
+    data.centered = True  # images in [-1, 1] instead of [0, 1]
     data.random_flip = True
     data.dequantization = "uniform"  # none, uniform, or lossless (a discrete decoder)
 
     config.model = model = ConfigDict()
-    # ncsnpp; ddpm, the plain U-Net (of this section it reads dtype, nf, ch_mult, num_res_blocks,
-    # attn_resolutions, dropout, init_scale and resamp_with_conv); ncsnv2_64, ncsnv2_128 or
-    # ncsnv2_256 (they read dtype and nf).
+    # ncsnpp; ddpm, the plain U-Net, which reads only dtype, nf, ch_mult, num_res_blocks,
+    # attn_resolutions, dropout, init_scale and resamp_with_conv; or ncsnv2_64, ncsnv2_128 or
+    # ncsnv2_256, which read only dtype and nf.
     model.name = "ncsnpp"
     model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are always float32
-    model.remat = False  # a larger batch for a slower step: what is cheap is computed again
+    model.remat = False  # rematerialisation: less memory, but slower steps
     model.nf = 128
     model.ch_mult = (1, 2, 2, 2)
     model.num_res_blocks = 4
@@ -49,15 +45,15 @@ def get_default_config() -> ConfigDict:
     model.dropout = 0.1
     model.resblock_type = "biggan"  # biggan or ddpm
     model.resamp_with_conv = True  # between ddpm blocks
-    model.fir = False  # resample with the FIR filter
+    model.fir = False  # resample with an FIR filter
     model.fir_kernel = (1, 3, 3, 1)
     model.progressive = "none"  # none, output_skip or residual
     model.progressive_input = "none"  # none, input_skip or residual
     model.progressive_combine = "sum"  # sum or cat
     model.embedding_type = "positional"  # positional or fourier
-    model.embedding_dim = 0  # of the positional embedding; 0: nf
+    model.embedding_dim = 0  # width of the positional embedding; 0: nf
     model.fourier_scale = 16.0
-    model.fourier_feature = False  # sines and cosines of the pixels as further input
+    model.fourier_feature = False  # sines and cosines of the pixels as additional input
     model.scale_by_sigma = False  # VE and RVE: the network's output is divided by σ(t)
     model.skip_rescale = True
     model.init_scale = 0.0
@@ -80,328 +76,68 @@ def get_default_config() -> ConfigDict:
 
     config.training = training = ConfigDict()
     training.sde = "vpsde"  # vpsde, subvpsde, vesde or reciprocal_vesde
-    training.batch_size = 128  # over all devices
+    training.batch_size = 128  # the global batch, over all devices
     training.n_iters = 1_300_001
     training.truncation = "soft"  # fixed, soft or equivalent_weight
-    training.prior = "power"  # on the truncation, of losses.PRIORS: P(τ) ∝ τ^-k
-    training.k = 1.0  # its exponent
+    training.prior = "power"  # on the truncation, a name in losses.PRIORS; power: P(τ) ∝ τ^-k
+    training.k = 1.0  # the exponent of the power prior
     training.truncation_time = 1e-5
     training.likelihood_weighting = True  # λ = g²; else λ = σ²
-    training.weighting = ""  # another λ, of losses.WEIGHTINGS
+    training.weighting = ""  # another λ, a name in losses.WEIGHTINGS
     training.importance_sampling = True  # t ~ g²/σ²; else uniform
-    training.mixed = False  # half of a batch: that; the other half: λ = σ², t uniform
-    training.ddpm_weight = 0.01  # the other half's weight
-    training.balanced = False  # the other half is first brought to the first one's size
+    training.mixed = False  # half of each batch has λ = σ² and uniform t
+    training.ddpm_weight = 0.01  # the weight of that half's loss
+    training.balanced = False  # scale that half's loss to the size of the other half's first
     training.reconstruction_loss = False  # add the residual at τ
-    training.unbounded_parametrization = False  # the network's time is γ(t): UDDPM++
-    training.stabilizing_constant = 1e-3  # where γ(t) is cut off
-    training.reduce_mean = True  # loss per dimension rather than per image
-    training.n_jitted_steps = 10  # in one call; 1 on a CPU, and always a divisor of what follows
+    training.unbounded_parametrization = False  # the network's time is γ(t), as in UDDPM++
+    training.stabilizing_constant = 1e-3  # c in γ(t) = log (σ² + c)/α², which bounds it
+    training.reduce_mean = True  # loss per dimension instead of per image
+    # Steps in one call, at most; the number used divides the four intervals below. 1 on a CPU.
+    training.n_jitted_steps = 10
     training.log_freq = 100
     training.eval_freq = 1000  # loss on the test split
-    training.snapshot_freq = 100_000  # checkpoints that are kept for good
+    training.snapshot_freq = 100_000  # checkpoints that are kept permanently
     training.snapshot_freq_for_preemption = 10_000  # checkpoints to resume from; two are kept
     training.snapshot_sampling = True  # a grid of samples at every snapshot
-    training.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite: stop
-    training.max_failed_saves = 3  # in a row: stop
+    training.max_skipped_steps = 10  # stop after so many steps in a row that are not finite
+    training.max_failed_saves = 3  # stop after so many failed saves in a row
 
     config.sampling = sampling = ConfigDict()
     sampling.method = "pc"  # pc, ode, heun or dpm_solver
-    sampling.num_steps = 20  # heun and dpm_solver; pc takes model.num_scales
+    sampling.num_steps = 20  # of heun and dpm_solver; pc uses model.num_scales
     sampling.predictor = "euler_maruyama"  # or reverse_diffusion, ancestral_sampling, none
     sampling.corrector = "none"  # none, langevin or ald
-    sampling.probability_flow = False  # the predictor steps along the ODE
+    sampling.probability_flow = False  # the predictor solves the ODE
     sampling.n_steps_each = 1
     sampling.snr = 0.16
     sampling.noise_removal = True
     sampling.truncation_time = 1e-5
     sampling.rtol = 1e-5
     sampling.atol = 1e-5
-    sampling.task = "generate"  # or inpaint or colorize test images, with the PC sampler
-    sampling.mask = "right"  # what to inpaint: left, right, top, bottom, center, or an image's path
-    sampling.batch_size = 64  # images in a grid, and of --mode sample
-    sampling.n_images = 64  # --mode sample
+    sampling.task = "generate"  # generate; or inpaint or colorize test images, with the PC sampler
+    sampling.mask = "right"  # region to inpaint: left, right, top, bottom, center; or an image file
+    sampling.batch_size = 64  # for --mode sample and the grids of training
+    sampling.n_images = 64  # number of images of --mode sample
 
     config.eval = evaluation = ConfigDict()
-    # Checkpoints to score, numbered by training.snapshot_freq steps; both 0: the newest.
+    # Checkpoints to score: the steps are these numbers times training.snapshot_freq; both 0: the
+    # newest checkpoint.
     evaluation.begin_ckpt = 0
     evaluation.end_ckpt = 0
     evaluation.samples = ""  # a folder of images or an .npz to score instead of a checkpoint
     evaluation.batch_size = 200
     evaluation.enable_sampling = True
     evaluation.enable_bpd = True
-    evaluation.enable_fid = True  # of samples, on Inception: FID, KID, its score, precision, recall
+    evaluation.enable_fid = True  # Inception: FID, KID, Inception score, precision and recall
     evaluation.num_samples = 50_000
     evaluation.num_reference = 0  # training images that samples are compared with; 0: all
-    evaluation.inception_path = ""  # Inception's weights; empty: downloaded once into the cache
-    evaluation.stats_path = ""  # statistics of the training images; empty: in the cache
+    evaluation.inception_path = ""  # Inception's weights; empty: downloaded once to the cache
+    evaluation.stats_path = ""  # statistics of the training images; empty: a file in the cache
     evaluation.num_test_data = 10_000
-    evaluation.num_draws = 1  # of dequantisation and noise for each test image
-    evaluation.nelbo_draws = 4  # times drawn for each of these
-    evaluation.nll_steps = 0  # of a multistep method, equal in log-SNR; 0: adaptive ones
+    evaluation.num_draws = 1  # draws of dequantisation and noise for each test image
+    evaluation.nelbo_draws = 4  # times t for each of these draws
+    evaluation.nll_steps = 0  # fixed steps of a multistep method; 0: adaptive steps
     evaluation.rtol = 1e-5
     evaluation.atol = 1e-5
     evaluation.cache_dir = ""  # for extractors and statistics; empty: the user's cache folder
-    return config.lock()  # a recipe's misspelt field is an error
-
-
-_CHOICES = {
-    "data.dataset": (
-        *("digits", "fashion_mnist", "CIFAR10", "SVHN", "CELEBA", "CelebAHQ", "STL10"),
-        *("IMAGENET32", "IMAGENET32_2017", "LSUN", "FFHQ", "folder"),
-    ),
-    "data.dequantization": ("none", "uniform", "lossless"),
-    "model.name": ("ncsnpp", "ddpm", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.resblock_type": ("biggan", "ddpm"),
-    "model.progressive": ("none", "output_skip", "residual"),
-    "model.progressive_input": ("none", "input_skip", "residual"),
-    "model.progressive_combine": ("sum", "cat"),
-    "model.embedding_type": ("positional", "fourier"),
-    "optim.optimizer": ("Adam",),
-    "training.truncation": ("fixed", "soft", "equivalent_weight"),
-    "sampling.task": ("generate", "inpaint", "colorize"),
-}
-
-_LSUN_SCENES = (
-    *("bedroom", "bridge", "church_outdoor", "classroom", "conference_room", "dining_room"),
-    *("kitchen", "living_room", "restaurant", "tower"),
-)
-
-_POSITIVE = [
-    "data.image_size",
-    "data.num_channels",
-    "model.nf",
-    "model.num_res_blocks",
-    "model.ema_rate",
-    "model.beta_max",
-    "model.sigma_min",
-    "model.sigma_max",
-    "model.fourier_scale",
-    "model.num_scales",
-    "optim.lr",
-    "optim.eps",
-    "optim.num_micro_batch",
-    "training.batch_size",
-    "training.n_iters",
-    "training.truncation_time",
-    "training.ddpm_weight",
-    "training.stabilizing_constant",
-    "training.n_jitted_steps",
-    "training.log_freq",
-    "training.eval_freq",
-    "training.snapshot_freq",
-    "training.snapshot_freq_for_preemption",
-    "training.max_skipped_steps",
-    "training.max_failed_saves",
-    "sampling.num_steps",
-    "sampling.n_steps_each",
-    "sampling.snr",
-    "sampling.truncation_time",
-    "sampling.rtol",
-    "sampling.atol",
-    "sampling.batch_size",
-    "sampling.n_images",
-    "eval.batch_size",
-    "eval.num_samples",
-    "eval.num_test_data",
-    "eval.num_draws",
-    "eval.nelbo_draws",
-    "eval.rtol",
-    "eval.atol",
-]
-
-_NOT_NEGATIVE = (
-    *("model.dropout", "model.init_scale", "model.beta_min", "model.embedding_dim"),
-    *("optim.weight_decay", "optim.warmup"),
-    *("eval.begin_ckpt", "eval.end_ckpt", "eval.num_reference", "eval.nll_steps"),
-)
-
-
-def _problems(
-    config: ConfigDict, num_devices: int, registries: Mapping[str, Mapping[str, Any]]
-) -> Iterator[str]:
-    get = lambda name: config[name.split(".")[0]][name.split(".")[1]]  # noqa: E731
-    for name in ("model.ch_mult", "model.attn_resolutions"):
-        if not all(isinstance(n, int) and n > 0 for n in get(name)):
-            yield f"{name} is {tuple(get(name))}; it must be a list of positive whole numbers"
-    for name, choices in {**_CHOICES, **registries}.items():
-        unset = name == "training.weighting" and not get(name)
-        if get(name) not in choices and not unset:
-            yield f"{name} is {get(name)!r}; it must be one of {', '.join(choices)}"
-    for name in _POSITIVE:
-        if not (get(name) > 0 and math.isfinite(get(name))):
-            yield f"{name} is {get(name)}; it must be a positive number"
-    for name in _NOT_NEGATIVE:
-        if not (get(name) >= 0 and math.isfinite(get(name))):
-            yield f"{name} is {get(name)}; it must not be negative"
-    if not (config.training.k >= 0):
-        yield f"training.k is {config.training.k}; it must be at least 0 (inf: fixed truncation)"
-    for name in ("training.truncation_time", "sampling.truncation_time", "model.dropout"):
-        if get(name) >= 1:
-            yield f"{name} is {get(name)}; it must be below 1"
-    for name in ("model.ema_rate", "optim.beta1"):
-        if not 0 <= get(name) < 1:
-            yield f"{name} is {get(name)}; it must be in [0, 1)"
-    clip = config.optim.grad_clip
-    if math.isnan(clip) or clip == 0:
-        yield f"optim.grad_clip is {clip}; it must be positive, or negative for no clipping"
-    if config.model.beta_max <= config.model.beta_min:
-        yield "model.beta_max must be larger than model.beta_min"
-    if config.data.num_channels not in (1, 3):
-        yield f"data.num_channels is {config.data.num_channels}; it must be 1 (grey) or 3 (RGB)"
-    if 0 < config.eval.num_samples < 4:
-        yield f"eval.num_samples is {config.eval.num_samples}; precision and recall need 4 or more"
-    if config.eval.num_test_data == 1:
-        yield "eval.num_test_data is 1; a standard error needs 2 or more"
-    if 0 < config.eval.num_reference < 4:
-        yield (
-            f"eval.num_reference is {config.eval.num_reference}; precision and recall need 4 or "
-            "more, and 0 takes all training images"
-        )
-    if 0 < config.eval.nll_steps < 32:  # fewer are wrong by tenths of bits, and flatter
-        yield f"eval.nll_steps is {config.eval.nll_steps}; it must be 32 or more, or 0 (adaptive)"
-    if config.eval.begin_ckpt > config.eval.end_ckpt:
-        yield (
-            f"eval.begin_ckpt is {config.eval.begin_ckpt} and eval.end_ckpt "
-            f"{config.eval.end_ckpt}; the end must not be below the beginning"
-        )
-    if config.eval.samples and not config.eval.enable_sampling:
-        yield "eval.samples is given, and eval.enable_sampling=False: nothing would be scored"
-    if config.data.dataset == "digits" and (config.data.path or config.data.tfrecords_path):
-        yield "data.dataset=digits comes with scikit-learn; data.path must be empty"
-    if config.data.dataset == "folder" and not config.data.path:
-        yield "data.dataset=folder needs data.path, the folder of images"
-    if config.data.dataset == "LSUN" and config.data.category not in _LSUN_SCENES:
-        yield (
-            f"data.category is {config.data.category!r}; it must be one of "
-            f"{', '.join(_LSUN_SCENES)}"
-        )
-    # The name is one of the registry's, or it would have been a problem above.
-    exploding = registries["training.sde"][config.training.sde](config).exploding
-    yield from _model_problems(config, exploding)
-    yield from _sampling_problems(config)
-    if config.training.balanced and not config.training.mixed:
-        yield "training.balanced is for training.mixed: it brings the halves of a batch to one size"
-    if config.training.balanced and config.optim.num_micro_batch > 1:
-        yield "training.balanced needs optim.num_micro_batch=1: its ratio is of the whole batch"
-    if config.training.truncation == "equivalent_weight" and (
-        config.training.balanced or config.training.reconstruction_loss
-    ):
-        yield (
-            "training.truncation=equivalent_weight has no equal of balanced or of "
-            "reconstruction_loss, which depend on τ in other ways than by the weight"
-        )
-    halves = config.training.likelihood_weighting and config.training.importance_sampling
-    if config.training.mixed and config.training.weighting:
-        yield "training.mixed has weightings of its own; training.weighting must be empty"
-    if config.training.mixed and not halves:
-        yield (
-            "training.mixed needs likelihood_weighting and importance_sampling to be True: "
-            "they are the first half's"
-        )
-    batch, micro = config.training.batch_size, config.optim.num_micro_batch
-    pair = 2 if config.training.mixed else 1
-    if micro >= 1 and batch % (num_devices * micro * pair):
-        twice = " times 2, for training.mixed" if config.training.mixed else ""
-        yield (
-            f"training.batch_size is {batch}; it must be a multiple of the number of devices "
-            f"({num_devices}) times optim.num_micro_batch ({micro}){twice}"
-        )
-    if not 0 <= config.seed < 2**32 - 8:
-        yield f"seed is {config.seed}; it must be between 0 and {2**32 - 9}"
-
-
-def _model_problems(config: ConfigDict, exploding: bool) -> Iterator[str]:
-    model, sde = config.model, config.training.sde
-    if exploding and model.sigma_max <= model.sigma_min:
-        yield "model.sigma_max must be larger than model.sigma_min"
-    if config.training.unbounded_parametrization and exploding:
-        yield (
-            f"training.unbounded_parametrization is not for {sde}: its network sees log σ(t), "
-            "which is unbounded already"
-        )
-    if model.name.startswith("ncsnv2"):
-        if not exploding:
-            yield f"model.name={model.name} needs training.sde vesde or reciprocal_vesde"
-        if config.data.image_size % 8:
-            yield f"data.image_size is {config.data.image_size}; {model.name} needs a multiple of 8"
-        return
-    if model.nf % 4:
-        yield f"model.nf is {model.nf}; it must be a multiple of 4"
-    if model.embedding_dim % 2 or model.embedding_dim == 2:
-        yield f"model.embedding_dim is {model.embedding_dim}; it must be even, and 4 or more"
-    if model.embedding_type == "fourier":
-        if config.training.unbounded_parametrization:
-            yield "training.unbounded_parametrization needs model.embedding_type=positional"
-        if model.embedding_dim not in (0, model.nf):
-            yield "model.embedding_dim is of the positional embedding; the Fourier one has nf"
-    if model.scale_by_sigma and not exploding:
-        yield f"model.scale_by_sigma is for VE and RVE; with {sde} the score is divided by σ anyway"
-    taps = tuple(model.fir_kernel)
-    numbers = all(isinstance(tap, int | float) and math.isfinite(tap) for tap in taps)
-    if model.fir and (not numbers or not taps or len(taps) % 2 or sum(taps) <= 0):
-        yield f"model.fir_kernel is {taps}; it must be an even number of taps with a positive sum"
-    if model.name == "ddpm":
-        plain = {
-            "fir": False,
-            "progressive": "none",
-            "progressive_input": "none",
-            "embedding_type": "positional",
-            "embedding_dim": 0,
-            "fourier_feature": False,
-        }
-        for field, value in plain.items():
-            if model[field] != value:
-                yield f"model.{field} is {model[field]!r}; model.name=ddpm is a network without it"
-    if not model.ch_mult:
-        yield "model.ch_mult is empty; it must name a factor for each resolution"
-    factor = 2 ** (len(model.ch_mult) - 1)
-    if config.data.image_size % factor:
-        yield (
-            f"data.image_size is {config.data.image_size}; {len(model.ch_mult)} levels in "
-            f"model.ch_mult halve it that many times less one, so it must be a multiple of {factor}"
-        )
-
-
-def _sampling_problems(config: ConfigDict) -> Iterator[str]:
-    sampling = config.sampling
-    if config.model.num_scales < 2:
-        yield f"model.num_scales is {config.model.num_scales}; the PC sampler needs at least 2"
-    without_flow = sampling.predictor in ("none", "ancestral_sampling")
-    if sampling.method == "pc" and sampling.probability_flow and without_flow:
-        yield (
-            "sampling.probability_flow needs another sampling.predictor than "
-            f"{sampling.predictor}, such as euler_maruyama or reverse_diffusion"
-        )
-    if sampling.method == "pc" and sampling.predictor == sampling.corrector == "none":
-        yield "sampling.predictor and sampling.corrector are both none: nothing would be sampled"
-    if sampling.task != "generate" and sampling.method != "pc":
-        yield f"sampling.task={sampling.task} needs sampling.method=pc"
-    if sampling.task == "colorize" and config.data.num_channels != 3:
-        yield "sampling.task=colorize needs data.num_channels=3"
-    if (
-        config.training.sde == "reciprocal_vesde"
-        and sampling.truncation_time < config.training.truncation_time
-    ):
-        yield (
-            "sampling.truncation_time is below training.truncation_time, where reciprocal_vesde "
-            "has its smallest σ"
-        )
-
-
-def validate(
-    config: ConfigDict, num_devices: int, registries: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Refuse a config that cannot work.
-
-    Args:
-      config: all its fields.
-      num_devices: that share a batch.
-      registries: what a field can name, by field; `session.REGISTRIES`.
-
-    Raises:
-      UserError: one line that names the first wrong field.
-    """
-    for problem in _problems(config, num_devices, registries):
-        raise UserError(f"config: {problem}")
+    return config.lock()  # so that a misspelt field in a recipe is an error

@@ -1,4 +1,4 @@
-"""The config that a run keeps in its workdir, which main.py takes where --config is left out."""
+"""The config that a run saves in its workdir; main.py uses it if --config is not given."""
 
 import json
 import pathlib
@@ -10,10 +10,10 @@ from configs.default import UserError, get_default_config
 
 
 def read(workdir: str | pathlib.Path) -> dict[str, Any]:
-    """The fields in config.json.
+    """Read the fields in a workdir's config.json.
 
     Raises:
-      UserError: it is damaged, or can't be read.
+      UserError: the file can't be read or is damaged.
     """
     path = pathlib.Path(workdir) / "config.json"
     try:
@@ -28,9 +28,11 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def get_config(workdir: str | pathlib.Path) -> ConfigDict:
-    """The config of a run; fields that are younger than it have their defaults."""
+    """The config of a run; fields that did not exist then have their defaults."""
     config = get_default_config()
     for section, fields in read(workdir).items():
+        if section == "config_file":
+            continue
         if not isinstance(fields, dict):
             config[section] = fields
             continue

@@ -1,6 +1,6 @@
-"""The grid on scikit-learn's 8×8 digits, for a CPU: 20 points, three seeds, a minute or two a run.
+"""The grid on scikit-learn's 8×8 digits, for a CPU: 20 points, 3 seeds, 1 to 2 minutes per run.
 
-10,000 samples, which are compared with all 1,500 training images.
+10,000 samples are compared with all 1,500 training images.
 """
 
 from configs.vp import digits_st
@@ -9,7 +9,7 @@ from experiments.sweep import Sweep
 
 
 def get_sweep() -> Sweep:
-    """The sweep."""
+    """The sweep on digits."""
     config = digits_st.get_config()
     config.model.nf = 16
     config.training.update(

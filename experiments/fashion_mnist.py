@@ -10,10 +10,10 @@ from experiments.sweep import Sweep
 def get_sweep() -> Sweep:
     """The sweep; its networks compute in bfloat16 on a GPU, and in float32 elsewhere."""
     config = fashion_mnist_st.get_config()
-    config.data.random_flip = False  # all shoes point to the left, in the test images as well
+    config.data.random_flip = False  # all shoes point to the left, in training and test images
     config.model.update(
         nf=48,
-        dropout=0.0,  # a dozen epochs
+        dropout=0.0,  # not needed in a dozen epochs
         dtype="bfloat16" if jax.default_backend() == "gpu" else "float32",
     )
     config.optim.update(lr=1e-3, warmup=500)
@@ -34,5 +34,5 @@ def get_sweep() -> Sweep:
         num_test_data=2000,
         nelbo_draws=16,
     )
-    # Images in [0, 1] are up to 21 apart; sigma_max is to be about that (arXiv 2006.09011).
+    # sigma_max should be about the largest distance of two images, here 21 (arXiv 2006.09011).
     return Sweep("fashion_mnist", config, get_points(sigma_max=20.0), seeds=(0, 1, 2))

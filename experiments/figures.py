@@ -1,4 +1,4 @@
-"""The figures of experiments.tables, as PNG."""
+"""The figures of experiments.tables, as PNG files."""
 
 import dataclasses
 import pathlib
@@ -17,12 +17,13 @@ _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A figure with its standard error.
+    """A score with its standard error.
 
     Attributes:
-      value: mean over seeds.
-      error: over seeds, or of the evaluation; None if neither is known.
-      num_seeds: how many there are; the error is over them if there are two or more.
+      value: the mean over seeds.
+      error: the standard error over seeds, or of the evaluation if there is one seed; None if it is
+        not known.
+      num_seeds: the number of seeds.
     """
 
     value: float
@@ -30,7 +31,7 @@ class Score:
     num_seeds: int
 
     def __str__(self) -> str:
-        """As a cell of a table."""
+        """The cell of a table."""
         error = "" if self.error is None else f" ± {self.error:.4f}"
         return f"{self.value:.4f}{error}{'' if self.num_seeds > 1 else '*'}"
 
@@ -39,7 +40,7 @@ Point = tuple[str, Score | None, Score | None]  # label, NLL, Fréchet distance
 
 
 def _known(scores: list[Score | None]) -> tuple[list[int], list[float], list[float]]:
-    """(places of the scores that there are, values, standard errors)."""
+    """(indices, values, standard errors) of the scores that are not None."""
     known = [(i, score) for i, score in enumerate(scores) if score is not None]
     return [i for i, _ in known], [s.value for _, s in known], [s.error or 0 for _, s in known]
 
@@ -50,7 +51,7 @@ def _save(figure: Any, path: pathlib.Path) -> None:
 
 
 def draw_curve(title: str, points: list[Point], path: pathlib.Path) -> None:
-    """Both scores against ε or k, each with its standard error; labels are "name = value"."""
+    """Plot both scores against ε or k, with standard errors; labels are "name = value"."""
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     name = points[0][0].split(" = ")[0]
     labels = [label.split(" = ")[1] for label, *_ in points]
@@ -70,7 +71,7 @@ def draw_curve(title: str, points: list[Point], path: pathlib.Path) -> None:
 
 
 def draw_tradeoff(title: str, series: dict[str, list[Point]], path: pathlib.Path) -> None:
-    """Fréchet distance against NLL, a line for each series; labels are "name = value"."""
+    """Plot Fréchet distance against NLL, a line for each series; labels are "name = value"."""
     figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     for i, (name, points) in enumerate(series.items()):
         known = [(label, x, y) for label, x, y in points if x is not None and y is not None]
@@ -103,7 +104,7 @@ def draw_tradeoff(title: str, series: dict[str, list[Point]], path: pathlib.Path
 
 
 def draw_pairs(title: str, points: list[Point], path: pathlib.Path) -> None:
-    """Both scores of pairs, a line each; labels are "group: kind"."""
+    """Plot both scores of pairs, a row for each pair; labels are "group: kind"."""
     groups = list(dict.fromkeys(label.split(": ")[0] for label, *_ in points))
     kinds = list(dict.fromkeys(label.split(": ")[1] for label, *_ in points))
     height = 1.5 + 0.45 * len(groups)
@@ -142,7 +143,7 @@ def _by_time(axes: Axes, curves: list[dict[str, Any]], name: str, deviation: str
 
 
 def draw_times(curves: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Loss, gradient, and what training sees, against t; a colour each run."""
+    """Plot losses, gradient and share of steps against t, with a colour for each run."""
     figure, panels = plt.subplots(2, 2, figsize=(8, 5.5), sharex=True, layout="constrained")
     for axes, name, deviation, label in (
         (panels[0, 0], "plain_loss", "plain_loss_variance", "loss at t, times λ(t), per dimension"),

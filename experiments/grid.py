@@ -1,19 +1,18 @@
-"""The points of the paper's claim, once each, and which of them belong to which table.
+"""The grid of runs that test the paper's claim, and the tables that they belong to.
 
-**Where likelihood is scored.** Each run at its own `training.truncation_time`, the smallest time
-that it was trained at. With the residual, NLL and NELBO bound the likelihood of the same images
-whatever ε is, so they compare points of different ε; below its ε a network is untrained, and a
-score there would be of an extrapolation. Without the residual a figure says nothing of what lies
-below ε, and does not compare points of different ε. NLL is solved in steps of a fixed size: an
-adaptive solver's error at a loose tolerance (0.01 to 0.02 bits/dim on digits) differs from network
-to network, and would be taken for theirs.
+**Likelihood** is evaluated at each run's own `training.truncation_time` ε, the smallest time of its
+training; below ε a network would extrapolate. With the residual, NLL and NELBO bound the likelihood
+of the same images for every ε, so they are comparable between runs with different ε. Without the
+residual they ignore everything below ε, and are not comparable. NLL is computed with a fixed number
+of steps, because the error of an adaptive solver at a loose tolerance (0.01 to 0.02 bits/dim on
+digits) differs between networks and would look like a difference of the networks.
 
-**How samples are drawn.** By one sampler with one number of evaluations for all, since the claim is
-about what the networks learnt, not about where a sampler stops. It stops at t = 1e-3, where σ is
-about 0.01 for VP as for VE, which leaves the training below that to the likelihood alone; with a
-fixed ε of 1e-2 it stops at 1e-2, where that network's training ends. All end with one denoising.
-RVE has another clock, by which t = 1e-3 is still pure noise: its sampler goes down to its ε, where
-its σ is 0.01 as well. Sub-VP's σ at 1e-3 is 1e-4; tables compare within an SDE.
+**Samples** are drawn by the same sampler with the same number of evaluations for all runs, since
+the claim is about what the networks have learnt. It stops at t = 1e-3, where σ is about 0.01 for VP
+and for VE, so that training at smaller times affects only the likelihood. The run with fixed
+ε = 1e-2 stops at 1e-2, the end of its training. All samples end with one denoising step. For RVE,
+t = 1e-3 is still pure noise; its sampler stops at ε, where σ is 0.01 as well. Sub-VP's σ at 1e-3 is
+1e-4, so samples are only comparable within an SDE.
 """
 
 from typing import Any
@@ -24,13 +23,13 @@ _FIXED = "vp_fixed_1e-5"
 
 
 def get_points(sigma_max: float) -> dict[str, dict[str, Any]]:
-    """All points, from their names to overrides of a VP config.
+    """All points: {name: overrides of a VP config}.
 
-    The base has ε = 1e-5, the likelihood weighting, importance sampling, and a sampler that stops
-    at 1e-3.
+    The base config must have ε = 1e-5, likelihood weighting, importance sampling, and a sampler
+    that stops at 1e-3.
 
     Args:
-      sigma_max: VE's and RVE's, about the largest distance of two images in [0, 1].
+      sigma_max: σ_max of VE and RVE, about the largest distance of two images in [0, 1].
     """
     fixed, soft = {"training.truncation": "fixed"}, {"training.truncation": "soft"}
     points: dict[str, dict[str, Any]] = {}
@@ -74,7 +73,7 @@ def get_points(sigma_max: float) -> dict[str, dict[str, Any]]:
     return points
 
 
-# (label, point) of each row of a table, by its letter; those of c and d come in pairs.
+# {letter of a table: (label, point) of each row}; the rows of tables c and d are in pairs.
 TABLES: dict[str, tuple[tuple[str, str], ...]] = {
     "a": tuple((f"ε = {name}", f"vp_fixed_{name}") for name in _EPSILONS),
     "b": (*((f"k = {k:g}", f"vp_soft_k{k:g}") for k in _SOFT_K), ("k = ∞ (fixed)", _FIXED)),

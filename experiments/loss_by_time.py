@@ -1,11 +1,11 @@
-"""Loss and gradient by diffusion time, and their variance: rows of JSON for the paper's imbalance.
+"""Loss and gradient, and their variances, as functions of diffusion time, for trained runs.
 
     python -m experiments.loss_by_time experiments/digits.py --workdirs runs/digits \
         --out results/digits --only 'vp_(fixed_1e-5|soft_k1)_seed0'
 
-For each of these runs, which must have its checkpoint, it leaves OUT/loss_by_time/<run>.json.
-Everything is of the newest checkpoint's parameters (not their EMA: training's own) and of test
-images; parameters stay as they are.
+writes OUT/loss_by_time/<run>.json for each run that matches; the runs must have checkpoints. The
+losses are those of the newest checkpoint's parameters, not of their EMA, and of test images
+unless stated otherwise. No parameters are updated.
 """
 
 import argparse
@@ -23,15 +23,14 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-import checkpointing
 import datasets
-import environment
 import losses
-import reporting
-import storage
 from configs.default import UserError
-from experiments.sweep import Run, load_sweep, parse_places, select
-from models import utils as mutils
+from experiments.sweep import Run, load_sweep, parse_machine_paths, select
+from runtime import checkpointing, environment
+from runtime.metrics_log import read_metrics
+from runtime.progress import Progress
+from runtime.workdir import make_folder
 from sde_lib import SDE
 from session import Setup, set_up
 
@@ -39,20 +38,20 @@ log = logging.getLogger("soft_truncation")
 
 
 def share_of_steps(config: ConfigDict, t: np.ndarray) -> np.ndarray:
-    """Share of the training steps that see the times `t`, elementwise: P(τ ≤ t)."""
+    """Share of the training steps that can draw the times `t`, elementwise: P(τ ≤ t)."""
     if config.training.truncation != "soft":
         return np.ones_like(t)
     return np.asarray(losses.get_prior(config).cdf(t))
 
 
 def density_of_times(config: ConfigDict, sde: SDE, t: np.ndarray, draws: int = 2000) -> np.ndarray:
-    """Density of the logarithm of training's times, by a sum over `draws` truncations.
+    """Density of log t for the times of training, by a mean over `draws` truncations.
 
     Args:
-      config: of the run; its prior and way of drawing times.
+      config: the run's config, with its prior and its distribution of times.
       sde: its SDE.
       t: (N,), below T.
-      draws: of the prior, at equal probabilities.
+      draws: number of quantiles of the prior, at equal probabilities.
     """
     training = config.training
     tau = np.full(1, training.truncation_time)
@@ -68,7 +67,7 @@ def density_of_times(config: ConfigDict, sde: SDE, t: np.ndarray, draws: int = 2
 
 
 def _inverse_density(config: ConfigDict, sde: SDE, t: np.ndarray) -> np.ndarray:
-    """What training multiplies λ(t) by where τ = ε, elementwise."""
+    """The factor of λ(t) in training for τ = ε, elementwise."""
     training = config.training
     if training.importance_sampling:
         rate = np.asarray((sde.diffusion(t) / sde.std(t)) ** 2)
@@ -101,7 +100,7 @@ class _Gradients:
         return {
             "loss": float(np.mean(self._losses)),
             "loss_variance": float(np.var(self._losses, ddof=1)),
-            # The mean of few batches has a part of their variance in its norm.
+            # Subtract the part of the variance that is in the norm of a mean of few batches.
             "grad_norm": math.sqrt(max(of_mean - float(variance) / count, 0.0)),
             "grad_variance": float(variance),
             "batch_grad_norm": float(np.mean(np.sqrt(self._squares))),
@@ -123,16 +122,14 @@ def _by_time(
 
     @jax.jit
     def loss_and_grads(params: Any, key: Array, images: Array, t: Array) -> Any:
-        """The objective's integrand on a mini-batch at one t, its gradient, each image's."""
+        """The objective's integrand on a mini-batch at t, its gradient, and each image's value."""
         data_key, noise_key = jax.random.split(key)
-        x0 = datasets.preprocess(
-            images, jax.random.split(data_key, size), setup.num_levels, config, flip=False
-        )
+        x0 = setup.preprocessing.to_x0(images, jax.random.split(data_key, size), flip=False)
         z, times = jax.random.normal(noise_key, x0.shape), jnp.full(size, t)
         weight = losses.get_weighting(config)(sde, times)
 
         def mean_loss(params: Any) -> tuple[Array, Array]:
-            score_fn = mutils.get_score_fn(config, sde, setup.model, params)
+            score_fn = setup.make_score_fn(params)
             each = losses.score_matching_loss(score_fn, sde, x0, times, z, weight) * scale
             return jnp.mean(each), each
 
@@ -142,12 +139,12 @@ def _by_time(
     grid = np.geomspace(training.truncation_time, sde.T, num_times)
     factor = _inverse_density(config, sde, grid)
     share, density = share_of_steps(config, grid), density_of_times(config, sde, grid[:-1])
-    progress, rows = reporting.Progress("loss by time", num_times * num_batches * size), []
+    progress, rows = Progress("loss by time", num_times * num_batches * size), []
     for i, t in enumerate(grid):
         gradients, values = _Gradients(), []
         for j in range(num_batches):
             batch = images[j * size : (j + 1) * size]
-            # The same noise at all times, so that curves are smooth.
+            # The noise is the same at all times, so that curves are smooth.
             loss, grads, each = loss_and_grads(params, losses.step_key(config.seed, j), batch, t)
             gradients.add(loss, grads)
             values.append(np.asarray(each))
@@ -180,19 +177,20 @@ def _of_objectives(
     truncations: tuple[str, ...],
     num_batches: int,
 ) -> dict[str, dict[str, float]]:
-    """Loss and gradient of mini-batches under each truncation, at the same parameters."""
+    """Loss and gradient of training mini-batches for each truncation, at the same parameters."""
     size, found = config.training.batch_size, {}
     for truncation in truncations:
         other = config.copy_and_resolve_references()
         other.training.truncation = truncation
-        loss_fn = losses.get_batch_loss_fn(
-            other, setup.sde, setup.model, setup.num_levels, train=False
-        )
+        objective = losses.get_objective(other, setup.sde)
 
         @jax.jit
-        def grad_fn(params: Any, key: Array, images: Array, loss_fn: Any = loss_fn) -> Any:
-            mean = lambda p: jnp.mean(loss_fn(p, key, images, jnp.arange(size))[0])  # noqa: E731
-            return jax.value_and_grad(mean)(params)
+        def grad_fn(params: Any, key: Array, images: Array, objective: Any = objective) -> Any:
+            def mean_loss(params: Any) -> Array:
+                score_fn, index = setup.make_score_fn(params), jnp.arange(size)
+                return jnp.mean(objective(score_fn, key, images, index, train=False)[0])
+
+            return jax.value_and_grad(mean_loss)(params)
 
         gradients = _Gradients()
         batches = datasets.train_batches(train, size, config.seed)
@@ -205,8 +203,8 @@ def _of_objectives(
 
 
 def _of_training(workdir: pathlib.Path) -> dict[str, float]:
-    """Of the gradient's norm as training logged it, over the second half of the steps."""
-    rows = [r for r in reporting.read_metrics(workdir / "metrics.jsonl") if "grad_norm" in r]
+    """Mean and variance of the gradient norms logged in the second half of training."""
+    rows = [r for r in read_metrics(workdir / "metrics.jsonl") if "grad_norm" in r]
     norms = np.array([row["grad_norm"] for row in rows[len(rows) // 2 :]])
     return {
         "first_step": rows[len(rows) // 2]["step"],
@@ -219,35 +217,36 @@ def _of_training(workdir: pathlib.Path) -> dict[str, float]:
 def measure(
     run: Run,
     workdir: pathlib.Path,
-    places: dict[str, str] | None = None,
+    machine_paths: dict[str, str] | None = None,
     num_times: int = 40,
     num_batches: int = 8,
     truncations: tuple[str, ...] = ("fixed", "soft", "equivalent_weight"),
     num_steps: int = 200,
 ) -> dict[str, Any]:
-    """Losses and gradients of a trained run.
+    """Measure losses and gradients of a trained run.
 
     Args:
-      run: of a sweep.
-      workdir: its own, with a checkpoint.
-      places: where data are, by field.
-      num_times: from ε to T, at equal ratios.
-      num_batches: mini-batches of test images at each, fewer if there are not so many.
-      truncations: objectives to compare, with the run's k and ε.
-      num_steps: mini-batches of each.
+      run: a run of a sweep.
+      workdir: the run's workdir, with a checkpoint.
+      machine_paths: this machine's paths of data and caches, by field.
+      num_times: number of times from ε to T, in geometric progression.
+      num_batches: number of mini-batches at each time, fewer if there are too few test images.
+      truncations: the truncations to compare, with the run's k and ε.
+      num_steps: number of mini-batches for each truncation.
 
     Returns:
-      `by_time`, a row for each time: the integrand of the objective as it is (`plain_loss`, a
-      dimension's where the loss is) and over the density of t at τ = ε (`trained_loss`, what an
-      image adds to the loss), with variances over images; the latter's mean gradient's norm, and
-      its variance between mini-batches; share of the steps that see t, density of log t.
-      `objectives`, the same of mini-batches as each truncation would draw them.
-      `training`, of the gradients' norms that training logged.
+      `by_time`, a row for each time: `plain_loss`, the integrand of the objective, and
+      `trained_loss`, the integrand over the density of t at τ = ε, which is what an image adds to
+      the loss, with variances over images; `grad_norm` and `grad_variance`, the norm of the mean
+      gradient of `trained_loss` and its variance between mini-batches; the share of steps with
+      τ ≤ t, and the density of log t.
+      `objectives`, loss and gradient of training mini-batches for each truncation.
+      `training`, statistics of the gradient norms that training logged.
 
     Raises:
-      UserError: there is no checkpoint, or no data.
+      UserError: there is no checkpoint, or there are too few test images.
     """
-    config = run.config(places)
+    config = run.config(machine_paths)
     setup, data = set_up(config), datasets.load_data(config)
     state = checkpointing.restore_latest(config, workdir, setup.state_shape)
     num_batches = min(num_batches, len(data.test) // config.training.batch_size)
@@ -272,21 +271,27 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what the command line says; returns the exit status."""
+    """Measure the runs that the command line names; returns the exit status."""
     parser = argparse.ArgumentParser(prog="experiments.loss_by_time", description=__doc__)
-    parser.add_argument("sweep", help="a file with get_sweep()")
-    parser.add_argument("--workdirs", required=True, type=pathlib.Path, help="where the runs are")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="for loss_by_time/")
-    parser.add_argument("--only", required=True, help="regular expression: runs of such names")
-    parser.add_argument("--set", action="append", default=[], help="as of experiments.run")
+    parser.add_argument("sweep", help="a Python file with get_sweep()")
+    parser.add_argument(
+        "--workdirs", required=True, type=pathlib.Path, help="the folder of the runs' workdirs"
+    )
+    parser.add_argument(
+        "--out", required=True, type=pathlib.Path, help="results are written to OUT/loss_by_time"
+    )
+    parser.add_argument(
+        "--only", required=True, help="only runs whose names match this regular expression"
+    )
+    parser.add_argument("--set", action="append", default=[], help="as in experiments.run")
     options = parser.parse_args(arguments)
     environment.prepare()
     log.setLevel(logging.INFO)
     try:
-        places = parse_places(options.set)
-        storage.make_folder(options.out / "loss_by_time", "--out")
+        machine_paths = parse_machine_paths(options.set)
+        make_folder(options.out / "loss_by_time", "--out")
         for run in select(load_sweep(options.sweep), only=options.only):
-            measured = measure(run, options.workdirs / run.name, places)
+            measured = measure(run, options.workdirs / run.name, machine_paths)
             path = options.out / "loss_by_time" / f"{run.name}.json"
             path.write_text(json.dumps(measured, indent=1) + "\n")
             log.info("%s", path)

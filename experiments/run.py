@@ -1,10 +1,10 @@
-"""Train and evaluate the runs of a sweep, and leave a row for each.
+"""Train and evaluate the runs of a sweep, and write a row of results for each.
 
     python -m experiments.run experiments/digits.py --out results/digits --workdirs runs/digits
 
-A run whose row is there is skipped, one that was cut off goes on: the same command finishes a
-sweep. Machines share one by --shard; each run has a row of its own, a file in OUT/rows, so that
-their rows need only be copied together.
+A run that has its row is skipped, and an interrupted run is resumed, so the same command finishes a
+sweep. Several machines share a sweep by --shard. Each row is a file in OUT/rows, so the rows of
+several machines only have to be copied into one folder.
 """
 
 import argparse
@@ -23,22 +23,23 @@ from typing import Any
 
 import jax
 
-import environment
-import reporting
 import run_lib
-import storage
 from configs.default import UserError
-from experiments.sweep import Run, load_sweep, parse_places, select
+from experiments.sweep import Run, load_sweep, parse_machine_paths, select
+from runtime import environment
+from runtime.metrics_log import read_metrics
+from runtime.progress import clock
+from runtime.workdir import first_line, make_folder
 
 log = logging.getLogger("soft_truncation")
 
 
 class Stopped(Exception):
-    """A signal asked to stop; the same command goes on."""
+    """Training was stopped by a signal; the same command resumes it."""
 
 
 def row_path(out: pathlib.Path, run: Run) -> pathlib.Path:
-    """Where a run's row is."""
+    """The path of a run's row."""
     return out / "rows" / f"{run.name}.json"
 
 
@@ -46,7 +47,7 @@ def is_done(out: pathlib.Path, run: Run) -> bool:
     """Whether a run has its row.
 
     Raises:
-      UserError: the row is of another config.
+      UserError: the row can't be read, or is of another config.
     """
     path = row_path(out, run)
     if not path.exists():
@@ -80,10 +81,10 @@ def _versions() -> dict[str, str | None]:
 
 
 def _compute_row(
-    run: Run, workdir: pathlib.Path, places: dict[str, str], versions: dict[str, str | None]
+    run: Run, workdir: pathlib.Path, machine_paths: dict[str, str], versions: dict[str, str | None]
 ) -> dict[str, Any]:
-    """Train and evaluate a run."""
-    config, whole = run.config(places), not (workdir / "checkpoints").exists()
+    """Train and evaluate a run; returns its row."""
+    config, whole = run.config(machine_paths), not (workdir / "checkpoints").exists()
     start = time.time()
     step = int(run_lib.train(config, workdir).step)
     trained = time.time()
@@ -94,9 +95,7 @@ def _compute_row(
     report = run_lib.evaluate(config, workdir)
     if report["step"] != step:
         raise UserError(f"{workdir} has no checkpoint of its last step, {step}")
-    rates = [
-        row.get("images_per_second") for row in reporting.read_metrics(workdir / "metrics.jsonl")
-    ]
+    rates = [row.get("images_per_second") for row in read_metrics(workdir / "metrics.jsonl")]
     known = [rate for rate in rates if rate is not None]
     return {
         "sweep": run.sweep.name,
@@ -106,7 +105,7 @@ def _compute_row(
         "config_hash": run.config_hash,
         "steps": step,
         "images_per_second": statistics.median(known) if known else None,
-        # With compiling; not known of a run that was cut off.
+        # Including compilation; not known for an interrupted run.
         "train_seconds": trained - start if whole else None,
         "eval_seconds": time.time() - trained,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
@@ -126,44 +125,44 @@ def run_sweep(
     runs: list[Run],
     out: pathlib.Path,
     workdirs: pathlib.Path,
-    places: dict[str, str] | None = None,
+    machine_paths: dict[str, str] | None = None,
     discard: bool = False,
 ) -> list[str]:
-    """Do what is not done yet of `runs`, one after the other.
+    """Train and evaluate those of `runs` that have no row yet, one after the other.
 
     Args:
-      runs: of `select`.
-      out: the rows go to rows/ in it.
-      workdirs: each run has a folder in it.
-      places: fields that say where data and caches are.
-      discard: delete a run's checkpoints once it has its row.
+      runs: from `select`.
+      out: rows are written to out/rows.
+      workdirs: the folder of the runs' workdirs.
+      machine_paths: this machine's paths of data and caches, by field.
+      discard: whether to delete a run's checkpoints when its row is written.
 
     Returns:
-      The names of the runs that failed; the others have their rows.
+      The names of the runs that failed; all others have their rows.
 
     Raises:
       UserError: a row is of another config; nothing was run.
-      Stopped: by a signal.
+      Stopped: training was stopped by a signal.
     """
     waiting = [run for run in runs if not is_done(out, run)]
     log.info("%d of %d runs are done already", len(runs) - len(waiting), len(runs))
-    storage.make_folder(out, "--out")
+    make_folder(out, "--out")
     failed: list[str] = []
-    # Of the code that runs, whatever is committed meanwhile.
+    # Read the versions at the start: the commit of the running code, whatever is committed later.
     start, versions = time.time(), _versions()
     for i, run in enumerate(waiting):
         seconds = (time.time() - start) / max(i, 1)
-        left = f", {reporting.clock(seconds * (len(waiting) - i))} left" if i else ""
+        left = f", {clock(seconds * (len(waiting) - i))} left" if i else ""
         log.info("run %d of %d: %s%s", i + 1, len(waiting), run.name, left)
         workdir = workdirs / run.name
         try:
-            row = _compute_row(run, workdir, places or {}, versions)
+            row = _compute_row(run, workdir, machine_paths or {}, versions)
         except UserError as error:
             log.error("run %s failed: %s", run.name, error)
             failed.append(run.name)
             continue
         except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
-            log.exception("run %s failed: %s", run.name, storage.reason(error))
+            log.exception("run %s failed: %s", run.name, first_line(error))
             failed.append(run.name)
             continue
         finally:
@@ -175,21 +174,30 @@ def run_sweep(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what the command line says.
+    """Run the sweep that the command line names.
 
     Returns:
-      The exit status: 0; 1: runs failed; 2: a mistake in the command.
+      The exit status: 0 for success, 1 if runs failed or were stopped, 2 for a wrong command.
     """
     parser = argparse.ArgumentParser(prog="experiments.run", description="Run a sweep.")
-    parser.add_argument("sweep", help="a file with get_sweep(), such as experiments/digits.py")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="rows go to OUT/rows")
     parser.add_argument(
-        "--workdirs", required=True, type=pathlib.Path, help="the runs' own files go below it"
+        "sweep", help="a Python file with get_sweep(), such as experiments/digits.py"
     )
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th run from the i-th on")
-    parser.add_argument("--only", default="", help="regular expression: only runs of such names")
     parser.add_argument(
-        "--set", action="append", default=[], help="data.path=…, data.tfds_dir=…, eval.cache_dir=…"
+        "--out", required=True, type=pathlib.Path, help="rows are written to OUT/rows"
+    )
+    parser.add_argument(
+        "--workdirs", required=True, type=pathlib.Path, help="the folder of the runs' workdirs"
+    )
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th run, starting at the i-th")
+    parser.add_argument(
+        "--only", default="", help="only runs whose names match this regular expression"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        help="a path of this machine: data.path=…, data.tfds_dir=… or eval.cache_dir=…",
     )
     parser.add_argument(
         "--discard", action="store_true", help="delete a run's checkpoints when its row is written"
@@ -199,8 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     try:
         runs = select(load_sweep(options.sweep), options.shard, options.only)
-        places = parse_places(options.set)
-        failed = run_sweep(runs, options.out, options.workdirs, places, options.discard)
+        machine_paths = parse_machine_paths(options.set)
+        failed = run_sweep(runs, options.out, options.workdirs, machine_paths, options.discard)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

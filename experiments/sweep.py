@@ -1,6 +1,6 @@
-"""What a sweep is: a base config, points that override fields of it, and seeds.
+"""Sweeps: a base config, points that override fields of it, and seeds.
 
-A sweep is a Python file with a function `get_sweep()`. A run is a point with a seed.
+A sweep is defined by a function `get_sweep()` in a Python file. A run is a point with a seed.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from configs.default import UserError
 
-# Where data and caches are on a machine: they decide no score, so they are no part of a run's hash.
-PLACES = ("data.path", "data.tfds_dir", "eval.cache_dir")
+# Paths of data and caches on a machine. They do not affect scores and are not part of a run's hash.
+MACHINE_PATHS = ("data.path", "data.tfds_dir", "eval.cache_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Sweep:
     """A grid of runs.
 
     Attributes:
-      name: of the sweep; rows carry it.
-      config: the base, whose seed is not read.
-      points: from a point's short name to its overrides, values by dotted field.
-      seeds: each point is run with each of them.
+      name: the name of the sweep, which is in every row.
+      config: the base config; its seed is not used.
+      points: {name of a point: {dotted field: value}}.
+      seeds: the seeds that each point is run with.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Sweep:
 
     @property
     def runs(self) -> list["Run"]:
-        """All runs, seed by seed: a sweep that is cut off has whole tables of fewer seeds."""
+        """All runs, seed by seed: an interrupted sweep has complete tables of fewer seeds."""
         return [Run(self, point, seed) for seed in self.seeds for point in self.points]
 
 
@@ -52,19 +52,19 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its row and its workdir."""
+        """The name of its row and its workdir."""
         return f"{self.point}_seed{self.seed}"
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Of the sweep's base, by dotted field."""
+        """The overrides of the sweep's base config, by dotted field."""
         return self.sweep.points[self.point]
 
     def config(self, places: dict[str, str] | None = None) -> ConfigDict:
-        """Its config, with `places` of this machine, by dotted field.
+        """The run's config, with the paths `places` of this machine, by dotted field.
 
         Raises:
-          UserError: an override names no field, or is of another type.
+          UserError: an override names an unknown field or has the wrong type.
         """
         config = self.sweep.config.copy_and_resolve_references()
         config.seed = self.seed
@@ -80,25 +80,25 @@ class Run:
 
     @property
     def config_hash(self) -> str:
-        """A name of its config, without the places of a machine."""
+        """A hash of its config, without the paths of a machine."""
         fields = json.loads(self.config().to_json_best_effort())
-        for field in PLACES:
+        for field in MACHINE_PATHS:
             section, _, name = field.partition(".")
             del fields[section][name]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_sweep(path: str) -> Sweep:
-    """The sweep of a Python file.
+    """Load the sweep that a Python file defines.
 
     Raises:
-      UserError: there is none.
+      UserError: the file does not exist, or has no get_sweep().
     """
     spec = importlib.util.spec_from_file_location("sweep_file", path)
     if not pathlib.Path(path).is_file() or spec is None or spec.loader is None:
         raise UserError(f"there is no sweep file {path}; for example experiments/digits.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where classes that the file defines look for it
+    sys.modules[spec.name] = module  # needed by dataclasses in the file
     spec.loader.exec_module(module)
     if not hasattr(module, "get_sweep"):
         raise UserError(f"{path} is no sweep: it has no function get_sweep")
@@ -106,7 +106,7 @@ def load_sweep(path: str) -> Sweep:
 
 
 def select(sweep: Sweep, shard: str = "0/1", only: str = "") -> list[Run]:
-    """Every n-th run from the i-th on, of shard "i/n"; of those whose names `only` is found in.
+    """Every n-th run from the i-th on, for shard "i/n", of the runs whose names match `only`.
 
     Raises:
       UserError: the shard or the regular expression can't be read, or no run's name matches.
@@ -124,17 +124,17 @@ def select(sweep: Sweep, shard: str = "0/1", only: str = "") -> list[Run]:
     return runs[number::count]
 
 
-def parse_places(settings: list[str]) -> dict[str, str]:
-    """Of "field=value" each.
+def parse_machine_paths(settings: list[str]) -> dict[str, str]:
+    """Parse settings "field=value" to {field: value}.
 
     Raises:
-      UserError: it is no such setting, or of a field that belongs into the sweep.
+      UserError: a field is not in MACHINE_PATHS.
     """
     places = dict(setting.partition("=")[::2] for setting in settings)
     for field in places:
-        if field not in PLACES:
+        if field not in MACHINE_PATHS:
             raise UserError(
-                f"--set {field}: only {', '.join(PLACES)} can be set; what decides scores belongs "
-                "into the sweep's file"
+                f"--set {field}: only {', '.join(MACHINE_PATHS)} can be set; what decides scores "
+                "belongs into the sweep's file"
             )
     return places

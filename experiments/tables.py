@@ -1,9 +1,9 @@
-"""Rows of a sweep as tables and figures.
+"""Make tables and figures from the rows of a sweep.
 
     python -m experiments.tables results/digits
 
-reads results/digits/rows and loss_by_time, and writes tables.md and a PNG for each table that has
-rows. What was not run is left out of figures, and said in tables.
+reads results/digits/rows and loss_by_time, and writes tables.md and a PNG file for each table that
+has rows. Runs without a row are left out of figures and are marked "not run" in tables.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-import environment
-import evaluation
 from configs.default import UserError
 from experiments import figures
 from experiments.figures import Score
 from experiments.grid import TABLES
+from metrics.distances import Estimate
+from runtime import environment
 
 log = logging.getLogger("soft_truncation")
 
-# Score in a report, and a table's head for it.
+# (score in a report, heading of its column).
 SCORES = (
     ("nll", "NLL, bits/dim"),
     ("nll_without_residual", "NLL without residual"),
@@ -45,14 +45,14 @@ bounds the likelihood whatever ε is; NLL without residual does not compare rows
 fd_classifier is a Fréchet distance between features of a small classifier, no FID; its bias by the
 number of samples is the same in all rows. Less is better everywhere."""
 
-Rows = dict[str, list[dict[str, Any]]]  # of each point, by seed
+Rows = dict[str, list[dict[str, Any]]]  # {point: its rows, ordered by seed}
 
 
 def load_rows(folder: pathlib.Path) -> Rows:
-    """The rows of a sweep.
+    """Read the rows of a sweep.
 
     Raises:
-      UserError: there are none, one can't be read, or they don't belong together.
+      UserError: there are none, one can't be read, or their scores are not comparable.
     """
     rows: Rows = {}
     for path in sorted((folder / "rows").glob("*.json")):
@@ -86,12 +86,12 @@ def load_rows(folder: pathlib.Path) -> Rows:
 
 
 def get_score(rows: list[dict[str, Any]], name: str) -> Score | None:
-    """A score of a point, from its rows; None if they have none."""
+    """A score of a point, from its rows; None if no row has it."""
     values = [row["scores"][name] for row in rows if name in row["scores"]]
     if not values:
         return None
     if len(values) > 1:
-        estimate = evaluation.Estimate.of(np.array(values))
+        estimate = Estimate.of(np.array(values))
         return Score(estimate.value, estimate.stderr, len(values))
     return Score(values[0], rows[0]["scores"].get(f"{name}_stderr"), 1)
 
@@ -99,7 +99,7 @@ def get_score(rows: list[dict[str, Any]], name: str) -> Score | None:
 def get_difference(
     first: list[dict[str, Any]], second: list[dict[str, Any]], name: str
 ) -> Score | None:
-    """The second point's score less the first's, seed by seed; None without a common seed."""
+    """The second point's score minus the first's, seed by seed; None without a common seed."""
     values = [
         {r["seed"]: r["scores"][name] for r in p if name in r["scores"]} for p in (first, second)
     ]
@@ -108,7 +108,7 @@ def get_difference(
         return None
     differences = np.array([values[1][seed] - values[0][seed] for seed in seeds])
     if len(seeds) > 1:
-        estimate = evaluation.Estimate.of(differences)
+        estimate = Estimate.of(differences)
         return Score(estimate.value, estimate.stderr, len(seeds))
     same = [[row for row in p if row["seed"] == seeds[0]] for p in (first, second)]
     errors = [get_score(p, name) for p in same]
@@ -132,7 +132,7 @@ def _table(rows: Rows, letter: str) -> list[str]:
 
 
 def _differences(rows: Rows, letter: str) -> list[str]:
-    """Of the pairs of a table, second less first."""
+    """The differences of a table's pairs, second minus first."""
     lines = [_line("second less first", *(head for _, head in SCORES), "seeds")]
     lines.append("|" + "---|" * (len(SCORES) + 2))
     entries = TABLES[letter]
@@ -170,12 +170,12 @@ def _origin(rows: Rows) -> str:
 
 
 def load_curves(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """What experiments.loss_by_time measured, a run each."""
+    """Read the results of experiments.loss_by_time, one for each run."""
     return [json.loads(p.read_text()) for p in sorted((folder / "loss_by_time").glob("*.json"))]
 
 
 def _gradients(curves: list[dict[str, Any]]) -> list[str]:
-    """Of mini-batches under each objective, at one run's parameters."""
+    """A table of the losses and gradients for each truncation, at each run's parameters."""
     heads = ("loss", "its variance", "norm of the mean gradient", "gradient's variance", "batches")
     lines = [_line("parameters of", "truncation", *heads), "|" + "---|" * (len(heads) + 2)]
     for curve in curves:
@@ -189,7 +189,7 @@ def _gradients(curves: list[dict[str, Any]]) -> list[str]:
 
 
 def _points(rows: Rows, entries: tuple[tuple[str, str], ...]) -> list[figures.Point]:
-    """What a figure shows of a table: the rows that were run."""
+    """The points of a table's figure: the table's rows that were run."""
     return [
         (label, get_score(rows[point], "nll"), get_score(rows[point], "fd_classifier"))
         for label, point in entries
@@ -198,7 +198,7 @@ def _points(rows: Rows, entries: tuple[tuple[str, str], ...]) -> list[figures.Po
 
 
 def _tradeoff(points: dict[str, list[figures.Point]]) -> dict[str, list[figures.Point]]:
-    """The lines of the trade-off's figure; k below 1, far off on both axes, is in table b."""
+    """The lines of the trade-off figure; k < 1 is left out, since it is far off on both axes."""
     soft = [point for point in points["b"] if point[0] not in ("k = 0", "k = 0.5")]
     weight = [
         (label.split(": ")[0], nll, distance)
@@ -213,13 +213,13 @@ def _tradeoff(points: dict[str, list[figures.Point]]) -> dict[str, list[figures.
 
 
 def write_tables(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
-    """Write tables.md and figures of the rows in `folder` into `out`.
+    """Write tables.md and figures of the rows in `folder` to `out`.
 
     Returns:
       The paths of the figures.
 
     Raises:
-      UserError: there are no rows, or they don't belong together.
+      UserError: there are no rows, or their scores are not comparable.
     """
     rows, curves, drawn = load_rows(folder), load_curves(folder), []
     out.mkdir(parents=True, exist_ok=True)
@@ -249,10 +249,12 @@ def write_tables(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what the command line says; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="experiments.tables", description="Rows as tables.")
+    """Make the tables that the command line asks for; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="experiments.tables", description="Make tables and figures from the rows of a sweep."
+    )
     parser.add_argument("folder", type=pathlib.Path, help="the --out of experiments.run")
-    parser.add_argument("--out", type=pathlib.Path, help="default: the folder itself")
+    parser.add_argument("--out", type=pathlib.Path, help="by default the folder itself")
     options = parser.parse_args(arguments)
     environment.prepare()
     log.setLevel(logging.INFO)
@@ -262,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    log.info("%s and %d figures beside it", out / "tables.md", len(drawn))
+    log.info("wrote %s and %d figures", out / "tables.md", len(drawn))
     return 0
 
 

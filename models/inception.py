@@ -1,8 +1,8 @@
-"""Inception-v3 as the FID has it: the TensorFlow graph of 2015-12-05 (arXiv 1512.00567).
+"""The Inception-v3 of FID: the TensorFlow graph of 2015-12-05 (arXiv 1512.00567).
 
-Three things set it apart from other Inception-v3: average pools leave the padding out of the mean,
-the last block has a max pool instead, and images are resized as TensorFlow 1 did, without regard to
-pixel centres. Weights are those of the PyTorch port (`pt_inception-2015-12-05`).
+It differs from other Inception-v3 networks in three ways: average pools leave the padding out of
+the mean, the last block has a max pool instead, and images are resized as by TensorFlow 1, which
+does not align pixel centres. The weights are those of the PyTorch port (`pt_inception-2015-12-05`).
 """
 
 import functools
@@ -92,17 +92,17 @@ def _block_8(conv: _ConvFn, x: Array, name: str, pool: Callable[[Array], Array])
 
 
 class InceptionV3(nn.Module):
-    """The network, with batch normalisation folded into its convolutions."""
+    """Inception-v3, with batch normalisation folded into the convolutions."""
 
     @nn.compact
     def __call__(self, x: Array) -> dict[str, Array]:
         """Features of images (N, 299, 299, 3) in [-1, 1), float32.
 
         Returns:
-          `pool_3` (N, 2048), which FID and KID are of; `logits_unbiased` (N, 1008), without the
-          last bias, which the Inception score is of; `logits`.
+          `pool_3` (N, 2048), for FID and KID; `logits_unbiased` (N, 1008), without the last bias,
+          for the Inception score; `logits` (N, 1008).
         """
-        exact = jax.lax.Precision.HIGHEST  # accelerators would round to 8 or 11 bits
+        exact = jax.lax.Precision.HIGHEST  # or accelerators round inputs to 8 or 11 bits
 
         def conv(
             x: Array, name: str, features: int, size: Any, stride: int = 1, padding: Any = 0
@@ -147,9 +147,9 @@ class InceptionV3(nn.Module):
 
 
 def resize(images: Array) -> Array:
-    """Bilinear to 299 × 299, as TensorFlow 1's resize_bilinear: (N, H, W, C) float32.
+    """Resize (N, H, W, C) float32 to 299 × 299 bilinearly, as TensorFlow 1's resize_bilinear.
 
-    Pixel i of the result lies at i · H/299 of the source; nothing is smoothed when shrinking.
+    Pixel i of the result lies at i · H/299 of the source; there is no antialiasing.
     """
     for axis in (2, 1):
         size = images.shape[axis]
@@ -165,16 +165,16 @@ def resize(images: Array) -> Array:
 
 
 def prepare(images: Array) -> Array:
-    """From uint8 images of any size, (N, H, W, 1 or 3), to what the network takes."""
+    """Convert uint8 images of any size, (N, H, W, 1 or 3), to the network's input."""
     images = jnp.broadcast_to(images.astype(jnp.float32), (*images.shape[:3], 3))
     return (resize(images) - 128) / 128
 
 
 def convert_state(state: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The network's parameters from the PyTorch port's state dict.
+    """Convert the PyTorch port's state dict to the network's parameters.
 
     Raises:
-      KeyError, ValueError, AttributeError: these are not the port's tensors.
+      KeyError, ValueError, AttributeError: the tensors are not those of the port.
     """
     params: dict[str, Any] = {
         "fc": {"kernel": state["fc.weight"].T},
@@ -192,9 +192,12 @@ def convert_state(state: dict[str, np.ndarray]) -> dict[str, Any]:
                 "bias": bias.astype(np.float32),
             }
     expected = jax.eval_shape(InceptionV3().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
-    shapes = lambda tree: {  # noqa: E731
-        jax.tree_util.keystr(k): v.shape for k, v in jax.tree_util.tree_leaves_with_path(tree)
-    }
+
+    def shapes(tree: Any) -> Any:
+        return {
+            jax.tree_util.keystr(k): v.shape for k, v in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
     wrong = sorted(shapes(expected["params"]).items() ^ shapes(params).items())
     if wrong:
         raise ValueError(f"{wrong[0][0]} is not as the FID's Inception-v3 has it")

@@ -1,4 +1,4 @@
-"""Layers of the score networks, NHWC. The architecture is score_sde's (arXiv 2011.13456)."""
+"""Layers of the score networks (arXiv 2011.13456), in NHWC layout."""
 
 import functools
 import math
@@ -16,12 +16,12 @@ from models import norm_kernels, normalization
 
 Dtype = Any
 
-# For rematerialisation: all but the results of convolutions is computed again.
+# Rematerialisation policy: keep the results of convolutions, and compute everything else again.
 SAVE_CONVOLUTIONS = jax.checkpoint_policies.save_only_these_names("convolution")
 
 
 def variance_scaling(scale: float = 1.0) -> nn.initializers.Initializer:
-    """Uniform fan-average initialisation; 0 becomes 1e-10, so that it can still learn."""
+    """Uniform fan-average initialisation; a scale of 0 is replaced by 1e-10."""
     return nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
 
 
@@ -34,7 +34,7 @@ def timestep_embedding(labels: Array, dim: int, max_positions: float = 10_000.0)
 
 
 class GaussianFourierProjection(nn.Module):
-    """Random Fourier features (arXiv 2006.10739) of a scalar; their frequencies are not trained."""
+    """Random Fourier features (arXiv 2006.10739) of a scalar; the frequencies are not trained."""
 
     features: int
     scale: float
@@ -48,7 +48,7 @@ class GaussianFourierProjection(nn.Module):
 
 
 def fourier_features(x: Array) -> Array:
-    """x with sines and cosines of 128πx and 256πx (arXiv 2107.00630): (…, C) → (…, 5C)."""
+    """Append sines and cosines of 128πx and 256πx (arXiv 2107.00630): (…, C) → (…, 5C)."""
     waves = [f(scale * math.pi * x) for scale in (128, 256) for f in (jnp.sin, jnp.cos)]
     return jnp.concatenate([x, *waves], axis=-1)
 
@@ -56,13 +56,14 @@ def fourier_features(x: Array) -> Array:
 def _filter_axis(
     x: Array, taps: Sequence[float], axis: int, padding: tuple[int, int], up: int, down: int
 ) -> Array:
-    """Zero-insertion by `up`, padding, convolution with `taps`, every `down`-th value; one axis.
+    """Insert zeros, pad, convolve with `taps` and keep every `down`-th value, along one axis.
 
-    As sums of slices: a grouped convolution is slower, on every device.
+    `up - 1` zeros are inserted after each value. The convolution is a sum of slices, which is
+    faster than a grouped convolution on every device.
     """
     size, count = x.shape[axis], len(taps)
     out_size = (size * up + sum(padding) - count) // down + 1
-    # Value j reads u[j down + k - padding[0]], for tap k; u is x at multiples of `up`, else 0.
+    # Value j is a sum over taps k of u[j * down + k - padding[0]]; u is x with zeros inserted.
     widths = [(0, 0)] * x.ndim
     margin = count + max(padding)
     widths[axis] = (margin, margin)
@@ -86,9 +87,10 @@ def _filter_axis(
 def fir_filter(
     x: Array, kernel: Sequence[float], padding: tuple[int, int], up: int = 1, down: int = 1
 ) -> Array:
-    """Separable FIR filter of (N, H, W, C), between zero-insertion and decimation.
+    """Upsample by zero insertion, apply a separable FIR filter, and downsample (N, H, W, C).
 
-    The taps are scaled to the sum `up` along each axis, which keeps the mean. `up` or `down` is 1.
+    The taps are scaled to have the sum `up` along each axis, which preserves the mean. At least one
+    of `up` and `down` is 1.
     """
     taps = [up * tap / sum(kernel) for tap in kernel]
     x = _filter_axis(x, taps, 1, padding, up, down)
@@ -96,7 +98,7 @@ def fir_filter(
 
 
 def upsample(x: Array, fir_kernel: Sequence[float] = ()) -> Array:
-    """Twice the size, by nearest neighbour or by FIR: (N, H, W, C) → (N, 2H, 2W, C)."""
+    """Double the size by nearest neighbour or an FIR filter: (N, H, W, C) → (N, 2H, 2W, C)."""
     if fir_kernel:
         rest = len(fir_kernel) - 2
         return fir_filter(x, fir_kernel, ((rest + 1) // 2 + 1, rest // 2), up=2)
@@ -104,7 +106,7 @@ def upsample(x: Array, fir_kernel: Sequence[float] = ()) -> Array:
 
 
 def downsample(x: Array, fir_kernel: Sequence[float] = ()) -> Array:
-    """Half the size, by the mean of 2×2 or by FIR: (N, H, W, C) → (N, H/2, W/2, C)."""
+    """Halve the size by 2×2 means or an FIR filter: (N, H, W, C) → (N, H/2, W/2, C)."""
     if fir_kernel:
         rest = len(fir_kernel) - 2
         return fir_filter(x, fir_kernel, ((rest + 1) // 2, rest // 2), down=2)
@@ -116,7 +118,7 @@ class Conv(nn.Module):
     """Convolution with "same" padding and this architecture's initialisation.
 
     Attributes:
-      gain: multiplies the result; it costs nothing, since it goes into the kernel.
+      gain: a factor of the result; it is applied to the kernel, which costs nothing.
     """
 
     features: int
@@ -129,7 +131,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, apart: bool = False) -> Any:
-        """(N, H, W, C) → (N, H', W', features); `apart`: without the bias, and (features,), it."""
+        """(N, H, W, C) → (N, H', W', features); with `apart`, the pair of that and the bias."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
@@ -146,7 +148,7 @@ class Conv(nn.Module):
 
 
 class ResampleConv(nn.Module):
-    """Twice (`up`) or half the size, with a 3×3 convolution."""
+    """Doubles (`up`) or halves the size, with a 3×3 convolution."""
 
     features: int
     up: bool
@@ -162,7 +164,7 @@ class ResampleConv(nn.Module):
 
 
 class FIRConv(nn.Module):
-    """Twice (`up`) or half the size, with a 3×3 convolution and an FIR filter."""
+    """Doubles (`up`) or halves the size, with a 3×3 convolution and an FIR filter."""
 
     features: int
     up: bool
@@ -177,11 +179,11 @@ class FIRConv(nn.Module):
         x, kernel, bias = (v.astype(self.dtype) for v in (x, kernel, bias))
         dims = ("NHWC", "HWIO", "NHWC")
         if self.up:
-            rest = len(self.fir_kernel) - 4  # the transposed convolution has added 2 already
+            rest = len(self.fir_kernel) - 4  # the transposed convolution adds 2
             x = jax.lax.conv_general_dilated(
                 x, kernel, (1, 1), [(2, 2)] * 2, lhs_dilation=(2, 2), dimension_numbers=dims
             )
-            # Zeros were inserted: the filter must have the sum 2 along each axis.
+            # Zeros were inserted, so the filter's taps must sum to 2 along each axis.
             x = 4 * fir_filter(x, self.fir_kernel, ((rest + 1) // 2 + 1, rest // 2 + 1))
         else:
             rest = len(self.fir_kernel)
@@ -191,7 +193,7 @@ class FIRConv(nn.Module):
 
 
 class Combine(nn.Module):
-    """A skip from the pyramid, through a 1×1 convolution, joined to the features."""
+    """Applies a 1×1 convolution to a skip from the pyramid and joins it to the features."""
 
     method: str
     dtype: Dtype = jnp.float32
@@ -204,11 +206,11 @@ class Combine(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with min(C/4, 32) groups; its statistics are float32.
+    """Group normalisation with min(C/4, 32) groups and float32 statistics, SiLU and dropout.
 
     Attributes:
       silu: whether SiLU follows.
-      rate: of the dropout after that.
+      rate: the rate of the dropout after it.
     """
 
     silu: bool = True
@@ -223,7 +225,7 @@ class GroupNorm(nn.Module):
         keys: Array | None = None,
         train: bool = False,
     ) -> Array:
-        """(N, H, W, C) → the same; `shift` (N, C) is added first, `keys` are dropout's."""
+        """(N, H, W, C) → the same shape; `shift` (N, C) is added first; `keys` are for dropout."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -234,13 +236,13 @@ class GroupNorm(nn.Module):
 
 
 class DropoutKeys(nn.Module):
-    """Keys of one dropout layer, from each image's own: it folds its own path into them."""
+    """Derives the keys of one dropout layer by folding its module path into each image's key."""
 
     rate: float
 
     @nn.compact
     def __call__(self, keys: Array | None) -> Array | None:
-        """Keys (N,) → two words an image (N, 2) uint32; None: nothing is dropped."""
+        """Keys (N,) → two words for each image, (N, 2) uint32; None if nothing is dropped."""
         if keys is None or self.rate == 0:
             return None
         layer = zlib.crc32("/".join(self.path).encode())
@@ -259,9 +261,10 @@ class AttnBlock(nn.Module):
         """(N, H, W, C) → the same."""
         n, h, w, c = x.shape
         y = GroupNorm(silu=False, dtype=self.dtype)(x, train=train).reshape(n, h * w, c)
-        dense = lambda scale: nn.Dense(  # noqa: E731
-            c, kernel_init=variance_scaling(scale), dtype=self.dtype
-        )
+
+        def dense(scale: Any) -> Any:
+            return nn.Dense(c, kernel_init=variance_scaling(scale), dtype=self.dtype)
+
         query, key, value = (dense(0.1)(y)[:, :, None, :] for _ in range(3))
         y = jax.nn.dot_product_attention(query, key, value)[:, :, 0, :]
         x = x + dense(self.init_scale)(y).reshape(x.shape)
@@ -273,9 +276,9 @@ class ResBlock(nn.Module):
 
     Attributes:
       features: channels of the output.
-      resblock_type: "biggan" (can resample; its shortcut is a convolution) or "ddpm" (can't; a
-        dense layer).
-      resample: None, or `upsample` or `downsample`.
+      resblock_type: "biggan", whose shortcut is a convolution and which can resample, or "ddpm",
+        whose shortcut is a dense layer and which can't resample.
+      resample: None, `upsample` or `downsample`.
     """
 
     features: int
@@ -290,7 +293,7 @@ class ResBlock(nn.Module):
     def __call__(
         self, x: Array, temb: Array, dropout_keys: Array | None, train: bool = False
     ) -> Array:
-        """(N, H, W, C), with time embedding (N, E) and a key an image (None: no dropout)."""
+        """(N, H, W, C), embedding (N, E), dropout keys (N,) or None → (N, H', W', features)."""
         y = GroupNorm(dtype=self.dtype)(x, train=train)
         if self.resample is not None:
             x, y = self.resample(x), self.resample(y)

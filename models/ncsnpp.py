@@ -1,6 +1,6 @@
 """NCSN++ and DDPM++ (arXiv 2011.13456, §4.3 and appendix H): U-Nets with attention.
 
-With their options they are also the unbounded UNCSN++ and UDDPM++, and the plain DDPM U-Net.
+The same module, with other options, is UNCSN++, UDDPM++ and the plain DDPM U-Net.
 """
 
 import functools
@@ -16,33 +16,33 @@ from models import layers
 
 
 class NCSNpp(nn.Module):
-    """The U-Net.
+    """A U-Net with attention and a time embedding.
 
     Attributes:
-      nf: channels at full resolution.
-      ch_mult: factor of the channels at each resolution, each half of the one before.
-      num_res_blocks: blocks at each resolution on the way down; one more on the way up.
-      attn_resolutions: image sizes at which blocks are followed by attention: each one on the way
-        down, the last one on the way up.
-      dropout: rate.
+      nf: number of channels at full resolution.
+      ch_mult: factor of the number of channels at each level; each level halves the resolution.
+      num_res_blocks: residual blocks at each level on the way down; one more on the way up.
+      attn_resolutions: image sizes at which attention follows each block on the way down, and the
+        last block on the way up.
+      dropout: dropout rate.
       skip_rescale: divide sums of a skip and a block by √2.
       init_scale: scale of the initial weights of each block's last layer.
-      resblock_type: "biggan" (blocks resample) or "ddpm" (layers of their own do).
-      resamp_with_conv: the layers that resample between "ddpm" blocks have a convolution.
-      fir_kernel: taps of the filter with which images are resampled; empty: none.
-      progressive: the output is that of the last level ("none"), the sum of one of every level
-        ("output_skip"), or levels are joined by a residual pyramid ("residual").
-      progressive_input: the image enters at full resolution alone ("none"), at every level
-        ("input_skip"), or through a residual pyramid ("residual").
-      progressive_combine: "sum" or "cat": how "input_skip" joins it to the features.
-      embedding_type: "positional" (of the labels) or "fourier" (of their logarithm).
+      resblock_type: "biggan" (blocks resample) or "ddpm" (separate layers resample).
+      resamp_with_conv: whether the layers that resample between "ddpm" blocks have a convolution.
+      fir_kernel: taps of the FIR filter for resampling; empty: nearest neighbour and 2×2 means.
+      progressive: the output is that of the last level ("none"), the sum of the outputs of all
+        levels ("output_skip"), or the levels are joined by a residual pyramid ("residual").
+      progressive_input: the image is the input of the first level ("none"), of every level
+        ("input_skip"), or of a residual pyramid ("residual").
+      progressive_combine: how "input_skip" joins the image to the features, "sum" or "cat".
+      embedding_type: "positional" (of the labels) or "fourier" (of their logarithms).
       embedding_dim: width of the positional embedding; 0: nf.
-      fourier_scale: deviation of the Fourier embedding's frequencies.
-      fourier_feature: the image comes with sines and cosines of its values.
+      fourier_scale: standard deviation of the Fourier embedding's frequencies.
+      fourier_feature: append sines and cosines of its values to the image.
       scale_by_sigma: divide the output by the labels, which are σ(t).
-      centered: the data are in [-1, 1]; else they are brought there first.
+      centered: whether the data are in [-1, 1]; data in [0, 1] are scaled to [-1, 1] first.
       dtype: compute dtype; parameters are float32.
-      remat: keep only the convolutions' results for the gradient, and compute the rest again.
+      remat: for the gradient, keep only the results of convolutions and compute the rest again.
     """
 
     nf: int
@@ -98,8 +98,9 @@ class NCSNpp(nn.Module):
 
         Args:
           x: images, (N, H, W, C); H and W divisible by 2^(len(ch_mult) - 1).
-          labels: (N,), what the time embedding is of.
-          train: apply dropout, which takes `dropout_keys` (N,), one key an image.
+          labels: (N,), embedded as the time.
+          train: whether to apply dropout.
+          dropout_keys: (N,), one key for each image; needed for dropout.
 
         Returns:
           (N, H, W, C), float32.
@@ -124,7 +125,7 @@ class NCSNpp(nn.Module):
                 resblock_type=self.resblock_type,
                 resample=resample,
                 **common,
-                name=f"ResBlock_{next(numbers)}",  # whatever class nn.remat makes
+                name=f"ResBlock_{next(numbers)}",  # the name must not depend on nn.remat
             )
 
         attn_block: Any = functools.partial(layers.AttnBlock, **common)

@@ -11,8 +11,7 @@ from jax import Array
 from models.layers import Dtype
 
 # Stages on the way down, for images of 64, 128 and 256 pixels: (channels as a multiple of nf,
-# dilation); each but the first halves the resolution, by pooling or, where dilated, by nothing but
-# the wider view.
+# dilation). Each stage but the first halves the resolution by pooling, or is dilated instead.
 _STAGES = {
     "ncsnv2_64": ((1, 1), (2, 1), (2, 2), (2, 4)),
     "ncsnv2_128": ((1, 1), (2, 1), (2, 1), (4, 2), (4, 4)),
@@ -37,7 +36,7 @@ def _mean_pool(x: Array) -> Array:
 
 
 class InstanceNormPlus(nn.Module):
-    """Instance normalisation that keeps the channels' means, normalised (arXiv 1907.05600, B.1)."""
+    """Instance normalisation that adds normalised channel means (arXiv 1907.05600, B.1)."""
 
     dtype: Dtype = jnp.float32
 
@@ -45,7 +44,10 @@ class InstanceNormPlus(nn.Module):
     def __call__(self, x: Array) -> Array:
         """(N, H, W, C) → the same."""
         x = x.astype(jnp.float32)
-        around_one = lambda key, shape: 1 + 0.02 * jax.random.normal(key, shape)  # noqa: E731
+
+        def around_one(key: Any, shape: Any) -> Any:
+            return 1 + 0.02 * jax.random.normal(key, shape)
+
         alpha, gamma = (self.param(n, around_one, x.shape[-1:]) for n in ("alpha", "gamma"))
         beta = self.param("beta", nn.initializers.zeros, x.shape[-1:])
         means = jnp.mean(x, axis=(1, 2), keepdims=True)
@@ -88,7 +90,7 @@ def _residual_conv_unit(x: Array, blocks: int, dtype: Dtype) -> Array:
 
 
 def _resize(x: Array, size: int) -> Array:
-    """Bilinear, with the corners' centres aligned, to size × size."""
+    """Resize bilinearly to size × size, with the centres of the corner pixels aligned."""
     if x.shape[1] == size:
         return x
     scale = jnp.full(2, (size - 1) / (x.shape[1] - 1))
@@ -107,7 +109,7 @@ class RefineBlock(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Sequence[Array]) -> Array:
-        """Features of one or two resolutions → (N, H, W, features) at the first one's."""
+        """Features of one or two resolutions → (N, H, W, features) at the first resolution."""
         hs = [_residual_conv_unit(x, 2, self.dtype) for x in inputs]
         if len(hs) > 1:
             size = hs[0].shape[1]
@@ -123,12 +125,12 @@ class RefineBlock(nn.Module):
 
 
 class NCSNv2(nn.Module):
-    """The network; its depth is that for images of `name`'s size.
+    """The NCSNv2 network, with the number of stages for a given image size.
 
     Attributes:
-      name_of_depth: one of NAMES.
-      nf: channels at full resolution.
-      centered: the data are in [-1, 1]; else they are brought there first.
+      name_of_depth: one of NAMES, which chooses the stages.
+      nf: number of channels at full resolution.
+      centered: whether the data are in [-1, 1]; data in [0, 1] are scaled to [-1, 1] first.
       dtype: compute dtype; parameters are float32.
     """
 
@@ -143,7 +145,7 @@ class NCSNv2(nn.Module):
     ) -> Array:
         """The score of images (N, H, W, C) whose noise levels σ are `labels` (N,), float32.
 
-        There is no dropout: `train` and `dropout_keys` are of the networks' common form.
+        There is no dropout; `train` and `dropout_keys` are accepted as by the other networks.
         """
         del train, dropout_keys
         stages = _STAGES[self.name_of_depth]
@@ -153,7 +155,7 @@ class NCSNv2(nn.Module):
             h = ResidualBlock(mult * self.nf, i > 0, dilation, self.dtype)(h)
             h = ResidualBlock(mult * self.nf, False, dilation, self.dtype)(h)
             hs.append(h)
-        # Each refinement has the width of the stage that it hands its result to.
+        # Each refinement block has the width of the stage that receives its result.
         widths = [mult * self.nf for mult, _ in stages]
         h = RefineBlock(widths[-1], dtype=self.dtype)([hs[-1]])
         for i in range(len(stages) - 2, -1, -1):

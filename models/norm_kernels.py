@@ -1,11 +1,11 @@
-"""Group normalisation with what surrounds it in a residual block, as kernels for NVIDIA GPUs.
+"""Group normalisation with SiLU and dropout, as Pallas kernels for NVIDIA GPUs.
 
-`normalization.norm_act` is one kernel here, which gets the features from memory once and writes the
-result once, and one for the gradient; XLA makes several passes over the memory of each. It is for
-images whose features fit into tiles of powers of 2.
+`normalization.norm_act` is one kernel here and its gradient another; each reads the features from
+memory and writes the result once, where XLA makes several passes over memory. The numbers of
+pixels and channels must be divisible by those of a tile, which are powers of 2.
 
-The kernels are Pallas', whose Triton backend JAX 0.11 has deprecated. Where it is missing or fails,
-XLA takes over. Without a GPU it is never imported: tests interpret the kernels.
+JAX 0.11 deprecates Pallas' Triton backend. If it is missing or fails, XLA is used instead. Without
+a GPU the backend is not imported; tests run the kernels in Pallas' interpreter.
 """
 
 import functools
@@ -23,21 +23,21 @@ from models.normalization import EPSILON, Options, keeps
 
 log = logging.getLogger("soft_truncation")
 
-_WARP = 1024  # values that a warp works on at a time
+_WARP = 1024  # values of a tile for each warp
 
 
 def _layout(x: Array) -> tuple[int, int]:
-    """Channels and pixels of a tile of x (N, H, W, C), powers of 2; channels lie together.
+    """(channels, pixels) of a tile of x (N, H, W, C), both powers of 2; channels are contiguous.
 
-    Narrower rows waste memory accesses (measured on an H100); wider ones would leave a small batch
-    with too few programs for all of its processors.
+    Fewer channels waste memory accesses (measured on an H100); with more, a small batch has too few
+    programs for all of the GPU's multiprocessors.
     """
     pixels, channels = x.shape[1] * x.shape[2], x.shape[3]
     return min(64, channels & -channels), min(pixels & -pixels, 128 if pixels > 256 else 64)
 
 
 def fits(options: Options, x: Array) -> bool:
-    """Whether there is a kernel for x (N, H, W, C): whole groups fill a tile."""
+    """Whether the kernels support x (N, H, W, C): a tile must consist of whole groups."""
     width, rows = _layout(x)
     size = x.shape[3] // options.groups
     return rows >= 16 and width >= 32 and width % size == 0
@@ -51,12 +51,12 @@ def _triton() -> Any:
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernels can be lowered for this machine's GPU. If not, the log says why, once."""
+    """Whether the kernels can be lowered for this machine's GPU; if not, logs the reason once."""
     x = jax.ShapeDtypeStruct((1, 8, 8, 32), jnp.bfloat16)
     vector = jax.ShapeDtypeStruct((32,), jnp.float32)
     try:
         jax.jit(functools.partial(fused, Options(8, True))).trace(x, vector, vector).lower()
-    except Exception as error:  # nobody promises how a deprecated backend fails
+    except Exception as error:  # a deprecated backend may fail in any way
         log.warning(
             "group normalisation is left to XLA: its Pallas kernels do not work here (%s)",
             str(error).split("\n")[0],
@@ -66,7 +66,7 @@ def available() -> bool:
 
 
 class _Part:
-    """A program's part of an image: all pixels of some groups, a tile at a time."""
+    """The part of an image that one program works on: all pixels of some groups, tile by tile."""
 
     def __init__(self, options: Options, x_ref: Any, width: int, rows: int) -> None:
         _, self.pixels, channels = x_ref.shape
@@ -77,18 +77,18 @@ class _Part:
         self._width = width
 
     def sums(self, terms: Callable[[Array], tuple[Array, ...]], count: int) -> list[Array]:
-        """Over all pixels, (width,) each, of what `terms(tile's number)` gives for a tile."""
+        """Sum the `count` arrays of `terms(tile index)` over all pixels; (width,) each."""
 
         def add(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
             return tuple(total + term for total, term in zip(totals, terms(i), strict=True))
 
-        # Each place of the tile has its own sum: a sum over places makes all warps wait.
+        # Each position of the tile has its own sum; a sum over positions synchronises all warps.
         zeros = (jnp.zeros((self._rows, self._width)),) * count
         totals = jax.lax.fori_loop(0, self.pixels // self._rows, add, zeros)
         return [jnp.sum(total, axis=0) for total in totals]
 
     def write(self, ref: Any, value: Callable[[Array], Array]) -> None:
-        """`value(tile's number)` into all tiles."""
+        """Write `value(tile index)` to each tile of `ref`."""
 
         def store(i: Array, carry: Any) -> Any:
             ref[self._where(i)] = value(i).astype(ref.dtype)
@@ -104,11 +104,11 @@ class _Part:
         )
 
     def tile(self, ref: Any, tile: Array) -> Array:
-        """(rows, width) float32."""
+        """Read a tile: (rows, width) float32."""
         return ref[self._where(tile)].astype(jnp.float32)
 
     def vector(self, ref: Any) -> Array:
-        """(width,) float32 of a vector of channels, or of one for each image."""
+        """Read (width,) float32 of a vector (C,), or of this image's row of an array (N, C)."""
         where = (self._image,) * (len(ref.shape) - 1) + (pl.ds(self._start, self._width),)
         return ref[where].astype(jnp.float32)
 
@@ -172,7 +172,7 @@ def _backward_kernel(
         offset += part.vector(ref["shift"]) * factor
 
     def tiles(i: Array) -> tuple[Array, Array]:
-        """(x̂, the gradient of what SiLU takes)."""
+        """(x̂, the gradient with respect to SiLU's input)."""
         normal = part.tile(ref["x"], i) * factor[None, :] + offset[None, :]
         dy = part.tile(ref["dy"], i)
         dy = part.drop(ref["keys"], i, dy, options.rate) if "keys" in ref else dy
@@ -204,7 +204,7 @@ def _backward_kernel(
 def _call(
     kernel: Any, options: Options, inputs: dict[str, Any], outputs: dict[str, Any]
 ) -> dict[str, Array]:
-    """Run a kernel over all images, with what is given of the inputs by name."""
+    """Run a kernel over all images; inputs that are None are left out."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     x = inputs["x"]
     n, h, w, channels = x.shape
@@ -237,7 +237,7 @@ def fused(
     shift: Array | None = None,
     keys: Array | None = None,
 ) -> Array:
-    """`norm_act` as a kernel, whose gradient is one too. There is no forward mode."""
+    """`norm_act` as a kernel, and its gradient as another. Forward-mode derivatives do not work."""
     return _fused_forward(options, x, scale, bias, shift, keys)[0]
 
 
@@ -275,10 +275,10 @@ def norm_act(
     keys: Array | None = None,
     train: bool = False,
 ) -> Array:
-    """`normalization.norm_act`; in training on a GPU as a kernel, where there is one that works.
+    """`normalization.norm_act`, by a kernel in training on a GPU if the kernel works there.
 
-    Not elsewhere: a kernel has no forward mode, and XLA can't share one out over devices by itself,
-    as evaluation needs; in training each device has its own part already.
+    Evaluation does not use the kernels: it needs forward-mode derivatives, and XLA to distribute
+    the computation over the devices. In training, pmap gives each device its part.
     """
     if train and jax.default_backend() == "gpu" and fits(options, x) and available():
         return fused(options, x, scale, bias, shift, keys)

@@ -1,8 +1,8 @@
-"""Group normalisation (arXiv 1803.08494) with SiLU and dropout, in as few passes as there can be.
+"""Group normalisation (arXiv 1803.08494) with SiLU and dropout, in as few passes as possible.
 
-All that needs every pixel are two sums in each direction and one elementwise function; the rest is
-(N, C). The gradient is written out since XLA would keep the normalised values and the sigmoid for
-it, which on a CPU cost more to write and read back than to compute again.
+Only two sums and one elementwise function, forward and backward, go over the pixels; everything
+else has the shape (N, C). The gradient is explicit because XLA would otherwise store the normalised
+values and the sigmoid for it; on a CPU it is faster to compute these again.
 """
 
 import functools
@@ -28,19 +28,19 @@ class Options(NamedTuple):
 
 
 def _mix(x: Array) -> Array:
-    """A permutation of 32 bits in which each one changes all: MurmurHash3's last step."""
+    """A bijective hash of 32-bit words: the finaliser of MurmurHash3."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return x ^ (x >> np.uint32(16))
 
 
 def keeps(key: Sequence[Array], pixel: Array, channel: Array, rate: float) -> Array:
-    """Where dropout keeps values: a hash, which takes a fraction of Threefry's time.
+    """The values that dropout keeps, by a hash that is several times faster than Threefry.
 
     Args:
       key: two words, (…) uint32.
-      pixel, channel: places of the values, uint32; all four broadcast against one another.
-      rate: the share that is dropped.
+      pixel, channel: indices of the values, uint32; the four arrays are broadcast.
+      rate: the probability of being dropped.
 
     Returns:
       (…) bool.
@@ -56,7 +56,7 @@ def keeps(key: Sequence[Array], pixel: Array, channel: Array, rate: float) -> Ar
 def _sum(x: Array) -> Array:
     """Sum over the pixels: (N, H, W, C) → (N, C)."""
     x = x.reshape(x.shape[0], -1, x.shape[-1])
-    if jax.default_backend() == "cpu":  # XLA's sums are not vectorised there; additions are
+    if jax.default_backend() == "cpu":  # XLA vectorises additions there, but not sums
         while x.shape[1] % 4 == 0:
             first, second, third, fourth = jnp.split(x, 4, axis=1)
             x = (first + second) + (third + fourth)
@@ -101,7 +101,7 @@ def _affine_jvp(
         if not silu:
             return 1.0
         y = x * _spread(factor) + _spread(shift)
-        # Written like this, XLA does not take it for the sigmoid that was computed on the way.
+        # In this form XLA does not reuse the sigmoid of the forward pass, which it would store.
         sigmoid = 0.5 + 0.5 * jnp.tanh(0.5 * y)
         return sigmoid * (1 + y * (1 - sigmoid))
 
@@ -126,17 +126,17 @@ def norm_act(
     shift: Array | None = None,
     keys: Array | None = None,
 ) -> Array:
-    """Group normalisation of x + shift, then SiLU and dropout as `options` say.
+    """Group normalisation of x + shift, followed by SiLU and dropout.
 
     Args:
-      options: the number of groups, SiLU, and dropout's rate.
+      options: the number of groups, whether SiLU follows, and the dropout rate.
       x: features, (N, H, W, C).
-      scale, bias: of the normalised features, (C,).
+      scale, bias: applied to the normalised features, (C,).
       shift: added to each image's features first, (N, C).
-      keys: of dropout, two words an image, (N, 2) uint32; None: nothing is dropped.
+      keys: for dropout, two words for each image, (N, 2) uint32; None: nothing is dropped.
 
     Returns:
-      (N, H, W, C), of x's dtype; all computation is in float32, or in x's dtype if that is wider.
+      (N, H, W, C) with x's dtype; the computation is in float32, or in x's dtype if that is wider.
     """
     _, h, w, channels = x.shape
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""Makes the network of a config, and turns it into a score function."""
+"""Building the network of a config, and its score function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,15 +19,15 @@ Model = nn.Module
 def create_model(config: ConfigDict) -> Model:
     """The Flax module of a config: `.apply({"params": p}, x, labels, train=False)`, x is NHWC.
 
-    Its labels are σ(t) for VE and RVE with the Fourier embedding and for NCSNv2, else a time on
-    the scale 0 … 999; `get_score_fn` makes them.
+    Its labels are σ(t) for NCSNv2, and for VE and RVE with the Fourier embedding; otherwise they
+    are a time scaled to 0 … 999. `get_score_fn` computes them.
     """
     model = config.model
     dtype, centered = jnp.dtype(model.dtype), config.data.centered
     if model.name in ncsnv2.NAMES:
         return ncsnv2.NCSNv2(model.name, model.nf, centered, dtype)
     options: dict[str, Any] = {}
-    if model.name == "ddpm":  # arXiv 2006.11239 as a case of the U-Net
+    if model.name == "ddpm":  # arXiv 2006.11239, as an option of the U-Net
         options = {"skip_rescale": False, "resblock_type": "ddpm"}
     else:
         options = {
@@ -66,12 +66,12 @@ def init_params(config: ConfigDict, model: Model, key: Array) -> Any:
 
 
 def count_params(params: Any) -> int:
-    """The number of parameters; works on shapes (`jax.eval_shape`) too."""
+    """The number of parameters, which may be given as shapes (`jax.eval_shape`)."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _get_labels_fn(config: ConfigDict, sde: SDE) -> Callable[[Array], Array]:
-    """t → what the network is conditioned on."""
+    """A function from t to the network's labels."""
     if not sde.exploding:
         if config.training.unbounded_parametrization:
             constant = config.training.stabilizing_constant
@@ -79,7 +79,7 @@ def _get_labels_fn(config: ConfigDict, sde: SDE) -> Callable[[Array], Array]:
         return lambda t: 999 * t
     if config.model.name in ncsnv2.NAMES or config.model.embedding_type == "fourier":
         return sde.std
-    # The index among 1,000 noise scales, the largest first; equally spaced in log σ, as γ is.
+    # The index in 1,000 noise levels, from the largest down, equally spaced in log σ and so in γ.
     top, bottom = sde.gamma(sde.T), sde.gamma(config.training.truncation_time)
     return lambda t: 999 * (top - sde.gamma(t)) / (top - bottom)
 
@@ -87,19 +87,21 @@ def _get_labels_fn(config: ConfigDict, sde: SDE) -> Callable[[Array], Array]:
 def get_score_fn(
     config: ConfigDict, sde: SDE, model: Model, params: Any, train: bool = False
 ) -> Callable[..., Array]:
-    """The score s_θ(x, t), the one place where SDE and network meet.
+    """The score function s_θ(x, t) of a network.
 
-    VP and sub-VP: -network(x, labels)/σ(t). VE and RVE (`sde.exploding`): network(x, labels), which
-    is divided by σ(t), here or in the network, if `model.scale_by_sigma`.
+    For VP and sub-VP it is -network(x, labels)/σ(t). For VE and RVE (`sde.exploding`) it is
+    network(x, labels), divided by σ(t), here or in the network, if `model.scale_by_sigma` is set.
 
     Returns:
-      score_fn(x, t) with x (N, H, W, C) and t (N,), float32, the shape of x. With train=True it
-      is score_fn(x, t, dropout_key), with one key, or one key an image, (N,).
+      score_fn(x, t) with x (N, H, W, C) and t (N,) → (N, H, W, C) float32. With train=True it is
+      score_fn(x, t, dropout_key), with one key for all images or keys (N,).
     """
     labels_fn = _get_labels_fn(config, sde)
     predicts_noise = not sde.exploding
-    in_network = config.model.name in ncsnv2.NAMES or config.model.embedding_type == "fourier"
-    divides = predicts_noise or (config.model.scale_by_sigma and not in_network)
+    network_divides_by_sigma = (
+        config.model.name in ncsnv2.NAMES or config.model.embedding_type == "fourier"
+    )
+    divides = predicts_noise or (config.model.scale_by_sigma and not network_divides_by_sigma)
 
     def score_fn(x: Array, t: Array, dropout_key: Array | None = None) -> Array:
         if dropout_key is not None and dropout_key.ndim == 0:

@@ -1,5 +1,5 @@
-"""One small reader for each format that images come in, each with random access.
+"""One small reader for each file format of data sets, each with random access to the images.
 
-A reader looks at a path and gives a `layout.Found` if it knows what lies there, or None. What it
-found is opened, decoded and kept by `cache`; `datasets` says which data set knows which layouts.
+A reader's `find` returns a `layout.Found` if it can read the files at a path, and None otherwise.
+`cache` decodes the images and keeps them; `published` lists the formats of each data set.
 """

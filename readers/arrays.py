@@ -8,26 +8,26 @@ from configs.default import UserError
 from readers.containers import file_identity
 from readers.layout import Found, Opened, arrays_of, every_tenth
 
-_SPLITS = ("x_train", "y_train", "x_test", "y_test")  # as Keras's mnist.npz
+_SPLITS = ("x_train", "y_train", "x_test", "y_test")  # as in Keras's mnist.npz
 
 
 def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz by name, or that of an .npy, memory-mapped, as `images`."""
+    """The arrays of an .npz file by name, or the memory-mapped array of an .npy as `images`."""
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return {"images": loaded}
         with loaded:
             return {name: loaded[name] for name in loaded.files}
-    except Exception as error:  # a damaged archive raises anything at all
+    except Exception as error:  # a damaged archive can raise any kind of error
         reason = "it has objects" if "Object arrays" in str(error) else str(error)
-        # NumPy takes what is no array file for a pickle, and its advice is to trust it.
+        # NumPy takes any other file for a pickle, and advises to allow pickles.
         reason = "it is no file of arrays" if "pickle" in reason else reason
         raise UserError(f"data.path: {path} can't be read: {reason}") from error
 
 
 def _images(path: pathlib.Path, name: str, images: np.ndarray) -> np.ndarray:
-    """(N, H, W, C), from that or (N, H, W)."""
+    """Check images (N, H, W, C) or (N, H, W), and return them as (N, H, W, C)."""
     images = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise UserError(
@@ -83,8 +83,8 @@ def _open(path: pathlib.Path, needs_splits: bool) -> Opened:
 def find(path: pathlib.Path, needs_splits: bool = False) -> Found | None:
     """An .npy of images, or an .npz of images (and labels) or of x_train, y_train, x_test, y_test.
 
-    Images are uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3). Without splits every tenth is a test
-    image, or the file is refused if it `needs_splits`.
+    Images are uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3). In a file without splits every tenth
+    image is a test image; with `needs_splits` such a file is refused.
     """
     if path.suffix not in (".npy", ".npz") or not path.is_file():
         return None

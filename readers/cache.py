@@ -1,7 +1,8 @@
-"""Images decoded once, at the size that they are trained at, and kept as memory-mapped arrays.
+"""A cache of images, decoded once at the size of training and read as memory-mapped arrays.
 
-An entry is a folder in the user's cache with the levels of both splits, their labels, and facts.
-It is written under another name and renamed when it is whole, so that a kill leaves nothing half.
+An entry is a folder in the user's cache with the images and labels of both splits, and facts.json.
+It is written under another name and renamed when it is complete, so that an interruption leaves no
+incomplete entry.
 """
 
 import collections
@@ -18,18 +19,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import environment
-import reporting
 from configs.default import UserError
 from readers.decode import Fit, is_grey, open_image
 from readers.layout import Arrays, Found, Opened, Records
-from readers.locking import waiting_lock
 from readers.source import ArraySource, RecordSource, Source
+from runtime import environment
+from runtime.locking import waiting_lock
+from runtime.progress import Progress
 
 log = logging.getLogger("soft_truncation")
 
-_FORMAT = 1  # of an entry; another one is not read
-_IN_MEMORY = 2**30  # arrays of the right size are kept on disk above so many bytes
+_FORMAT = 1  # version of an entry's format; entries of other versions are not read
+_IN_MEMORY = 2**30  # bytes; smaller arrays of the right size are kept in memory, not cached
 _READ_AHEAD = 64  # images
 _BLOCK = 256  # images
 
@@ -37,7 +38,7 @@ Block = tuple[np.ndarray, np.ndarray]  # images (n, H, W, C) uint8, labels (n,) 
 
 
 class Decoded(NamedTuple):
-    """A data set, ready to train on."""
+    """A data set whose images have the size and channels of training."""
 
     train: Source
     test: Source
@@ -46,7 +47,7 @@ class Decoded(NamedTuple):
 
 
 class _Decoder:
-    """Decodes records in threads, and sums up what they were like."""
+    """Decodes records in threads, and counts sizes, grey images and unreadable files."""
 
     def __init__(self, fit: Fit, skip_unreadable: bool) -> None:
         self._fit, self._skip = fit, skip_unreadable
@@ -67,27 +68,27 @@ class _Decoder:
             return image, label, about
         except UserError:
             raise
-        except Exception as error:  # a damaged image makes PIL raise anything at all
+        except Exception as error:  # PIL raises many kinds of error for damaged images
             return str(error) or type(error).__name__
 
     def _results(self, records: Records) -> Iterator[Any]:
-        """What `_item` gives for each record in order, by threads that read ahead."""
+        """The result of `_item` for each record, in order; threads read ahead."""
         pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
         pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
         try:
             for i in range(len(records)):
-                # An archive that is read in order is read here, and decoded in a thread.
+                # Records that must be read in order are read here, and decoded in a thread.
                 item = records.read(i) if records.in_order else None
                 pending.append(pool.submit(self._item, records, i, item))
                 if len(pending) == _READ_AHEAD:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        finally:  # after an error nobody wants the others
+        finally:  # after an error the pending results are not needed
             pool.shutdown(wait=False, cancel_futures=True)
 
     def blocks(self, records: Records) -> Iterator[Block]:
-        """All images in order, some at a time; those that can't be read are in `problems`."""
+        """Yield all images in order, in blocks; those that can't be read go to `problems`."""
         images, labels = [], []
         for i, found in enumerate(self._results(records)):
             if isinstance(found, str):
@@ -103,7 +104,7 @@ class _Decoder:
                 images, labels = [], []
 
     def check(self, total: int) -> None:
-        """Report what was read; UserError if some could not be, and are not to be skipped."""
+        """Log a summary; UserError if images can't be read and `skip_unreadable` is off."""
         if self.problems and not self._skip:
             raise UserError(
                 f"{len(self.problems)} of {total} files in data.path are no readable images, the "
@@ -116,12 +117,15 @@ class _Decoder:
             small, large = min(self.sizes, key=min), max(self.sizes, key=min)
             log.info(
                 "%d images of %d × %d to %d × %d pixels, %d of them grey",
-                *(sum(self.sizes.values()), *small, *large, self.num_grey),
+                sum(self.sizes.values()),
+                *small,
+                *large,
+                self.num_grey,
             )
 
 
 def _fitted(arrays: Arrays, fit: Fit) -> Iterator[Block]:
-    """The blocks of arrays, at the size that they are trained at."""
+    """Yield the images of arrays in blocks, at the size of training."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for images, labels in arrays.blocks():
             ready = fit.batch(images)
@@ -135,7 +139,7 @@ def _fitted(arrays: Arrays, fit: Fit) -> Iterator[Block]:
 
 
 def _count(split: Records | Arrays) -> int:
-    """How many images are to be decoded one by one."""
+    """The number of images that must be decoded one by one."""
     return len(split) if isinstance(split, Records) else 0
 
 
@@ -144,8 +148,8 @@ def _blocks(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> Iterator[Bl
 
 
 def _with_progress(blocks: Iterator[Block], total: int) -> Iterator[Block]:
-    """The blocks, with lines in the log; total 0: the number of images is not known."""
-    progress, done, logged = reporting.Progress("decoding images", total), 0, time.time()
+    """Yield the blocks and log the progress; total 0: the number of images is not known."""
+    progress, done, logged = Progress("decoding images", total), 0, time.time()
     for block in blocks:
         done += len(block[0])
         if total:
@@ -157,7 +161,7 @@ def _with_progress(blocks: Iterator[Block], total: int) -> Iterator[Block]:
 
 
 def _is_at_hand(split: Records | Arrays, fit: Fit) -> bool:
-    """Whether a split is in memory or memory-mapped already, at the size that is trained at."""
+    """Whether a split needs no cache: it is in memory or memory-mapped at the size of training."""
     if not isinstance(split, Arrays) or not split.is_single:
         return False
     images, _ = next(split.blocks())
@@ -185,7 +189,7 @@ class _Entry:
         self.folder = environment.cache_dir() / "data" / f"{name}_{fit.size}_{digest}"
 
     def read(self) -> Decoded | None:
-        """What the folder has; None if it is not there, or not whole."""
+        """Read the entry; None if it does not exist or is damaged."""
         try:
             facts = json.loads((self.folder / "facts.json").read_text())
             train, test = (self._read_split(name, facts[name]) for name in ("train", "test"))
@@ -206,7 +210,7 @@ class _Entry:
         return ArraySource(images, labels, bytes.fromhex(facts["digest"]))
 
     def write(self, opened: Opened, decoder: _Decoder) -> None:
-        """Decode both splits into the folder; OSError if there is no room."""
+        """Decode both splits into the folder; OSError if the disk is full."""
         partial = self.folder.with_name(f"{self.folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -238,7 +242,7 @@ def _write_split(folder: pathlib.Path, name: str, blocks: Iterator[Block]) -> di
 
 
 def _room(folder: pathlib.Path) -> int:
-    """Free bytes where a folder is to be made."""
+    """Free bytes on the disk of a folder, which may not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -247,18 +251,18 @@ def _room(folder: pathlib.Path) -> int:
 def decode(
     name: str, found: Found, fit: Fit, skip_unreadable: bool = False, keep: bool = True
 ) -> Decoded:
-    """Both splits of what a reader found, at the size that they are trained at.
+    """Both splits of a data set that a reader found, at the size of training.
 
-    Small arrays of the right size stay in memory. All else is decoded once into the cache, and is
-    memory-mapped from there; where it has no room, or `keep` is off, files are read as they are
-    needed.
+    Arrays of the right size, up to 1 GiB, stay in memory. Other data are decoded once into the
+    cache and memory-mapped from there; if the cache has no room or `keep` is off, files are read
+    and decoded when they are needed.
 
     Args:
-      name: of the data set, for the cache.
-      found: by a reader.
-      fit: makes an image of the size.
-      skip_unreadable: leave out images that can't be read, instead of raising.
-      keep: use the cache.
+      name: the data set's name, for the cache.
+      found: the result of a reader.
+      fit: converts an image to the size of training.
+      skip_unreadable: leave out images that can't be read, instead of raising an error.
+      keep: whether to use the cache.
 
     Raises:
       UserError: the data are damaged.
@@ -288,13 +292,14 @@ def decode(
         except OSError as error:
             log.warning(
                 "decoded images can't be kept in %s (%s); files are read as they are needed",
-                *(entry.folder.parent, error.strerror or error),
+                entry.folder.parent,
+                error.strerror or error,
             )
     return _not_kept(found, opened, fit, skip_unreadable)
 
 
 def _fits_on_disk(opened: Opened, fit: Fit, folder: pathlib.Path) -> bool:
-    """Whether the images take no more than half of what is free."""
+    """Whether the images take at most half of the free disk space; if not, logs a warning."""
     count = _count(opened.train) + _count(opened.test)
     needed, free = count * fit.size**2 * fit.channels, _room(folder)
     if needed <= free // 2:
@@ -302,7 +307,8 @@ def _fits_on_disk(opened: Opened, fit: Fit, folder: pathlib.Path) -> bool:
     log.warning(
         "decoded images would take %.0f GB, of which %.0f GB are free: files are read and decoded "
         "as they are needed",
-        *(needed / 1e9, free / 1e9),
+        needed / 1e9,
+        free / 1e9,
     )
     return False
 
@@ -322,8 +328,8 @@ def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> 
 
 
 def _readable(records: Records, decoder: _Decoder) -> Records:
-    """The records that can be read; all are decoded once."""
-    progress, good = reporting.Progress("checking images", len(records)), []
+    """The records that can be read; decodes every record to find out."""
+    progress, good = Progress("checking images", len(records)), []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         found = pool.map(lambda i: decoder._item(records, i), range(len(records)))
         for i, item in enumerate(found):

@@ -1,4 +1,4 @@
-"""CelebA: aligned photographs beside the file that says which of them are for testing."""
+"""CelebA: aligned photographs, and the file that divides them into splits."""
 
 import csv
 import pathlib
@@ -54,7 +54,7 @@ def _open(container: Container, partition: pathlib.Path) -> Opened:
 
 
 def find(path: pathlib.Path) -> Found | None:
-    """CelebA's zip or folder of photographs, or the folder above, and its partition file."""
+    """CelebA's zip or folder of photographs, or the parent folder, and its partition file."""
     candidates = [path / _IMAGES, path / f"{_IMAGES}.zip"] if path.is_dir() else []
     images = next((place for place in candidates if place.exists()), path)
     if images == path and path.is_dir() and not any(is_image_name(p.name) for p in path.iterdir()):

@@ -1,6 +1,6 @@
-"""CIFAR-10's batches, and those of the newer ImageNet 32: rows of 3,072 bytes, channel by channel.
+"""Batches of CIFAR-10 and of ImageNet 32 (2017): rows of 3,072 bytes, channel by channel.
 
-Pickled ones are read by an unpickler that knows arrays, and nothing else that could be run.
+Pickled batches are read by an unpickler that accepts only NumPy arrays and plain containers.
 """
 
 import pathlib
@@ -31,17 +31,17 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _read_pickle(file: BinaryIO, where: str) -> dict[str, Any]:
-    """A batch with its keys as text.
+    """Read a pickled batch, with its keys as strings.
 
     Raises:
-      UserError: it is no pickle, or names anything but arrays.
+      UserError: the file is not a pickle, or has more than arrays and plain containers.
     """
     try:
         batch = _ArrayUnpickler(file, encoding="bytes").load()
         return {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle raises anything at all
+    except Exception as error:  # a damaged pickle can raise any kind of error
         raise UserError(f"{where} is no batch of images ({error}); bring the file again") from error
 
 
@@ -89,7 +89,7 @@ def _read(
     """(images, labels) of each batch."""
     members = {member(container, batch): batch for batch in batches}
     found = {}
-    # In the container's order: a compressed archive would be read from its start for each.
+    # In the container's order, since a compressed archive is read from its start otherwise.
     for name in container.names():
         if name in members:
             try:
@@ -101,7 +101,7 @@ def _read(
 
 
 def _holder(path: pathlib.Path, first: str, folder: str, archive: str) -> Container | None:
-    """What holds the batches: an archive, or a folder; None if it is not there."""
+    """The archive or folder that holds the batches; None if there is none."""
     if path.is_file():
         return open_container(path)
     for place in (path / folder, path):
@@ -115,7 +115,7 @@ def _has(container: Container, batch: str) -> bool:
 
 
 def find_cifar10(path: pathlib.Path) -> Found | None:
-    """CIFAR-10 by its authors: python or binary, the archive, its folder, or the folder above."""
+    """CIFAR-10's python or binary files: the archive, its folder, or the parent folder."""
     kinds: list[tuple[str, str, str, str, Reader]] = [
         ("python", "cifar-10-batches-py", "cifar-10-python.tar.gz", "", _pickled(0)),
         ("binary", "cifar-10-batches-bin", "cifar-10-binary.tar.gz", ".bin", _binary),
@@ -145,7 +145,7 @@ def find_cifar10(path: pathlib.Path) -> Found | None:
 
 
 def find_imagenet32_2017(path: pathlib.Path) -> Found | None:
-    """ImageNet 32 of Chrabaszcz et al.: pickled batches, in the authors' zips or unpacked."""
+    """The pickled batches of ImageNet 32 (Chrabaszcz et al.), in the authors' zips or unpacked."""
     if not path.is_dir():
         return None
     holders = []

@@ -1,7 +1,7 @@
-"""Folders, zip and tar archives as named files. Archives are read in place, never unpacked.
+"""A common interface to the files in folders, zip and tar archives, which are not unpacked.
 
-A name within an archive is only ever a name: no file is opened or written by it. Names that point
-out of the archive, and links, are refused all the same, since no data set has them.
+No file on the disk is opened or written by a name from an archive. Names that point out of the
+archive, and links, are refused nevertheless, since no data set has them.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import BinaryIO, Protocol, cast
 
 from configs.default import UserError
 
-_IN_MEMORY = 2**29  # compressed archives are read at once up to so many bytes
+_IN_MEMORY = 2**29  # bytes; smaller gzip archives are decompressed in memory
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -26,22 +26,22 @@ class Container(Protocol):
     """Named files: a folder, or an archive."""
 
     path: pathlib.Path
-    in_order: bool  # files are fast to read in the order of `names` alone, by one thread
+    in_order: bool  # reading is only fast in the order of `names`, by one thread
 
     def names(self) -> list[str]:
         """All regular files, as paths with slashes relative to the container."""
         ...
 
     def read(self, name: str) -> bytes:
-        """All that a file holds."""
+        """The contents of a file."""
         ...
 
     def open(self, name: str) -> BinaryIO:
-        """A file, to be read from its beginning."""
+        """Open a file for reading."""
         ...
 
     def identity(self) -> tuple[object, ...]:
-        """What tells this state of the container from others."""
+        """A value that changes when the container changes."""
         ...
 
 
@@ -59,13 +59,13 @@ def archive_stem(name: str) -> str:
 
 
 def file_identity(path: pathlib.Path) -> tuple[object, ...]:
-    """The resolved path, size and time of change of a file."""
+    """The resolved path, size and modification time of a file."""
     status = path.stat()
     return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
 def member(container: "Container", name: str) -> str:
-    """The one file of this name, in any folder of the container; UserError if there is none."""
+    """The path of the one file of this name in the container; UserError if there is not one."""
     found = [path for path in container.names() if path.split("/")[-1] == name]
     if len(found) != 1:
         problem = "no" if not found else "more than one"
@@ -74,7 +74,7 @@ def member(container: "Container", name: str) -> str:
 
 
 def damaged(path: pathlib.Path, error: Exception | str) -> UserError:
-    """What to say of a file that can't be read."""
+    """The error for a file that can't be read."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return UserError(f"{path} is damaged or cut off ({reason}); bring the file again")
 
@@ -91,14 +91,14 @@ def _is_hidden(name: str) -> bool:
 
 
 class Folder:
-    """The files below a folder; hidden ones are left out. Links to folders are followed."""
+    """The files below a folder, without hidden files; links to folders are followed."""
 
     in_order = False
 
     def __init__(self, path: pathlib.Path) -> None:
-        """Nothing is read yet."""
+        """Nothing is read until it is needed."""
         self.path = path
-        self._files: dict[str, tuple[int, int]] | None = None  # name → size, time of change
+        self._files: dict[str, tuple[int, int]] | None = None  # name → size, modification time
 
     def _scan(self) -> dict[str, tuple[int, int]]:
         if self._files is None:
@@ -120,7 +120,7 @@ class Folder:
                     continue
                 if entry.is_dir():
                     real = os.path.realpath(entry.path)
-                    if real not in above:  # a link to a folder above would never end
+                    if real not in above:  # a link to a parent folder would be followed forever
                         self._scan_below(
                             entry.path, f"{prefix}{entry.name}/", found, above | {real}
                         )
@@ -133,11 +133,11 @@ class Folder:
         return list(self._scan())
 
     def read(self, name: str) -> bytes:
-        """All that a file holds."""
+        """The contents of a file."""
         return (self.path / name).read_bytes()
 
     def open(self, name: str) -> BinaryIO:
-        """A file, to be read from its beginning."""
+        """Open a file for reading."""
         return (self.path / name).open("rb")
 
     def identity(self) -> tuple[object, ...]:
@@ -154,7 +154,7 @@ class Zip:
     in_order = False
 
     def __init__(self, path: pathlib.Path) -> None:
-        """Reads the table of contents; UserError if the archive is damaged."""
+        """Read the table of contents; UserError if the archive is damaged."""
         self.path = path
         try:
             self._zip = zipfile.ZipFile(path)
@@ -172,18 +172,18 @@ class Zip:
         return self._names
 
     def read(self, name: str) -> bytes:
-        """All that a file holds."""
+        """The contents of a file."""
         try:
             return self._zip.read(name)
         except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise damaged(self.path, f"{name}: {error}") from error
 
     def open(self, name: str) -> BinaryIO:
-        """A file, to be read from its beginning."""
+        """Open a file for reading."""
         return cast(BinaryIO, self._zip.open(name))
 
     def identity(self) -> tuple[object, ...]:
-        """The path, size and time of change."""
+        """The path, size and modification time."""
         return file_identity(self.path)
 
 
@@ -191,14 +191,14 @@ class Tar:
     """The files in a tar archive, compressed or not."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        """Finds out whether it is compressed; UserError if it is no tar archive."""
+        """Open the archive, decompressing a small one; UserError if it is not a tar archive."""
         self.path = path
         self._places: dict[str, tuple[int, int]] = {}  # offset and size of each file
         self._lock = threading.Lock()
         try:
             whole = _decompress(path) if _compression(path) == "gz" else None
             self.in_order = whole is None and _compression(path) is not None
-            # It stays open as long as this does.
+            # It stays open as long as this object exists.
             self._tar = tarfile.open(path if whole is None else None, fileobj=whole)  # noqa: SIM115
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
             raise damaged(path, error) from error
@@ -208,23 +208,23 @@ class Tar:
         if not self._places:
             try:
                 for member in self._tar:
-                    self._tar.members = []  # type: ignore[attr-defined]  # or all stay in memory
+                    self._tar.members = []  # type: ignore[attr-defined]  # don't keep all
                     _check_name(self.path, member.name, not (member.isreg() or member.isdir()))
                     name = member.name.removeprefix("./")
                     if member.isreg() and not member.issparse() and not _is_hidden(name):
                         self._places[name] = (member.offset_data, member.size)
                 while self._tar.fileobj.read(2**20):  # type: ignore[union-attr]
-                    pass  # to the end, where a compressed archive's checksum is
+                    pass  # read to the end, where a compressed archive has its checksum
             except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
                 raise damaged(self.path, error) from error
         return self._places
 
     def names(self) -> list[str]:
-        """All regular files: sorted, or in the archive's order where it is compressed."""
+        """All regular files: in the archive's order if `in_order`, else sorted."""
         return list(self._index()) if self.in_order else sorted(self._index())
 
     def read(self, name: str) -> bytes:
-        """All that a file holds."""
+        """The contents of a file."""
         offset, size = self._index()[name]
         try:
             with self._lock:
@@ -237,18 +237,18 @@ class Tar:
         return data
 
     def open(self, name: str) -> BinaryIO:
-        """A file, to be read from its beginning."""
+        """Open a file for reading."""
         info = tarfile.TarInfo(name)
         info.offset_data, info.size = self._index()[name]
         return cast(BinaryIO, self._tar.extractfile(info))
 
     def identity(self) -> tuple[object, ...]:
-        """The path, size and time of change."""
+        """The path, size and modification time."""
         return file_identity(self.path)
 
 
 def _decompress(path: pathlib.Path) -> io.BytesIO | None:
-    """What a gzip file holds, in memory; None if it is large, or in several parts."""
+    """The decompressed contents of a gzip file; None if it is large or has several parts."""
     if path.stat().st_size > _IN_MEMORY:
         return None
     decompressor = zlib.decompressobj(wbits=31)
@@ -270,10 +270,10 @@ def _compression(path: pathlib.Path) -> str | None:
 
 
 def open_container(path: pathlib.Path) -> Container:
-    """A folder, a zip or a tar archive as named files.
+    """Open a folder, a zip or a tar archive.
 
     Raises:
-      UserError: there is nothing there, or something else.
+      UserError: the path does not exist, or is none of these.
     """
     if path.is_dir():
         return Folder(path)

@@ -1,4 +1,4 @@
-"""How an image of any kind and size becomes one of the size that is trained at."""
+"""Converting images of any format and size to the size and channels of training."""
 
 import dataclasses
 import io
@@ -10,12 +10,12 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name is that of an image that is read."""
+    """Whether a file's name has the suffix of a supported image format."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """The image as viewers show it: turned as its camera says, on white, of 8 bits a channel."""
+    """The image as viewers show it: rotated by its EXIF data, on white, with 8 bits a channel."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip at 255
         return Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
@@ -27,12 +27,12 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Makes an image size × size: crops its centre and resizes it, or pads it.
+    """Converts an image to size × size pixels: crops its centre and resizes it, or pads it.
 
     Attributes:
-      size: of the result, in pixels.
-      channels: of the result, 1 (grey) or 3 (RGB).
-      crop: side of the centre crop in pixels; 0, and for smaller images: the largest square.
+      size: side of the result in pixels.
+      channels: channels of the result, 1 (grey) or 3 (RGB).
+      crop: side of the centre crop in pixels; for 0 and for smaller images, the largest square.
       resampling: PIL's filter.
       pad: pad smaller images with black instead of resizing them.
     """
@@ -60,12 +60,12 @@ class Fit:
         return np.asarray(image, np.uint8).reshape(self.size, self.size, self.channels)
 
     def leaves_alone(self, shape: tuple[int, ...]) -> bool:
-        """Whether an image array (H, W, C) of this shape is returned as it is."""
+        """Whether an image array (H, W, C) of this shape is returned unchanged."""
         uncropped = self.crop == 0 or self.crop >= self.size
         return shape == (self.size, self.size, self.channels) and uncropped
 
     def batch(self, images: np.ndarray) -> np.ndarray | None:
-        """Images (n, H, W, C) as they are or padded; None: each is to be fitted alone."""
+        """Images (n, H, W, C), unchanged or padded; None if each must be converted by itself."""
         height, width, channels = shape = images.shape[1:]
         if self.leaves_alone(shape):
             return images
@@ -77,10 +77,10 @@ class Fit:
 
 
 def open_image(data: bytes | np.ndarray) -> Image.Image:
-    """An encoded image (PNG, JPEG, WebP, BMP), or an array (H, W) or (H, W, C) uint8.
+    """Open an encoded image (PNG, JPEG, WebP, BMP), or an array (H, W) or (H, W, C) uint8.
 
     Raises:
-      Exception: whatever PIL raises for data that are damaged.
+      Exception: any error that PIL raises for damaged data.
     """
     if isinstance(data, np.ndarray):
         return Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data)
@@ -90,5 +90,5 @@ def open_image(data: bytes | np.ndarray) -> Image.Image:
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Whether an image has no colours, by its mode."""
+    """Whether an image's mode has no colours."""
     return image.mode in ("1", "L", "LA") or image.mode.startswith("I")

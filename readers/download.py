@@ -1,4 +1,4 @@
-"""Files that authors publish at a stable address, downloaded once and checked."""
+"""Downloading the files that authors publish at a stable address, once, with a checksum."""
 
 import logging
 import pathlib
@@ -6,9 +6,9 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-import environment
 from configs.default import UserError
-from readers.locking import waiting_lock
+from runtime import environment
+from runtime.locking import waiting_lock
 
 log = logging.getLogger("soft_truncation")
 
@@ -24,7 +24,7 @@ class Published(NamedTuple):
 
 _FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 
-# By data set; sizes and checksums are those that TFDS and Keras check, too.
+# The files of each data set; the checksums agree with those in TFDS and Keras.
 FILES: dict[str, tuple[Published, ...]] = {
     "CIFAR10": (
         Published(
@@ -70,7 +70,7 @@ FILES: dict[str, tuple[Published, ...]] = {
 
 
 class _Progress:
-    """What pooch tells of a download, as lines of the log."""
+    """A progress bar for pooch that logs lines."""
 
     total = 0
 
@@ -78,7 +78,7 @@ class _Progress:
         self._name, self._done, self._logged = name, 0, time.time()
 
     def update(self, count: int) -> None:
-        """`count` more bytes are there."""
+        """Count `count` more bytes as downloaded."""
         self._done += count
         if time.time() - self._logged > 3:
             self._logged = time.time()
@@ -86,20 +86,20 @@ class _Progress:
             log.info("downloading %s: %s%s MB", self._name, f"{self._done / 1e6:,.0f}", of)
 
     def reset(self) -> None:
-        """The download is complete; pooch counts up to the end once more."""
+        """Reset the count; pooch calls this after the download and counts all bytes again."""
         self._done, self._logged = 0, time.time()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing; pooch calls this at the end."""
 
 
 def check_reachable(url: str) -> None:
-    """Make sure that an address answers at all, within ten seconds.
+    """Check that a server answers within `_SECONDS_TO_ANSWER`.
 
-    Name servers that can't be reached would make a download wait for minutes.
+    Without this check a download would wait for minutes for an unreachable name server.
 
     Raises:
-      UserError: it does not.
+      UserError: it does not answer.
     """
     import requests
 
@@ -121,7 +121,7 @@ def check_reachable(url: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """In a few words: what an exception of requests is about."""
+    """A short description of an exception of requests."""
     text = " ".join(str(error).split())
     for sign, words in (
         ("NameResolution", "its name is not found: is there a network?"),
@@ -141,11 +141,11 @@ def _reason(error: Exception) -> str:
 
 
 def fetch(dataset: str, other_ways: str) -> pathlib.Path:
-    """The folder with a data set's files, which are downloaded if they are not there.
+    """Download a data set's files if they are missing, and return their folder.
 
     Args:
       dataset: a name in FILES.
-      other_ways: a sentence that says how else the data can be had, for errors.
+      other_ways: a sentence for error messages that says how else to get the data.
 
     Raises:
       UserError: a file can't be downloaded, or is not the published one.
@@ -174,9 +174,9 @@ def _fetch_file(file: Published, folder: pathlib.Path) -> None:
     import requests
 
     name = file.url.rsplit("/", 1)[1]
-    if (folder / name).exists():  # another process has brought it
+    if (folder / name).exists():  # another process has downloaded it
         return
-    for partial in folder.glob("tmp*"):  # of a download that was cut off
+    for partial in folder.glob("tmp*"):  # of an interrupted download
         partial.unlink()
     check_reachable(file.url)
     log.info("downloading %s to %s", file.url, folder)

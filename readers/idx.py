@@ -13,7 +13,7 @@ from readers.layout import Arrays, Found, Opened, arrays_of
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
-    """The array of an IDX file of unsigned bytes, gzipped or not; UserError if it is none."""
+    """Read an IDX file of unsigned bytes, gzipped or not; UserError if it can't be read."""
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -27,7 +27,7 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
 
 
 def find(path: pathlib.Path) -> Found | None:
-    """The four files train-images-idx3-ubyte, …, gzipped or not, in a folder."""
+    """A folder with the four files train-images-idx3-ubyte, …, gzipped or not."""
     if not any(path.glob("*-idx?-ubyte*")):
         return None
 

@@ -1,4 +1,4 @@
-"""Image files in folders, zip and tar archives: with splits, with classes, as EDM writes them."""
+"""Image files in folders, zip and tar archives, with or without splits and classes."""
 
 import json
 import pathlib
@@ -19,7 +19,7 @@ from readers.decode import is_image_name, open_image
 from readers.layout import Found, Item, Opened, Records, every_tenth
 
 TRAIN_NAMES = ("train", "train_32x32")
-TEST_NAMES = ("test", "val", "valid", "valid_32x32", "validation")  # the first that is there
+TEST_NAMES = ("test", "val", "valid", "valid_32x32", "validation")  # the first one found
 _MOST_CLASSES = 100
 _LABELS = "dataset.json"
 
@@ -32,7 +32,7 @@ def records_of(
     labels: Sequence[int] | np.ndarray | None = None,
     size: tuple[int, int] | None = None,
 ) -> Records:
-    """Some of a container's files as records; without labels they are all 0."""
+    """Records of some of a container's files; without `labels` all labels are 0."""
     of = np.zeros(len(names), np.int64) if labels is None else np.asarray(labels, np.int64)
 
     def read(i: int) -> Item:
@@ -45,7 +45,7 @@ def records_of(
 
 
 def _common_folder(names: Sequence[str]) -> str:
-    """The folders, with a slash at the end, that all names begin with."""
+    """The longest folder path, ending with a slash, that all names begin with."""
     if not names:
         return ""
     first, last = (name.split("/")[:-1] for name in (min(names), max(names)))
@@ -66,20 +66,20 @@ class _Part:
         self.root = prefix + _common_folder([n.removeprefix(prefix) for n in self.names])
 
     def class_names(self) -> list[str] | None:
-        """Folder of each image, if all lie one level below the root; else None."""
+        """The folder of each image, if all lie one level below the root; else None."""
         below = [name.removeprefix(self.root).split("/") for name in self.names]
-        # A split with one class alone has it as its root.
+        # In a split with a single class, the class folder is the root.
         if any(len(parts) != 2 for parts in below):
             return None
         return [parts[0] for parts in below]
 
 
 def _classes(parts: Sequence[_Part], wanted: int | None) -> tuple[list[list[int]] | None, int]:
-    """(labels of each part's images, number of classes), or (None, 0) where folders are no classes.
+    """(labels of each part's images, number of classes); (None, 0) if folders are not classes.
 
     Args:
-      parts: the splits, or the one part that has no splits.
-      wanted: how many classes the data set has: others are refused; None: a handful.
+      parts: the splits, or one part of a data set without splits.
+      wanted: the number of classes; another number is refused. None: 2 to 100 folders are classes.
     """
     if wanted == 0:
         return None, 0
@@ -95,13 +95,13 @@ def _classes(parts: Sequence[_Part], wanted: int | None) -> tuple[list[list[int]
     elif not same or not 2 <= len(known) <= _MOST_CLASSES:
         return None, 0
     elif all(re.fullmatch(r"\d{4,}", name) for name in known):
-        return None, 0  # folders of so many files each, as FFHQ's and EDM's
+        return None, 0  # numbered folders, as in FFHQ and EDM
     number = {name: i for i, name in enumerate(known)}
     return [[number[name] for name in names or []] for names in folders], len(known)
 
 
 def _labels_file(part: _Part) -> str | None:
-    """A dataset.json in a folder that all images lie below."""
+    """The path of a dataset.json in a folder that contains all images, or None."""
     for name in part.container.names():
         if name.split("/")[-1] == _LABELS and part.root.startswith(name.removesuffix(_LABELS)):
             return name
@@ -109,7 +109,7 @@ def _labels_file(part: _Part) -> str | None:
 
 
 def _edm_labels(part: _Part, file: str) -> tuple[list[int] | None, int]:
-    """Labels by dataset.json, as EDM's and StyleGAN's dataset_tool.py write them."""
+    """Labels in dataset.json, the format of EDM's and StyleGAN's dataset_tool.py."""
     container = part.container
     where = f"{container.path}/{file}"
     try:
@@ -133,6 +133,8 @@ def _edm_labels(part: _Part, file: str) -> tuple[list[int] | None, int]:
 
 def _open_unsplit(container: Container, classes: int | None, note: str) -> Opened:
     part = _Part(container)
+    if not part.names:
+        raise UserError(f"data.path: {container.path} has no images")
     if len(part.names) < 10:
         raise UserError(
             f"data.path: {container.path} has {len(part.names)} images; every tenth is held out "
@@ -165,10 +167,10 @@ def _open_splits(train: _Part, test: _Part, classes: int | None) -> Opened:
 
 
 def _split_names(names: Sequence[str], prefix: str, path: pathlib.Path) -> tuple[str, str] | None:
-    """(training, test) of some names; None if none is a split's.
+    """The (training, test) names among `names`; None if none of them names a split.
 
     Raises:
-      UserError: some are, and others are not or are missing.
+      UserError: a split is missing, or there are names beside the splits.
     """
     train = [name for name in names if name.removeprefix(prefix) in TRAIN_NAMES]
     tests = [prefix + name for name in TEST_NAMES if prefix + name in names]
@@ -191,7 +193,7 @@ def _split_names(names: Sequence[str], prefix: str, path: pathlib.Path) -> tuple
 
 
 def _places(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Folders and archives in a folder, by their names without suffix."""
+    """The folders and archives in a folder, by their names without suffix."""
     return {
         archive_stem(entry.name): entry
         for entry in sorted(path.iterdir())
@@ -203,13 +205,13 @@ def _places(path: pathlib.Path) -> dict[str, pathlib.Path]:
 def find_splits(
     path: pathlib.Path, classes: int | None = None, prefix: str = "", what: str = "images"
 ) -> Found | None:
-    """Image files in train/ and test/ (val/, valid/, …), each a folder or an archive of its own.
+    """Image files in train/ and test/ (val/, valid/, …), each a folder or an archive.
 
     Args:
-      path: the folder above, or an archive with both.
-      classes: as of `_classes`: 0, a number, or None for what the folders look like.
-      prefix: that the splits' names may have.
-      what: the images are called in the log.
+      path: the folder that contains both, or an archive with both.
+      classes: the number of classes; 0: no labels; None: as `_classes` finds.
+      prefix: a prefix that the splits' names may have.
+      what: a name for the images in the log.
     """
     if path.is_dir():
         places = _places(path)
@@ -228,7 +230,7 @@ def find_splits(
     files = [name for name in container.names() if is_image_name(name)]
     root = _common_folder(files)
     tops = sorted({name.removeprefix(root).split("/")[0] for name in files})
-    # Hundreds of images side by side are no splits.
+    # A folder with many entries has no splits.
     chosen = _split_names(tops, prefix, path) if len(tops) <= 8 else None
     if chosen is None:
         return None
@@ -241,14 +243,15 @@ def find_splits(
 
 
 def find_unsplit(path: pathlib.Path, classes: int | None = None, note: str = "") -> Found:
-    """Image files in a folder or an archive, of which every tenth is a test image.
+    """Image files in a folder or an archive without splits; every tenth is a test image.
 
-    EDM's and StyleGAN's zips have their labels in dataset.json; else folders may be classes.
+    Labels are read from dataset.json, as in EDM's and StyleGAN's zips; without it, folders may be
+    classes.
 
     Args:
       path: the folder or archive.
-      classes: as of `_classes`.
-      note: said in the log and the report.
+      classes: the number of classes; 0: no labels; None: as `_classes` finds.
+      note: a sentence for the log and the report.
     """
     container = open_container(path)
     kind = "image files" if isinstance(container, Folder) else "images of the archive"
@@ -260,7 +263,7 @@ def find_unsplit(path: pathlib.Path, classes: int | None = None, note: str = "")
 
 
 def find_held_out(path: pathlib.Path, split: Splitter, what: str) -> Found:
-    """Image files without labels, split by their numbers in the order of their names."""
+    """Image files without labels; `split` divides them in the order of their names."""
     container = open_container(path)
 
     def opened() -> Opened:

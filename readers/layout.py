@@ -1,4 +1,4 @@
-"""What a reader gives: the splits of a data set, found at a path and not decoded yet."""
+"""The result of a reader: the splits of a data set, located at a path but not decoded yet."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ import numpy as np
 
 from configs.default import UserError
 
-# An encoded image, or an array (H, W, C) uint8; and its label.
+# (an encoded image or an array (H, W, C) uint8, its label)
 Item = tuple[bytes | np.ndarray, int]
 
 
@@ -16,11 +16,11 @@ class Records:
     """Images that are decoded one by one.
 
     Attributes:
-      count: how many there are.
-      read: the item of an index; several threads may call it at once.
-      name: what an index is called in messages.
+      count: their number.
+      read: returns the item at an index; several threads may call it at once.
+      name: returns a name of the item at an index, for messages.
       size: (width, height) that every image must have; None: any.
-      in_order: reading is fast in the order of the indices alone (a compressed archive), and only
+      in_order: reading is only fast in the order of the indices (a compressed archive), and only
         one thread may read.
     """
 
@@ -34,7 +34,7 @@ class Records:
         return self.count
 
     def check_size(self, i: int, size: tuple[int, int]) -> None:
-        """Raise UserError if the image of an index has another (width, height) than it must."""
+        """Raise UserError if `size`, the (width, height) of image i, is not the expected one."""
         if self.size and size != self.size:
             raise UserError(
                 f"{self.name(i)} is {size[0]}×{size[1]} pixels; this data set's images are "
@@ -42,7 +42,7 @@ class Records:
             )
 
     def subset(self, indices: np.ndarray) -> "Records":
-        """The records of these indices, in their order."""
+        """The records at these indices, in the order of `indices`."""
 
         def read(i: int) -> Item:
             return self.read(int(indices[i]))
@@ -55,12 +55,11 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """Images that come as arrays, all of one size.
+    """Images of one size, stored as arrays.
 
     Attributes:
-      blocks: goes through (images (n, H, W, C) uint8, labels (n,)) in order; a single block is in
-        memory already, or is memory-mapped.
-      is_single: whether there is one block.
+      blocks: returns an iterator over (images (n, H, W, C) uint8, labels (n,)), in order.
+      is_single: whether there is a single block, in memory or memory-mapped.
     """
 
     blocks: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]
@@ -68,7 +67,7 @@ class Arrays:
 
 
 def arrays_of(images: np.ndarray, labels: np.ndarray | None = None) -> Arrays:
-    """`Arrays` of images (N, H, W, C) uint8 and labels (N,), all 0 if there are none."""
+    """`Arrays` of images (N, H, W, C) uint8 and labels (N,); without `labels` they are 0."""
     known = np.zeros(len(images), np.int64) if labels is None else labels.astype(np.int64)
     return Arrays(lambda: iter([(images, known)]), is_single=True)
 
@@ -91,12 +90,12 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What lies at a path.
+    """A data set that a reader has found at a path.
 
     Attributes:
-      what: for the log, for example "the authors' python archive cifar-10-python.tar.gz".
-      identity: tells it from anything else that could lie there: paths, sizes and times.
-      open: reads the index, and gives the splits. It can take long, and raises UserError.
+      what: a description for the log, as "the authors' python archive cifar-10-python.tar.gz".
+      identity: paths, sizes and modification times, which change when the data change.
+      open: reads the index and returns the splits; it can take long, and raises UserError.
     """
 
     what: str
@@ -105,12 +104,12 @@ class Found:
 
 
 def every_tenth(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, test) indices where a data set has no splits: every tenth is a test image."""
+    """(training, test) indices of a data set without splits: every tenth is a test image."""
     is_test = np.arange(count) % 10 == 9
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
 def last_part(count: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, test) indices where the last of so many equal parts is for testing."""
+    """(training, test) indices where the last of `parts` equal parts is the test split."""
     num_test = count // parts
     return np.arange(count - num_test), np.arange(count - num_test, count)

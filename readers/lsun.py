@@ -20,7 +20,7 @@ def _records(folder: pathlib.Path) -> Records:
             str(folder), readonly=True, lock=False, readahead=False, create=False, max_readers=512
         )
         with environment.begin() as transaction, transaction.cursor() as cursor:
-            # As one array, since a scene has up to three million keys.
+            # One array instead of a list, since a scene has up to three million keys.
             keys = np.array(list(cursor.iternext(values=False)), np.bytes_)
     except lmdb.Error as error:
         raise damaged(folder, error) from error
@@ -36,11 +36,11 @@ def _records(folder: pathlib.Path) -> Records:
 
 
 def find(path: pathlib.Path, category: str) -> Found | None:
-    """A scene's two environments in a folder, or the export of LSUN's data.py as train/ and val/.
+    """A scene's two LMDB environments in a folder, or images exported by LSUN's data.py.
 
     Args:
-      path: the folder that has bedroom_train_lmdb/ and bedroom_val_lmdb/, or the exported images
-        as train/ and val/ or bedroom_train/ and bedroom_val/, flat or in folders of hashes.
+      path: a folder with bedroom_train_lmdb/ and bedroom_val_lmdb/, or with exported images in
+        train/ and val/ or bedroom_train/ and bedroom_val/, flat or in nested folders.
       category: the scene, for example bedroom.
     """
     if not path.is_dir():

@@ -1,4 +1,4 @@
-"""Parquet files as the Hugging Face hub has them: a column of images, and one of labels."""
+"""Parquet files of the Hugging Face hub, with a column of images and optionally one of labels."""
 
 import collections
 import json
@@ -21,28 +21,30 @@ _GROUPS_KEPT = 4  # row groups in memory
 
 
 def _splits_of(path: pathlib.Path) -> dict[str, dict[str, list[pathlib.Path]]]:
-    """Configuration → split → its files in order."""
+    """{configuration: {split: its files in order}} of the parquet files at a path."""
     found: dict[str, dict[str, list[pathlib.Path]]] = {}
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     for file in files:
         folder, match = file.parent, _NAME.fullmatch(file.name)
         if match:
             split = match[1]
-        elif re.fullmatch(r"\d+\.parquet", file.name):  # train/0000.parquet, as the hub converts
+        elif re.fullmatch(r"\d+\.parquet", file.name):  # train/0000.parquet, converted by the hub
             split, folder = folder.name, folder.parent
         else:
             continue
         # A repository without configurations has its files in data/.
         folder = folder.parent if folder.name == "data" and folder != path else folder
-        found.setdefault(str(folder), {}).setdefault(split, []).append(file)
+        found.setdefault(str(folder.relative_to(path) if path.is_dir() else folder), {}).setdefault(
+            split, []
+        ).append(file)
     return {name: splits for name, splits in found.items() if "train" in splits}
 
 
 class _Files:
-    """The rows of several files, one after the other; some row groups are kept in memory."""
+    """The concatenated rows of several files; the last few row groups are kept in memory."""
 
     def __init__(self, files: list[pathlib.Path]) -> None:
-        """Opens all, and finds the columns."""
+        """Open all files, and find the columns of images and labels."""
         import pyarrow
         import pyarrow.parquet
 
@@ -87,7 +89,7 @@ class _Files:
         return int(self._starts[-1])
 
     def labels(self) -> np.ndarray | None:
-        """(N,), or None where there is no such column; UserError if one is missing."""
+        """Labels (N,), or None if there is no such column; UserError if a label is missing."""
         if self.label is None:
             return None
         parts = []
@@ -117,7 +119,7 @@ class _Files:
             file, group = place
             try:
                 table = self._opened[file].read_row_group(group, columns=[self._image])
-            except Exception as error:  # a damaged file makes Arrow raise anything at all
+            except Exception as error:  # Arrow raises many kinds of error for damaged files
                 raise damaged(self.files[file], error) from error
             rows: list[Any] = table.column(self._image).to_pylist()
             self._kept[place] = [row and row["bytes"] for row in rows]
@@ -127,7 +129,7 @@ class _Files:
         return self._kept[place]
 
     def name(self, i: int) -> str:
-        """A row, for messages."""
+        """A description of a row, for messages."""
         number = int(np.searchsorted(self._starts, i, side="right")) - 1
         file, group = self._places[number]
         row = i - int(self._starts[number])
@@ -135,7 +137,7 @@ class _Files:
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str | None) -> list[str]:
-    """The classes that the schema's metadata name, if they do."""
+    """The names of the classes in the schema's metadata; empty if there are none."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return list(features[label]["names"])
@@ -160,7 +162,7 @@ def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> Op
     if len(known) == len(parts):
         num_classes = max(int(part.max()) + 1 for part in known)
         num_classes = max(num_classes, len(parts[0].class_names))
-        if min(int(part.min()) for part in known) < 0:  # the hub's mark of an unlabelled split
+        if min(int(part.min()) for part in known) < 0:  # the hub marks unlabelled splits by -1
             labels, num_classes = [None] * len(parts), 0
     train, *rest = [_records(part, of) for part, of in zip(parts, labels, strict=True)]
     if rest:
@@ -170,10 +172,10 @@ def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> Op
 
 
 def find(path: pathlib.Path, needs_splits: bool = False) -> Found | None:
-    """A folder with train-00000-of-0000N.parquet and test-… or validation-…, or a file of both.
+    """A folder with train-00000-of-0000N.parquet and test-… or validation-…, or a single file.
 
     Args:
-      path: the folder, a folder above it, or one file without splits.
+      path: the folder, a parent folder, or one file without splits.
       needs_splits: refuse files without a test split, instead of holding out every tenth row.
     """
     if path.is_file() and path.suffix != ".parquet":

@@ -1,4 +1,4 @@
-"""Images that anyone sampled, as they are: a folder of them, or an .npz."""
+"""Reading existing samples, a folder of images or an .npz file, without converting them."""
 
 import pathlib
 
@@ -13,20 +13,20 @@ from readers.source import ArraySource, RecordSource, Source
 
 
 def load_samples(path: pathlib.Path, size: int, channels: int) -> Source:
-    """The images of `eval.samples`.
+    """Read the images of `eval.samples`.
 
     Args:
-      path: a folder of image files, or an .npz with an array `samples` or `arr_0` (or one array
-        only) of (N, H, W, C) uint8 grey values.
-      size, channels: that they must have.
+      path: a folder of image files, or an .npz file with an array `samples` or `arr_0` (or only
+        one array) of (N, H, W, C) uint8 pixel values.
+      size, channels: the size and channels that the images must have.
 
     Raises:
-      UserError: there are none, or not of this size.
+      UserError: there are fewer than 4 images, or they have another size.
     """
     mode = "L" if channels == 1 else "RGB"
 
     def as_it_is(image: Image.Image) -> np.ndarray:
-        # Another mode would be converted, and then it is not these images that are scored.
+        # An image of another mode is refused: converting it would change the scored images.
         if image.mode != mode:
             raise ValueError(f"its mode is {image.mode}, and {mode} is needed")
         if image.size != (size, size):
@@ -61,7 +61,7 @@ def _from_npz(path: pathlib.Path) -> np.ndarray:
             return file[known[0]]
     except FileNotFoundError as error:
         raise UserError(f"eval.samples: there is no file or folder {path}") from error
-    except Exception as error:  # a damaged archive raises anything at all
-        # NumPy takes what is no archive for a pickle, and its advice is to trust it.
+    except Exception as error:  # a damaged archive can raise any kind of error
+        # NumPy takes any other file for a pickle, and advises to allow pickles.
         reason = "it is no archive" if "pickle" in str(error) else error
         raise UserError(f"eval.samples: {path} can't be read: {reason}") from error

@@ -1,4 +1,4 @@
-"""Random access to examples: images in memory, memory-mapped, or decoded when they are needed."""
+"""Random access to images in memory, memory-mapped, or decoded when they are needed."""
 
 import dataclasses
 import hashlib
@@ -21,11 +21,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, indices: np.ndarray) -> Examples:
-        """The examples of these indices."""
+        """The examples at these indices."""
         ...
 
     def describe(self) -> bytes:
-        """What tells these examples from others, short of reading them all from disk."""
+        """A value that identifies these examples, without reading all files."""
         ...
 
 
@@ -33,7 +33,7 @@ class Source(Protocol):
 class ArraySource:
     """Images (N, H, W, C) uint8 and labels (N,), in memory or memory-mapped.
 
-    `digest` tells the images from others; without it, it is computed.
+    `digest` is a hash of the images; it is computed if it is not given.
     """
 
     images: np.ndarray
@@ -44,7 +44,7 @@ class ArraySource:
         return len(self.images)
 
     def fetch(self, indices: np.ndarray) -> Examples:
-        """The examples of these indices."""
+        """The examples at these indices."""
         return {"image": self.images[indices], "label": self.labels[indices]}
 
     def describe(self) -> bytes:
@@ -54,14 +54,14 @@ class ArraySource:
 
 @dataclasses.dataclass(frozen=True)
 class RecordSource:
-    """Encoded images, each read and decoded when it is asked for.
+    """Encoded images, each read and decoded when it is needed.
 
-    `fit` makes an image the array (H, W, C) uint8 that is wanted, or raises.
+    `fit` converts an image to an array (H, W, C) uint8, or raises an error.
     """
 
     records: Records
     fit: Callable[[Image.Image], np.ndarray]
-    identity: bytes = b""  # tells them from others
+    identity: bytes = b""  # identifies the files
 
     def __len__(self) -> int:
         return len(self.records)
@@ -74,15 +74,15 @@ class RecordSource:
             return self.fit(image), label
         except UserError:
             raise
-        except Exception as error:  # a damaged file makes PIL raise anything at all
+        except Exception as error:  # PIL raises many kinds of error for damaged files
             name = self.records.name(i)
             raise UserError(f"{name} is not a readable image: {error}") from error
 
     def fetch(self, indices: np.ndarray) -> Examples:
-        """The examples of these indices."""
+        """The examples at these indices."""
         images, labels = zip(*(self._read(int(i)) for i in indices), strict=True)
         return {"image": np.stack(images), "label": np.array(labels)}
 
     def describe(self) -> bytes:
-        """A hash of what the reader knows of the files."""
+        """A hash of `identity`."""
         return hashlib.sha256(self.identity).digest()

@@ -29,9 +29,9 @@ def _blocks(container: Container, file: str) -> Iterator[tuple[np.ndarray, np.nd
 
 
 def find(path: pathlib.Path) -> Found | None:
-    """The authors' archive or its folder; training images are the labelled and the others.
+    """The authors' archive or its folder; the labelled and unlabelled images are for training.
 
-    There are no labels, since most training images have none.
+    Labels are not read, since most training images have none.
     """
     container: Container
     if path.is_file():

@@ -1,4 +1,4 @@
-"""SVHN's cropped digits: MATLAB files of all images."""
+"""SVHN's cropped digits, in MATLAB files."""
 
 import pathlib
 
@@ -17,18 +17,18 @@ def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         content = scipy.io.loadmat(path, variable_names=["X", "y"])
         images, labels = content["X"], content["y"]
-    except Exception as error:  # a damaged file makes SciPy raise anything at all
+    except Exception as error:  # SciPy raises many kinds of error for damaged files
         raise damaged(path, error) from error
     if images.dtype != np.uint8 or images.shape[:3] != (32, 32, 3) or images.ndim != 4:
         raise UserError(f"{path} has X of {images.dtype}, {images.shape}; (32, 32, 3, N) is needed")
     if labels.size != images.shape[3]:
         raise UserError(f"{path} has {images.shape[3]} images and {labels.size} labels")
-    # 10 stands for the digit 0.
+    # The label 10 is the digit 0.
     return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels.ravel().astype(int) % 10
 
 
 def find(path: pathlib.Path) -> Found | None:
-    """The authors' train_32x32.mat and test_32x32.mat in a folder."""
+    """A folder with the authors' train_32x32.mat and test_32x32.mat."""
     files = [path / name for name in _FILES]
     there = [file.exists() for file in files]
     if not any(there):

@@ -1,4 +1,4 @@
-"""Data sets that TFDS prepared, as TFRecord or array_record; what is missing it prepares."""
+"""Data sets prepared by TFDS, as TFRecord or array_record files; missing ones are prepared."""
 
 import importlib
 import logging

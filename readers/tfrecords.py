@@ -1,4 +1,4 @@
-"""TFRecord files: those of ProGAN's and StyleGAN's tools, and TFDS's. TensorFlow is not needed."""
+"""TFRecord files of ProGAN's and StyleGAN's tools and of TFDS, read without TensorFlow."""
 
 import functools
 import pathlib
@@ -49,15 +49,15 @@ def _example_class() -> Any:
 
 
 def parse_example(record: bytes) -> Any:
-    """The features of a serialised `tf.train.Example`: feature by name."""
+    """Parse a serialised `tf.train.Example`; returns its features by name."""
     return _example_class().FromString(record).features.feature
 
 
 def index(path: pathlib.Path) -> np.ndarray:
-    """(N, 2), the offset and length of each record; reads the lengths alone.
+    """Read the offset and length of each record, (N, 2), without reading the records.
 
     Raises:
-      UserError: the file is cut short or empty.
+      UserError: the file is truncated or empty.
     """
     places: list[tuple[int, int]] = []
     position, size = 0, path.stat().st_size
@@ -77,11 +77,11 @@ def index(path: pathlib.Path) -> np.ndarray:
 
 
 def records_of(paths: Sequence[pathlib.Path], parse: Callable[[Any], Item]) -> Records:
-    """The records of several files, one file after the other.
+    """The concatenated records of several files.
 
     Args:
       paths: the files.
-      parse: the features of a record → its item; it may raise anything.
+      parse: the features of a record → its item; it may raise any kind of error.
     """
     indices = [index(path) for path in paths]
     starts = np.cumsum([0, *map(len, indices)])
@@ -98,7 +98,7 @@ def records_of(paths: Sequence[pathlib.Path], parse: Callable[[Any], Item]) -> R
             record = file.read(length)
         try:
             return parse(parse_example(record))
-        except Exception as error:  # protobuf's own, and whatever is missing
+        except Exception as error:  # an error of protobuf, or of `parse`
             raise UserError(f"{path}: record {row} is not an image: {error}") from error
 
     def name(i: int) -> str:
@@ -109,7 +109,7 @@ def records_of(paths: Sequence[pathlib.Path], parse: Callable[[Any], Item]) -> R
 
 
 def _pixels(features: Any) -> Item:
-    """`shape` (C, H, W) and `data`, raw bytes."""
+    """The item of features `shape` (C, H, W) and `data`, raw bytes."""
     shape = tuple(features["shape"].int64_list.value)
     data = features["data"].bytes_list.value[0]
     if len(shape) != 3:
@@ -120,12 +120,12 @@ def _pixels(features: Any) -> Item:
 def find(
     path: pathlib.Path, split: Callable[[int], tuple[np.ndarray, np.ndarray]], what: str
 ) -> Found | None:
-    """A file of ProGAN's or StyleGAN's dataset_tool.py, all images of one size.
+    """A file of ProGAN's or StyleGAN's dataset_tool.py, with images of one size.
 
     Args:
       path: the .tfrecords file.
       split: the number of images → (training, test) indices.
-      what: says how they are split.
+      what: a description of the split, for the log.
     """
     if not path.is_file() or path.suffix != ".tfrecords":
         return None

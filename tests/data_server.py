@@ -28,8 +28,13 @@ class CertificateAuthority:
         self._contexts, self._lock = {}, threading.Lock()
         for name in ("authority", "server"):
             self._openssl(
-                *("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"),
-                *("-out", f"{name}.key"),
+                "genpkey",
+                "-algorithm",
+                "EC",
+                "-pkeyopt",
+                "ec_paramgen_curve:P-256",
+                "-out",
+                f"{name}.key",
             )
         # Without a configuration file of its own, openssl would add the system's extensions.
         (folder / "request.cnf").write_text(
@@ -38,9 +43,21 @@ class CertificateAuthority:
             "keyUsage = critical, keyCertSign, cRLSign\nsubjectKeyIdentifier = hash\n"
         )
         self._openssl(
-            *("req", "-x509", "-new", "-key", "authority.key", "-out", self.certificate.name),
-            *("-days", "2", "-subj", "/CN=Authority of the tests", "-config", "request.cnf"),
-            *("-extensions", "authority"),
+            "req",
+            "-x509",
+            "-new",
+            "-key",
+            "authority.key",
+            "-out",
+            self.certificate.name,
+            "-days",
+            "2",
+            "-subj",
+            "/CN=Authority of the tests",
+            "-config",
+            "request.cnf",
+            "-extensions",
+            "authority",
         )
 
     def _openssl(self, *arguments):
@@ -64,13 +81,33 @@ class CertificateAuthority:
             "subjectKeyIdentifier = hash\nauthorityKeyIdentifier = keyid\n"
         )
         self._openssl(
-            *("req", "-new", "-key", "server.key", "-out", f"{name}.csr"),
-            *("-subj", "/CN=Server of the tests", "-config", "request.cnf"),
+            "req",
+            "-new",
+            "-key",
+            "server.key",
+            "-out",
+            f"{name}.csr",
+            "-subj",
+            "/CN=Server of the tests",
+            "-config",
+            "request.cnf",
         )
         self._openssl(
-            *("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", "-days", "2"),
-            *("-CA", "authority.pem", "-CAkey", "authority.key", "-CAcreateserial"),
-            *("-extfile", f"{name}.cnf"),
+            "x509",
+            "-req",
+            "-in",
+            f"{name}.csr",
+            "-out",
+            f"{name}.pem",
+            "-days",
+            "2",
+            "-CA",
+            "authority.pem",
+            "-CAkey",
+            "authority.key",
+            "-CAcreateserial",
+            "-extfile",
+            f"{name}.cnf",
         )
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.folder / f"{name}.pem", self.folder / "server.key")

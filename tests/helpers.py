@@ -1,6 +1,7 @@
 """What several tests share: golden data, small configs, a Gaussian whose score is known."""
 
 import ast
+import functools
 import json
 import pathlib
 import zlib
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import losses
+import train_step
 from configs.default import get_default_config
 from configs.vp import digits_st
 from models import utils as mutils
@@ -17,8 +20,12 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 GOLDEN_MODELS = (
-    *("vp_ddpmpp", "vp_ddpmpp_wide", "vp_uddpmpp"),
-    *("ve_ncsnpp", "ve_ncsnpp_skip", "rve_uncsnpp"),
+    "vp_ddpmpp",
+    "vp_ddpmpp_wide",
+    "vp_uddpmpp",
+    "ve_ncsnpp",
+    "ve_ncsnpp_skip",
+    "rve_uncsnpp",
 )
 
 
@@ -115,9 +122,10 @@ class Mixture:
     def entropy(self):
         """Expected -log p in nats: that of the mixture along its axis, and of a normal across."""
         y, step = np.linspace(-12, 12, 200_001, retstep=True)
-        density = lambda side: np.exp(  # noqa: E731
-            -((y - side * self.mean) ** 2) / (2 * self.variance)
-        )
+
+        def density(side):
+            return np.exp(-((y - side * self.mean) ** 2) / (2 * self.variance))
+
         p = (density(1) + density(-1)) / (2 * np.sqrt(2 * np.pi * self.variance))
         along = -np.sum(p * np.log(np.maximum(p, 1e-300))) * step
         return along + 0.5 * (self.dims - 1) * np.log(2 * np.pi * np.e * self.variance)
@@ -171,3 +179,32 @@ class Gaussian:
             return -(white @ basis.T).reshape(x.shape)
 
         return score
+
+
+def loss_fn_of(config, sde, model, num_levels, train):
+    """A config's objective for a network: (params, key, images, index) → (losses (N,), τ)."""
+    objective = losses.get_objective(config, sde, num_levels)
+
+    def loss_fn(params, key, images, index):
+        score_fn = mutils.get_score_fn(config, sde, model, params, train=train)
+        return objective(score_fn, key, images, index, train=train)
+
+    return loss_fn
+
+
+def times_of_step(config, sde, step):
+    """τ and the times that a step trains at."""
+    objective = losses.get_objective(config, sde)
+    return objective.times_of_step(config.seed, step, config.training.batch_size)
+
+
+def step_fn_of(config, sde, model, optimizer, num_levels):
+    """A config's training steps for a network."""
+    return train_step.get_step_fn(
+        losses.get_objective(config, sde, num_levels),
+        functools.partial(mutils.get_score_fn, config, sde, model, train=True),
+        optimizer,
+        seed=config.seed,
+        ema_rate=config.model.ema_rate,
+        num_micro_batch=config.optim.num_micro_batch,
+    )

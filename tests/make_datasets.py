@@ -33,7 +33,16 @@ from PIL import Image
 LEVELS = {"train": 60, "test": 180, "validation": 120, "unused": 120}
 NUM_TRAIN, NUM_TEST = 40, 12
 CIFAR10_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
 )
 
 

@@ -72,11 +72,10 @@ def layout_rows(stage, makes, full, pool):
 
 def download_rows(stage, makes, pool):
     """A row for each data set that is downloaded from its authors."""
-    import datasets
-    from readers import download
+    from readers import download, published
     from tests.simulated_internet import DOWNLOADED
 
-    debian = pathlib.Path(datasets.FASHION_MNIST_PATH)
+    debian = pathlib.Path(published.FASHION_MNIST_PATH)
 
     def row_of(dataset):
         made, name = makes[DOWNLOADED[dataset]], f"download_{dataset}"

@@ -6,19 +6,20 @@ import importlib
 import json
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import datasets
-import losses
 import sde_lib
-import session
-from configs.default import get_default_config, validate
+import train_step
+from configs.default import get_default_config
+from configs.validate import validate
 from models import utils as mutils
 from session import REGISTRIES
-from tests.helpers import GOLDEN, random_params
+from tests.helpers import GOLDEN, random_params, step_fn_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = sorted(
@@ -168,9 +169,13 @@ def test_no_field_is_excused_in_vain():
         if official.get(field, ours) != ours
     }
     assert excused == {
-        *("eval.begin_ckpt", "eval.end_ckpt", "eval.enable_bpd", "eval.enable_sampling"),
+        "eval.begin_ckpt",
+        "eval.end_ckpt",
+        "eval.enable_bpd",
+        "eval.enable_sampling",
         "training.sde",
-        *("training.likelihood_weighting", "training.importance_sampling"),
+        "training.likelihood_weighting",
+        "training.importance_sampling",
         "sampling.truncation_time",
     }
 
@@ -182,11 +187,24 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_is_valid_and_its_network_can_be_built_at_full_width(name):
+def test_recipe_is_valid(name):
+    validate(get_recipe(name), 1, REGISTRIES)
+
+
+@functools.cache
+def full_size(model, size, channels):
+    """The number of parameters of a network, built once for all recipes that have it."""
+    image = jnp.zeros((1, size, size, channels))
+    variables = jax.eval_shape(model.init, jax.random.key(0), image, jnp.ones(1))
+    return mutils.count_params(variables["params"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_network_can_be_built_at_full_width(name):
     config = get_recipe(name)
-    validate(config, 1, REGISTRIES)
-    setup = session.set_up(config)
-    count = mutils.count_params(setup.state_shape.params)
+    data = config.data
+    count = full_size(mutils.create_model(config), data.image_size, data.num_channels)
     assert count == PARAMETERS.get(name, count)
     small = config.data.dataset in ("digits", "fashion_mnist", "folder")
     assert count > (1e5 if small else 5e7)
@@ -230,32 +248,28 @@ def random_images(config):
     return np.random.default_rng(0).integers(0, levels, shape, dtype=np.uint8)
 
 
-# Compiling these networks takes minutes, or a minute where another recipe has nearly the same.
-SLOW = (
-    *("rve/celeba_uncsnpp_st", "ve/celeba_ncsnpp_st", "rve/stl10_uncsnpp_st"),
-    *("ve/celebahq_uncsnpp_st", "vp/cifar10_ddpmpp_nll_st_deepest"),
-    *("vp/folder_st", "vp/fashion_mnist_st", "subvp/cifar10_ddpmpp_nll_st"),
-    *("rve/cifar10_uncsn_1e_3", "rve/cifar10_uncsn_deep_1e_3_mid"),
-    *("rve/cifar10_uncsn_deep_1e_5", "rve/cifar10_uncsn_deep_1e_5_mid"),
-    *("rve/ffhq_1024_uncsn", "rve/ffhq_256_uncsn", "rve/celebahq_256_uncsn"),
-    *("rve/bedroom_uncsn", "rve/church_uncsn"),
-    "vp/cifar10_ddpmpp_fid_st_deepest",
-)
+class StandIn(nn.Module):
+    """A network of two parameters."""
+
+    @nn.compact
+    def __call__(self, x, labels, train=False, dropout_keys=None):
+        scale = self.param("scale", nn.initializers.ones, ())
+        slope = self.param("slope", nn.initializers.zeros, ())
+        return scale * x + slope * labels[:, None, None, None]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in RECIPES],
-)
-def test_recipe_takes_a_training_step(name):
-    config = reduced(get_recipe(name))
+def training_step(config, model):
+    """(step_fn on one device, packed state, images, index) of a recipe."""
     images = random_images(config)[: config.training.batch_size]
-    model, sde = JittedNetwork(mutils.create_model(config)), sde_lib.get_sde(config)
-    optimizer, params = losses.get_optimizer(config), random_params(config)
-    state = losses.TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
-    state = losses.pack_state(state)
-    levels = datasets.get_num_levels(config)
-    step_fn = losses.get_step_fn(config, sde, model, optimizer, levels)
+    optimizer = train_step.get_optimizer(config)
+    if isinstance(model, StandIn):
+        params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.ones(1))["params"]
+    else:
+        params = random_params(config)
+    state = train_step.TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
+    step_fn = step_fn_of(
+        config, sde_lib.get_sde(config), model, optimizer, datasets.get_num_levels(config)
+    )
     # One device under the step's axis name; nothing but the first argument is mapped.
     mapped = jax.vmap(
         lambda _, *args: step_fn(*args),
@@ -263,10 +277,59 @@ def test_recipe_takes_a_training_step(name):
         out_axes=None,
         axis_name="batch",
     )
-    after, metrics = mapped(jnp.zeros(1), state, images[None], jnp.arange(len(images)))
+    arguments = train_step.pack_state(state), images[None], jnp.arange(len(images))
+    return functools.partial(mapped, jnp.zeros(1)), params, arguments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_objective_takes_a_training_step(name):
+    # Of every recipe, with a stand-in for the network; each network is trained below.
+    config = reduced(get_recipe(name))
+    config.data.image_size = 8
+    step, params, arguments = training_step(config, StandIn())
+    state, metrics = step(*arguments)
+    assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0
+    after = train_step.unpack_state(state).params
+    assert after["scale"] != params["scale"]
+
+
+# One recipe for each network that the recipes have, at its size of images.
+NETWORKS = (
+    "vp/cifar10_st",
+    "vp/cifar10_ddpmpp_fid_st_deepest",
+    "vp/celeba_uddpmpp_fid_st",
+    "vp/imagenet32_ddpmpp_st",
+    "vp/digits_st",
+    "vp/fashion_mnist_st",
+    "vp/folder_st",
+    "rve/digits_st",
+    "rve/cifar10_uncsnpp_st",
+    "rve/celeba_uncsnpp_st",
+    "rve/stl10_uncsnpp_st",
+    "rve/church_uncsn",
+    "rve/ffhq_1024_uncsn",
+)
+
+
+def test_every_network_of_a_recipe_is_trained():
+    def network(name):
+        config = reduced(get_recipe(name))
+        return mutils.create_model(config), config.data.image_size
+
+    trained = [network(name) for name in NETWORKS]
+    assert all(network(name) in trained for name in RECIPES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_recipe_takes_a_training_step(name):
+    config = reduced(get_recipe(name))
+    step, params, arguments = training_step(config, JittedNetwork(mutils.create_model(config)))
+    after, metrics = step(*arguments)
     assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0
     assert config.training.truncation_time * (1 - 1e-6) <= metrics["tau"] <= 1
-    after = losses.unpack_state(after)
+    after = train_step.unpack_state(after)
     change = jax.tree.map(lambda new, old: jnp.abs(new - old).max(), after.params, params)
     for path, value in jax.tree_util.tree_leaves_with_path(change):
         fixed = "GaussianFourierProjection" in str(path[0])

@@ -26,15 +26,18 @@ def test_digits_split_every_image_once():
     import sklearn.datasets
 
     original = sklearn.datasets.load_digits().images.astype(np.uint8)
-    key = lambda x: sorted(row.tobytes() for row in x.reshape(1797, 64))  # noqa: E731
+
+    def key(x):
+        return sorted(row.tobytes() for row in x.reshape(1797, 64))
+
     assert key(images) == key(original)
 
 
 def order(count, batch_size, steps, **options):
-    """The places of the images of so many steps' batches, one after the other."""
+    """The indices of the images of so many steps' batches, one after the other."""
     source = ArraySource(np.zeros((count, 1, 1, 1), np.uint8), np.zeros(count))
     dataset = datasets.Dataset("numbered", source, 256, 0)
-    stream = datasets.train_batches(dataset, batch_size, places=True, **options)
+    stream = datasets.train_batches(dataset, batch_size, indices_only=True, **options)
     return np.concatenate([next(stream)["image"] for _ in range(steps)])
 
 
@@ -185,7 +188,7 @@ def test_a_folder_with_its_own_splits_numbers_classes_alike(tmp_path):
 def test_missing_data_say_so(tmp_path):
     with pytest.raises(UserError, match="no file or folder"):
         datasets.get_dataset(folder_config(tmp_path / "none"), "train")
-    with pytest.raises(UserError, match="has 0 images"):
+    with pytest.raises(UserError, match="has no images"):
         datasets.get_dataset(folder_config(tmp_path), "train")
     config = tiny_config()
     config.data.image_size = 16
@@ -201,10 +204,11 @@ def test_levels_survive_the_way_to_the_model_and_back(dequantization, centered, 
     config.data.update(dequantization=dequantization, centered=centered)
     levels = np.arange(num_levels, dtype=np.uint8).reshape(1, -1, 1, 1).repeat(3, 0)
     keys = jax.random.split(jax.random.key(0), 3)
-    x = datasets.preprocess(levels, keys, num_levels, config, flip=False)
+    preprocessing = datasets.get_preprocessing(config, num_levels)
+    x = preprocessing.to_x0(levels, keys, flip=False)
     assert x.min() >= (-1 if centered else 0) and x.max() <= 1
     assert x.min() < (-0.8 if centered else 0.1) and x.max() > 0.8
-    np.testing.assert_array_equal(datasets.to_levels(x, num_levels, config), levels)
+    np.testing.assert_array_equal(preprocessing.to_levels(x), levels)
     if dequantization == "uniform":
         assert (x[0] != x[1]).any()
 
@@ -214,18 +218,21 @@ def test_flip_mirrors_half_of_the_images():
     config.data.update(random_flip=True, dequantization="none", centered=False)
     image = jnp.tile(jnp.arange(4, dtype=jnp.uint8)[None, None, :, None], (1000, 2, 1, 1))
     keys = jax.random.split(jax.random.key(0), 1000)
-    x = np.asarray(datasets.preprocess(image, keys, 4, config, flip=True)) * 3
+    x = np.asarray(datasets.get_preprocessing(config, 4).to_x0(image, keys, flip=True)) * 3
     mirrored = (x[:, 0, 0, 0] == 3).mean()
     assert 0.4 < mirrored < 0.6
     np.testing.assert_array_equal(np.sort(x[:, 0, :, 0], axis=1), [[0, 1, 2, 3]] * 1000)
 
 
 def test_bits_offset_counts_the_levels():
-    assert datasets.bits_offset(256, centered=True) == 7
-    assert datasets.bits_offset(256, centered=False) == 8
+    def bits_offset(num_levels, centered):
+        return datasets.Preprocessing(num_levels, centered, "uniform", False).bits_offset
+
+    assert bits_offset(256, centered=True) == 7
+    assert bits_offset(256, centered=False) == 8
     # Uniform noise over the whole range costs log2(levels) bits per dimension.
     density_bits = np.log2(2.0)  # -log2 of the uniform density 1/2 on [-1, 1]
-    np.testing.assert_allclose(density_bits + datasets.bits_offset(17, True), np.log2(17))
+    np.testing.assert_allclose(density_bits + bits_offset(17, True), np.log2(17))
 
 
 def test_a_small_set_of_files_is_read_into_memory(tmp_path):
@@ -240,7 +247,7 @@ def test_a_small_set_of_files_is_read_into_memory(tmp_path):
     # Their places in it are those of the batches' images, in mid-epoch too.
     for start_step in (0, 5, 9):
         batch = next(datasets.train_batches(dataset, 16, 3, start_step))
-        places = next(datasets.train_batches(dataset, 16, 3, start_step, places=True))
+        places = next(datasets.train_batches(dataset, 16, 3, start_step, indices_only=True))
         np.testing.assert_array_equal(images[places["image"]], batch["image"])
 
 

@@ -1,126 +1,253 @@
+"""Evaluations as a user starts them; with a sampler of a few steps and a tiny network."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
 import numpy as np
 import pytest
+from PIL import Image
 
+import datasets
 import evaluation
-from tests.helpers import GOLDEN, Gaussian
+import run_lib
+from configs.default import UserError
+from metrics import scorers
+from metrics.features import Extractor
+from tests.helpers import tiny_config
+from tests.test_run_lib import TINY, command, run_main
 
-METRICS = np.load(GOLDEN / "metrics.npz")
 
-
-def test_golden_metrics():
-    a, b = METRICS["feat_a"], METRICS["feat_b"]
-    np.testing.assert_allclose(evaluation.frechet_distance(a, b), METRICS["fid"], rtol=1e-6)
-    score = evaluation.inception_score(METRICS["logits"])
-    np.testing.assert_allclose(score, METRICS["inception_score"], rtol=1e-6)
-    kid = evaluation.kernel_inception_distance(a[:500], b[:500])
-    np.testing.assert_allclose(kid, METRICS["kid_first500"], rtol=1e-6)
-    # torch-fidelity, which made the golden values, takes its first set for the generated one.
-    precision, recall = evaluation.precision_recall(real=b, fake=a)
-    np.testing.assert_allclose(
-        [precision, recall], [METRICS["precision"], METRICS["recall"]], rtol=1e-6
+def eval_config(tmp_path, **fields):
+    config = tiny_config(n_iters=6, snapshot_freq=2, snapshot_freq_for_preemption=2)
+    config.sampling.update(method="dpm_solver", num_steps=3)
+    config.eval.update(
+        batch_size=8, num_samples=20, num_test_data=12, nelbo_draws=2, rtol=1e-2, atol=1e-2
     )
+    config.eval.update(cache_dir=str(tmp_path / "cache"), **fields)
+    return config
 
 
-def test_frechet_distance_of_singular_covariances():
-    rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((50, 80)), rng.standard_normal((40, 80)) + 1
-    a[:, 60:] = b[:, 60:] = 0  # fewer rows than columns, and columns that are constant
-    value = evaluation.frechet_distance(a, b)
-    assert np.isfinite(value) and value > np.sum((a.mean(0) - b.mean(0)) ** 2)
-    np.testing.assert_allclose(evaluation.frechet_distance(a, a), 0, atol=1e-5)
-    # Shifting a set moves it by the shift's square.
-    np.testing.assert_allclose(evaluation.frechet_distance(a, a + 2), 4 * 80, rtol=1e-6)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir with checkpoints at steps 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_lib.train(eval_config(folder), folder / "run")
+    return folder
 
 
-def test_moments_of_batches_are_those_of_the_whole():
-    # Far from zero, where sums of squares would lose everything.
-    rows = 1e6 + np.random.default_rng(0).standard_normal((1000, 5)) * [1, 2, 3, 4, 0]
-    moments = evaluation.Moments()
-    for batch in np.split(rows, [1, 10, 400]):
-        moments.add(batch.astype(np.float64))
-    np.testing.assert_allclose(moments.mean, rows.mean(axis=0), rtol=1e-14)
-    np.testing.assert_allclose(moments.cov, np.cov(rows, rowvar=False), rtol=1e-8, atol=1e-12)
+@pytest.fixture
+def inception(monkeypatch):
+    """Stands in for Inception, whose real weights are not here: 2,048 features of the pixels."""
+    projection = np.random.default_rng(0).standard_normal((64, 2048)).astype(np.float32)
+
+    def fn(levels):
+        rows = np.tanh(levels.reshape(len(levels), -1).astype(np.float32) / 16 @ projection)
+        return {"features": rows, "logits": rows[:, :1008]}
+
+    extractor = Extractor("inception", "abc", fn, 7)
+    monkeypatch.setattr(evaluation, "get_inception", lambda *_: extractor)
+    monkeypatch.setattr(scorers, "get_inception", lambda *_: extractor)
+    return extractor
 
 
-def test_standard_errors_over_splits_are_honest():
-    # What they say is how much the figures differ from one set of samples to another.
-    rng = np.random.default_rng(1)
-
-    def scores():
-        logits = 2 * rng.standard_normal((500, 10))
-        a, b = rng.standard_normal((300, 8)), rng.standard_normal((300, 8)) + 0.3
-        return evaluation.split_inception_score(logits), evaluation.split_kernel_distance(a, b)
-
-    drawn = list(zip(*(scores() for _ in range(200)), strict=True))
-    for estimates in drawn:
-        values = np.array([e.value for e in estimates])
-        said = np.sqrt(np.mean([e.stderr**2 for e in estimates]))
-        np.testing.assert_allclose(said, values.std(), rtol=0.25)
+class Cut(Exception):
+    """The machine is taken away."""
 
 
-def test_frechet_distance_stderr_is_honest():
-    """It is about the scatter of distances of many sets."""
-    rng, scale = np.random.default_rng(0), np.linspace(0.5, 2, 8)
-    draw = lambda: 0.3 + scale * rng.standard_normal((400, 8))  # noqa: E731
-    sets = [draw() for _ in range(150)]
-    mean, cov = np.zeros(8), np.eye(8)
-    distances = [
-        evaluation.frechet_distance_of_moments(mean, cov, rows.mean(0), np.cov(rows.T))
-        for rows in sets
+def cut_after(monkeypatch, owner, name, calls):
+    """The function that `owner.name` makes raises at its call number `calls`."""
+    make, left = getattr(owner, name), [calls]
+
+    def make_cut(*args, **kwargs):
+        fn = make(*args, **kwargs)
+
+        def counted(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Cut
+            return fn(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(owner, name, make_cut)
+
+
+@pytest.mark.slow
+def test_an_evaluation_goes_on_where_it_was_cut_off(trained, inception, monkeypatch):
+    config = eval_config(trained, enable_fid=True, num_draws=2)
+    whole = run_lib.evaluate(config, trained / "run")
+    assert whole["num_draws"] == 2 and whole["nll_stderr_of_draws"] > 0
+    parts = trained / "run" / "eval" / "parts"
+    assert not parts.exists()
+    # In the middle of the NLL, then of the sampling, each after two more batches.
+    for owner, name in ((evaluation, "get_bpd_fn"), (evaluation, "get_sampler")):
+        with monkeypatch.context() as patch:
+            cut_after(patch, owner, name, 3 if name == "get_bpd_fn" else 2)
+            with pytest.raises(Cut):
+                run_lib.evaluate(config, trained / "run")
+        assert list(parts.rglob("bpd_*"))
+    # What other options computed is not taken: it has another folder.
+    folders = set(parts.iterdir())
+    other = eval_config(trained, enable_sampling=False, nelbo_draws=1)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        cut_after(patch, evaluation, "get_bpd_fn", 1)
+        run_lib.evaluate(other, trained / "run")
+    assert len(set(parts.iterdir()) - folders) == 1
+    assert len(list(parts.rglob("samples_*"))) == 2
+    # One part is damaged, as by a power cut.
+    damaged = next(parts.rglob("samples_00000008.npz"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with monkeypatch.context() as patch:
+        cut_after(patch, evaluation, "get_bpd_fn", 0)  # all of that is there
+        cut_after(patch, evaluation, "get_sampler", 2)  # the damaged one, and the third
+        assert run_lib.evaluate(config, trained / "run") == whole
+    # What is left is the other evaluation's, which can still go on.
+    assert len(list(parts.iterdir())) == 1
+    shutil.rmtree(parts)
+
+
+@pytest.mark.slow
+def test_a_sweep_has_a_row_a_checkpoint_and_the_best_by_each_score(trained):
+    config = eval_config(trained, enable_fid=False, begin_ckpt=1, end_ckpt=2)
+    sweep = run_lib.evaluate(config, trained / "run")
+    folder = trained / "run" / "eval"
+    assert sweep == json.loads((folder / "report.json").read_text())
+    reports = sweep["checkpoints"]
+    assert [report["step"] for report in reports] == [2, 4]
+    for name, pick in (("nll", min), ("fd_classifier", min), ("recall_classifier", max)):
+        assert sweep["best"][name] == pick(reports, key=lambda report: report[name])["step"]
+    assert reports[0]["nll_untrained_network"] == reports[1]["nll_untrained_network"]
+    text = (folder / "report.md").read_text()
+    for report in reports:
+        own = folder / f"step_{report['step']:08}"
+        assert json.loads((own / "report.json").read_text()) == report
+        assert (own / "samples.png").exists() and own.name in text
+    assert Image.open(folder / "scores.png").size[0] > 500
+    # Alone, a checkpoint has the same scores.
+    config.eval.update(begin_ckpt=2)
+    assert run_lib.evaluate(config, trained / "run") == reports[1]
+    config.eval.update(begin_ckpt=7, end_ckpt=9)
+    with pytest.raises(UserError, match=r"no checkpoint from step 14 to 18.*it has 2, 4, 6"):
+        run_lib.evaluate(config, trained / "run")
+
+
+@pytest.mark.slow
+def test_samples_by_anyone_are_scored(tmp_path, inception):
+    config = eval_config(tmp_path, enable_fid=True, num_reference=200)
+    train = datasets.get_dataset(config, "train")
+    chosen = datasets.subset(train, 200)
+    others = train.source.fetch(np.setdiff1d(np.arange(len(train)), chosen)[:200])["image"]
+    images = datasets.levels_to_uint8(others, 17)
+    np.savez(tmp_path / "real.npz", samples=images)
+    np.savez(tmp_path / "noise.npz", arr_0=np.random.default_rng(0).permuted(images, axis=1))
+    folder = tmp_path / "pngs"
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(folder / f"{i:03}.png")
+    reports = {}
+    for name in ("real.npz", "noise.npz", "pngs"):
+        config.eval.samples = str(tmp_path / name)
+        reports[name] = run_lib.evaluate(config, tmp_path / "run")
+        (own,) = (tmp_path / "run" / "eval").glob(f"samples_{name}_*")
+        assert json.loads((own / "report.json").read_text()) == reports[name]
+        assert "200 of" in (own / "report.md").read_text()
+    for score in ("fid", "kid", "fd_classifier"):
+        np.testing.assert_allclose(reports["real.npz"][score], reports["pngs"][score])
+        assert reports["real.npz"][score] < 0.5 * reports["noise.npz"][score]
+    assert abs(reports["real.npz"]["kid"]) < 5 * reports["real.npz"]["kid_stderr"]
+    assert reports["real.npz"]["precision"] > 0.5 > reports["noise.npz"]["precision"]
+    assert "not comparable" in (own / "report.md").read_text()
+    # Scored by hand, the FID is the same.
+    reference = inception.fn(train.source.fetch(chosen)["image"])["features"]
+    by_hand = evaluation.frechet_distance(reference, inception.fn(others)["features"])
+    np.testing.assert_allclose(reports["pngs"]["fid"], by_hand, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_statistics_are_made_once_and_refused_for_other_data(tmp_path, inception):
+    path = tmp_path / "stats" / "digits.npz"
+    config = eval_config(tmp_path, enable_fid=True, num_reference=100, stats_path=str(path))
+    np.savez(tmp_path / "x.npz", np.zeros((9, 8, 8, 1), np.uint8))
+    config.eval.samples = str(tmp_path / "x.npz")
+    with pytest.raises(UserError, match=r"there is no file .*--mode stats makes it"):
+        run_lib.evaluate(config, tmp_path / "run")
+    assert run_lib.make_statistics(config) == path
+    assert list(path.parent.iterdir()) == [path]
+    assert run_lib.evaluate(config, tmp_path / "run")["statistics"] == str(path)
+    config.eval.num_reference = 101
+    with pytest.raises(UserError, match="num_images 100, and here it is 101"):
+        run_lib.evaluate(config, tmp_path / "run")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="can't be read as statistics"):
+        run_lib.evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "line"),
+    [
+        ("none.npz", None, "there is no file or folder"),
+        ("small.npz", np.zeros((9, 4, 4, 1), np.uint8), r"shape \(9, 4, 4, 1\)"),
+        ("float.npz", np.zeros((9, 8, 8, 1)), "float64"),
+        ("few.npz", np.zeros((3, 8, 8, 1), np.uint8), "N ≥ 4"),
+        ("objects.npz", np.array([None] * 5), "can't be read"),
+    ],
+)
+def test_samples_that_can_not_be_scored_are_one_line(tmp_path, name, array, line):
+    if array is not None:
+        np.savez(tmp_path / name, samples=array)
+    config = eval_config(tmp_path, samples=str(tmp_path / name))
+    with pytest.raises(UserError, match=line):
+        run_lib.evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_other_images_is_one_line(tmp_path):
+    folder = tmp_path / "pngs"
+    folder.mkdir()
+    config = eval_config(tmp_path, samples=str(folder))
+    with pytest.raises(UserError, match="has 0 images"):
+        run_lib.evaluate(config, tmp_path / "run")
+    for i in range(5):
+        Image.new("L", (8, 9)).save(folder / f"{i}.png")
+    with pytest.raises(UserError, match=r"0\.png is not a readable image: it is 8×9"):
+        run_lib.evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.slow  # test_an_evaluation_goes_on_where_it_was_cut_off is its quick form
+def test_a_killed_evaluation_ends_with_the_same_report(trained, tmp_path):
+    shutil.copytree(trained / "run" / "checkpoints", tmp_path / "run" / "checkpoints")
+    args = [
+        *TINY,
+        f"--workdir={tmp_path}/run",
+        f"--config.eval.cache_dir={trained}/cache",
+        "--config.eval.batch_size=5",
+        "--config.eval.num_test_data=30",
+        "--config.eval.nelbo_draws=2",
+        "--config.eval.rtol=1e-2",
+        "--config.eval.atol=1e-2",
+        "--config.eval.num_samples=400",
+        "--config.sampling.method=dpm_solver",
     ]
-    errors = [evaluation.frechet_distance_stderr(mean, cov, rows) for rows in sets]
-    assert 0.85 < np.sqrt(np.mean(np.square(errors))) / np.std(distances) < 1.15
-
-
-def test_the_order_of_samples_does_not_matter():
-    # Files of a folder may be sorted by class: each split must still see all classes.
-    logits = 10 * np.eye(10)[np.repeat(np.arange(10), 50)]
-    assert evaluation.split_inception_score(logits).value > 8
-    few = evaluation.split_inception_score(logits[::100])
-    assert np.isfinite([few.value, few.stderr]).all()
-
-
-def test_a_set_is_at_no_kernel_distance_from_itself():
-    # Unless the same rows meet in the same subset.
-    rows = np.random.default_rng(0).standard_normal((2000, 64))
-    estimate = evaluation.split_kernel_distance(rows, rows)
-    assert abs(estimate.value) < 4 * estimate.stderr
-
-
-def test_a_class_that_no_sample_can_be_of_leaves_the_score_finite():
-    logits = np.zeros((100, 5))
-    logits[:, 0] = -2000
-    np.testing.assert_allclose(evaluation.inception_score(logits), 1)
-
-
-def test_kid_is_unbiased():
-    rng = np.random.default_rng(1)
-    draw = lambda: rng.standard_normal((30, 8))  # noqa: E731
-    values = [evaluation.kernel_inception_distance(draw(), draw()) for _ in range(300)]
-    assert abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(300)
-
-
-def test_precision_and_recall_see_missing_modes():
-    rng = np.random.default_rng(2)
-    real = rng.standard_normal((400, 2)) + np.repeat([[0, 0], [50, 0]], 200, axis=0)
-    precision, recall = evaluation.precision_recall(real, rng.standard_normal((200, 2)))
-    assert precision > 0.9 and 0.4 < recall <= 0.55
-    # Copies of a point that occurs five times lie on its manifold, of radius 0.
-    same, other = np.full((5, 2), 0.1), rng.standard_normal((5, 2)) + 10
-    assert evaluation.precision_recall(same, same) == (1, 1)
-    assert evaluation.precision_recall(same, other) == (0, 0)
-    with pytest.raises(ValueError, match="more than 3 rows"):
-        evaluation.precision_recall(real, real[:3])
-
-
-def test_gaussian_baseline_is_the_fitted_density():
-    data = Gaussian((2, 2, 1), [0.02, 0.1, 0.3, 0.6], 0.2)
-    train, test = (
-        np.asarray(data.sample(n, seed)).reshape(n, 4) for n, seed in ((50_000, 1), (500, 2))
-    )
-    fitted = evaluation.Moments()
-    for rows in np.array_split(train, 3):
-        fitted.add(rows)
-    bits = evaluation.gaussian_bits_per_dim(fitted, test, 7)
-    np.testing.assert_allclose(bits, data.nats(test) / (4 * np.log(2)) + 7, atol=0.1)
-    np.testing.assert_allclose(bits.mean(), data.nats(test).mean() / (4 * np.log(2)) + 7, atol=2e-3)
+    recipe = "vp/digits_st.py"
+    eval_folder = tmp_path / "run" / "eval"
+    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=1")
+    for kind, count in (("bpd", 3), ("samples", 30)):
+        process = subprocess.Popen(
+            command(recipe, *args, "--mode=eval"), env=env, stderr=subprocess.DEVNULL
+        )
+        while len(list(eval_folder.rglob(f"{kind}_*.npz"))) < count:
+            assert process.poll() is None, "the evaluation ended before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (eval_folder / "report.json").exists()
+    reports = []
+    for _ in range(2):  # gone on with, and from the beginning
+        result = run_main(recipe, *args, "--mode=eval")
+        assert result.returncode == 0, result.stderr
+        reports.append((eval_folder / "report.json").read_bytes())
+    assert reports[0] == reports[1]

@@ -6,16 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import environment
-import losses
 import run_lib
 import sde_lib
-from configs.default import UserError, validate
+from configs.default import UserError
+from configs.validate import validate
 from experiments import digits, fashion_mnist, loss_by_time, tables
 from experiments import run as runner
 from experiments.grid import TABLES
-from experiments.sweep import load_sweep, parse_places, select
+from experiments.sweep import load_sweep, parse_machine_paths, select
+from runtime import environment
 from session import REGISTRIES
+from tests.helpers import times_of_step
 
 SWEEP = """
 from experiments.sweep import Sweep
@@ -97,6 +98,7 @@ def trained(folder):
     return "trained"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_row_with_its_scores(folder, trained):
     ((name, row),) = read_rows(folder / trained).items()
     assert name == RUNS[1] and row["steps"] == 4 and row["seed"] == 0
@@ -162,6 +164,7 @@ def test_a_row_of_another_config_is_refused(folder, stand_ins, monkeypatch, caps
     assert RUNS[1] in error and "another config" in error and "\n" not in error
 
 
+@pytest.mark.slow
 def test_losses_by_time_of_a_run(folder, trained):
     (run,) = select(load_sweep(str(folder / "tiny.py")), only="soft")
     workdir = folder / f"{trained}_runs" / run.name
@@ -175,12 +178,13 @@ def test_losses_by_time_of_a_run(folder, trained):
     json.dumps(measured)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["vp_soft_k1", "vp_variance_soft", "ve_soft", "vp_fixed_1e-3"])
 def test_the_density_of_times_is_that_of_training(point):
     (run,) = select(digits.get_sweep(), only=f"^{point}_seed0")
     config = run.config()
     sde = sde_lib.get_sde(config)
-    drawn = jax.vmap(lambda step: losses.times_of_step(config, sde, step)[1])(jnp.arange(2000))
+    drawn = jax.vmap(lambda step: times_of_step(config, sde, step)[1])(jnp.arange(2000))
     edges = np.geomspace(config.training.truncation_time, 0.99, 401)
     density = loss_by_time.density_of_times(config, sde, edges)
     for low, high in ((0, 200), (200, 300), (300, 400)):
@@ -218,7 +222,7 @@ def test_shards_share_all_runs_and_places_are_no_part_of_a_run(folder):
     run = sweep.runs[0]
     assert run.config({"data.path": "somewhere"}).data.path == "somewhere"
     with pytest.raises(UserError, match=r"training.k: only data.path"):
-        parse_places(["training.k=2"])
+        parse_machine_paths(["training.k=2"])
     for shard in ("2/2", "x"):
         with pytest.raises(UserError, match="--shard"):
             select(sweep, shard)

@@ -20,11 +20,12 @@ import losses
 import sampling
 import sde_lib
 import session
-import storage
-from configs.default import UserError, validate
+from configs.default import UserError
+from configs.validate import validate
 from experiments.sweep import load_sweep
 from models import utils as mutils
-from tests.helpers import tiny_config
+from runtime.workdir import claim_workdir
+from tests.helpers import loss_fn_of, times_of_step, tiny_config
 from tests.test_losses import LinearModel, step_losses_and_grads, toy_config
 from tests.test_sampling import COUNT, DATA, check_moments, exact_flow, sampling_config
 
@@ -122,7 +123,8 @@ def test_drift_and_diffusion_are_those_of_mean_and_std(sde):
     np.testing.assert_allclose((sde.diffusion(t) / sde.std(t)) ** 2, slope, rtol=1e-4)
     integral = scipy.integrate.quad(
         lambda s: float(sde.diffusion(np.exp(s)) / sde.std(np.exp(s))) ** 2 * np.exp(s),
-        *(np.log(1e-3), 0.0),
+        np.log(1e-3),
+        0.0,
         epsrel=1e-6,
     )[0]
     np.testing.assert_allclose(sde.importance_normalizer(1e-3), integral, rtol=1e-5)
@@ -156,7 +158,10 @@ def test_the_base_class_gives_an_sde_the_unbounded_time(sde):
 def test_bits_of_a_gaussian_under_the_sde_are_exact(sde):
     config, x = tiny_config(truncation_time=1e-3), DATA.sample(10_000)
     config.eval.update(rtol=1e-5, atol=1e-5)
-    make_score_fn = lambda _: DATA.score_fn(sde)  # noqa: E731
+
+    def make_score_fn(_):
+        return DATA.score_fn(sde)
+
     bits = likelihood.get_nll_fn(config, sde, make_score_fn)(None, jax.random.key(0), x)
     exact_bits = DATA.nats(x) / (4 * np.log(2)) + 7
     assert abs(bits["nll"].mean() - exact_bits.mean()) < 0.01
@@ -191,7 +196,10 @@ def test_min_snr_weights_the_error_of_the_predicted_data(sde_name):
     rng = np.random.default_rng(0)
     t = jnp.asarray(np.geomspace(1e-2, 1, 64), jnp.float32)
     x0, z = (jnp.asarray(rng.standard_normal((64, 2, 2, 1)), jnp.float32) for _ in range(2))
-    score_fn = lambda x, t: jnp.sin(x)  # noqa: E731
+
+    def score_fn(x, t):
+        return jnp.sin(x)
+
     weight = losses.WEIGHTINGS["min_snr_5"](sde, t)
     loss = losses.score_matching_loss(score_fn, sde, x0, t, z, weight)
     x_t = losses.perturb(sde, x0, t, z)
@@ -201,6 +209,7 @@ def test_min_snr_weights_the_error_of_the_predicted_data(sde_name):
     np.testing.assert_allclose(loss, 0.5 * np.minimum(snr, 5) * error, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_training_uses_the_weighting():
     # Of the same draws, an image's loss changes by the ratio of the weights at its time.
     images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (8, 2, 2, 1)), jnp.uint8)
@@ -209,9 +218,9 @@ def test_training_uses_the_weighting():
         config = toy_config("fixed", 1, likelihood=False, importance=True)
         config.training.weighting = name
         sde = sde_lib.get_sde(config)
-        loss_fn = losses.get_batch_loss_fn(config, sde, LinearModel(), 17, train=True)
+        loss_fn = loss_fn_of(config, sde, LinearModel(), 17, train=True)
         values[name] = loss_fn(params, losses.step_key(config.seed, 3), images, jnp.arange(8))[0]
-    _, t = losses.times_of_step(config, sde, 3)
+    _, t = times_of_step(config, sde, 3)
     ratio = np.minimum(1, 5 * np.exp(np.asarray(sde.gamma(t), np.float64)))
     assert ratio.min() < 1
     np.testing.assert_allclose(values["min_snr_5"] / values[""], ratio, rtol=1e-4)
@@ -228,6 +237,7 @@ def prior_config(truncation, log_mean=-2.0):
     return config
 
 
+@pytest.mark.slow
 def test_the_priors_icdf_cdf_and_draws_agree(mine):
     config = mine.get_config()
     prior = losses.get_prior(config)
@@ -240,7 +250,7 @@ def test_the_priors_icdf_cdf_and_draws_agree(mine):
     expected = (scipy.stats.norm.cdf(np.log(TIMES), -4, 1.5) - ends[0]) / (ends[1] - ends[0])
     np.testing.assert_allclose(prior.cdf(TIMES), np.clip(expected, 0, 1), atol=1e-6)
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = jax.vmap(lambda key: losses.draw_truncation(key, config))(keys)
+    drawn = jax.vmap(losses.get_objective(config, sde_lib.get_sde(config)).draw_truncation)(keys)
     test = scipy.stats.kstest(np.asarray(drawn, float), lambda t: np.asarray(prior.cdf(t)))
     assert test.pvalue > 1e-3
 
@@ -298,9 +308,10 @@ def test_ddim_follows_the_ode(sde):
     check_moments(x, slack=0.05)  # of first order
     times = sampling.noise_ratio_grid(sde, 1e-3, 2000)
     z, score_fn = DATA.sample(64, seed=3), DATA.score_fn(sde)
-    step = lambda i, x: sampling.PREDICTORS["ddim"](  # noqa: E731
-        sde, score_fn, x, times[i], times[i + 1], None
-    )[0]
+
+    def step(i, x):
+        return sampling.PREDICTORS["ddim"](sde, score_fn, x, times[i], times[i + 1], None)[0]
+
     x = jax.lax.fori_loop(0, 2000, step, z)
     np.testing.assert_allclose(np.asarray(x).reshape(64, 4), exact_flow(sde, z, 1e-3), atol=5e-3)
 
@@ -331,6 +342,7 @@ def main(*args, cwd):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_main_trains_and_samples(folder):
     args = ["--config=mine/tiny.py", f"--workdir={folder}/run"]
     trained = main(*args, "--mode=train", cwd=folder)
@@ -346,16 +358,16 @@ def test_main_trains_and_samples(folder):
 
 def test_a_field_of_ones_own_is_compared_when_a_run_goes_on(tmp_path):
     config = tiny_config()
-    storage.claim_workdir(config, tmp_path / "without", record=True)
+    claim_workdir(config, tmp_path / "without", record=True)
     with config.unlocked():
         config.training.log_std = 1.5
-    storage.claim_workdir(config, tmp_path / "with", record=True)
-    storage.claim_workdir(config, tmp_path / "with", record=False)
+    claim_workdir(config, tmp_path / "with", record=True)
+    claim_workdir(config, tmp_path / "with", record=False)
     with pytest.raises(UserError, match=r"training\.log_std is None there and 1\.5 here"):
-        storage.claim_workdir(config, tmp_path / "without", record=False)
+        claim_workdir(config, tmp_path / "without", record=False)
     config.training.log_std = 2.0
     with pytest.raises(UserError, match=r"training\.log_std is 1\.5 there and 2\.0 here"):
-        storage.claim_workdir(config, tmp_path / "with", record=False)
+        claim_workdir(config, tmp_path / "with", record=False)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +391,7 @@ def test_a_misspelt_name_is_refused_with_those_there_are(mine, flag, line):
     assert line in str(error.value)
 
 
+@pytest.mark.slow
 def test_mistakes_in_a_config_file_are_one_line(folder):
     misspelt = main("--config=mine/tiny.py", "--config.training.prior=lognormal", cwd=folder)
     (folder / "mine" / "broken.py").write_text("import losses\n\nlosses.WEIGHTS['a'] = None\n")

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 import datasets
-import hosts
 import losses
 import run_lib
 import session
-import storage
 from configs.default import UserError
+from runtime import hosts
+from runtime.metrics_log import Metrics
 from tests.helpers import tiny_config
 from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
 
@@ -60,6 +60,7 @@ def damage(folder, how):
         shutil.rmtree(folder / "default")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "missing file", "no metadata", "no state"])
 def test_a_damaged_checkpoint_is_passed_over(trained, run, how, caplog):
     caplog.set_level(logging.INFO, "soft_truncation")
@@ -76,6 +77,7 @@ def test_a_damaged_checkpoint_is_passed_over(trained, run, how, caplog):
     assert losses_of(run) == losses_of(trained)
 
 
+@pytest.mark.slow
 def test_if_no_checkpoint_can_be_read_nothing_is_changed(run):
     for step in (3, 6, 9):
         damage(run / "checkpoints" / str(step), "truncated")
@@ -85,11 +87,10 @@ def test_if_no_checkpoint_can_be_read_nothing_is_changed(run):
     assert sorted(path for path in run.rglob("*") if path.name != ".lock") == before
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(run):
-    code = "import storage, pathlib, sys, time\n"
-    code += (
-        "with storage.locked(pathlib.Path(sys.argv[1])):\n print(1, flush=True)\n time.sleep(99)"
-    )
+    code = "import pathlib, sys, time\nfrom runtime.locking import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1])):\n print(1, flush=True)\n time.sleep(99)"
     process = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE)
     process.stdout.readline()
     config = tiny_config(n_iters=9, snapshot_freq=3)
@@ -102,22 +103,18 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(run):
 
 def poisoned(monkeypatch, steps):
     """The loss of the steps after so many is not a number."""
-    make = losses.get_batch_loss_fn
+    seed, loss_fn = tiny_config().seed, losses.Objective.__call__
+    keys = jax.vmap(lambda n: jax.random.key_data(losses.step_key(seed, n)))(steps)
 
-    def get_batch_loss_fn(config, *args, **kwargs):
-        loss_fn = make(config, *args, **kwargs)
-        keys = jax.vmap(lambda n: jax.random.key_data(losses.step_key(config.seed, n)))(steps)
+    def poisoned_fn(objective, score_fn, key, images, index, train):
+        values, tau = loss_fn(objective, score_fn, key, images, index, train)
+        hit = (jax.random.key_data(key) == keys).all(axis=-1).any()
+        return values * jax.numpy.where(hit, jax.numpy.nan, 1), tau
 
-        def poisoned_fn(params, key, images, index):
-            values, tau = loss_fn(params, key, images, index)
-            hit = (jax.random.key_data(key) == keys).all(axis=-1).any()
-            return values * jax.numpy.where(hit, jax.numpy.nan, 1), tau
-
-        return poisoned_fn
-
-    monkeypatch.setattr(losses, "get_batch_loss_fn", get_batch_loss_fn)
+    monkeypatch.setattr(losses.Objective, "__call__", poisoned_fn)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_and_counted(trained, tmp_path, monkeypatch, caplog):
     config = tiny_config(n_iters=9, snapshot_freq=3)
     caplog.set_level(logging.INFO, "soft_truncation")
@@ -139,19 +136,17 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(trained, tmp_path, mon
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_the_times_of_a_step_are_those_it_trains_at(mixed, monkeypatch):
+def test_the_times_of_a_step_are_those_it_trains_at(mixed):
     config, seen = tiny_config(mixed=mixed), []
     setup = session.set_up(config)
 
-    def score_matching_loss(score_fn, sde, x0, t, z, weight):
+    def score_fn(x, t, dropout_keys):
         seen.append(t)
-        return np.zeros(8)
+        return x
 
-    monkeypatch.setattr(losses, "score_matching_loss", score_matching_loss)
-    fn = losses.get_batch_loss_fn(config, setup.sde, setup.model, 17, train=False)
-    images = np.zeros((8, 8, 8, 1), np.uint8)
-    _, tau = fn(None, losses.step_key(config.seed, 5), images, np.arange(8))
-    expected_tau, expected = losses.times_of_step(config, setup.sde, 5)
+    key, images = losses.step_key(config.seed, 5), np.zeros((8, 8, 8, 1), np.uint8)
+    _, tau = setup.objective(score_fn, key, images, np.arange(8), train=False)
+    expected_tau, expected = setup.objective.times_of_step(config.seed, 5, 8)
     np.testing.assert_array_equal(tau, expected_tau)
     np.testing.assert_array_equal(seen[0], expected)
 
@@ -182,6 +177,7 @@ def launch(*args, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_waited_for_and_at_last_stops_the_run(start, tmp_path):
     steps = [
         "--config.training.n_iters=100000",
@@ -217,7 +213,7 @@ def test_a_full_disk_is_waited_for_and_at_last_stops_the_run(start, tmp_path):
 
 
 def test_while_the_disk_is_full_metrics_wait(tmp_path):
-    metrics = storage.Metrics(tmp_path, 0)
+    metrics = Metrics(tmp_path, 0)
     file, rest = metrics._file, iter([OSError(28, "full"), 7])
 
     def write(data):
@@ -263,6 +259,7 @@ def test_signals_ask_for_a_stop_and_are_given_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
     args = [*TINY, f"--workdir={tmp_path}/run", "--config.training.n_iters=10"]
     args += [f"--coordinator_address=127.0.0.1:{20_000 + os.getpid() % 20_000}"]
@@ -289,6 +286,7 @@ def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_flags_of_several_processes_belong_together():
     result = run_main("vp/digits_st.py", "--num_processes=2")
     assert result.returncode == 2 and "belong together" in result.stderr

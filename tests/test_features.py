@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 import datasets
-import features
 from configs.default import UserError
+from metrics import classifier
+from metrics import inception as metrics_inception
+from metrics import statistics as stats
+from metrics.classifier import get_classifier
+from metrics.features import apply_batched
 from models import inception
 from tests import torch_file
 from tests.helpers import GOLDEN, inception_state, tiny_config
@@ -48,14 +52,15 @@ def test_golden_inception(state):
             np.testing.assert_allclose(values, theirs, rtol=1e-3, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_the_extractor_reads_the_file_and_takes_levels_and_grey_images(weights, tmp_path):
     golden = np.load(GOLDEN / "inception.npz")
-    extractor = features.get_inception(str(weights), tmp_path, 256)
+    extractor = metrics_inception.get_inception(str(weights), tmp_path, 256)
     assert extractor.weights == hashlib.sha256(weights.read_bytes()).hexdigest()
     # Digits have 17 levels and one channel: the same as their grey values in all three.
     digits = datasets.in_order(datasets.get_dataset(tiny_config(), "test"), 4)["image"]
     grey = np.repeat(datasets.levels_to_uint8(digits, 17), 3, axis=-1)
-    of_levels = features.get_inception(str(weights), tmp_path, 17).fn(digits)["features"]
+    of_levels = metrics_inception.get_inception(str(weights), tmp_path, 17).fn(digits)["features"]
     of_grey = extractor.fn(grey)["features"]
     np.testing.assert_allclose(of_levels, of_grey, rtol=1e-5, atol=1e-6 * of_grey.max())
     pool = golden["cifar.pool_3"]
@@ -83,11 +88,12 @@ def test_weights_of_another_network_are_refused(state, change, line):
 
 def test_a_file_of_something_else_is_one_line(tmp_path):
     with pytest.raises(UserError, match="does not hold the weights of FID's Inception: it has no"):
-        features.get_inception(str(GOLDEN / "vp_ddpmpp.pth"), tmp_path, 256)
+        metrics_inception.get_inception(str(GOLDEN / "vp_ddpmpp.pth"), tmp_path, 256)
     with pytest.raises(UserError, match="No such file"):
-        features.get_inception(str(tmp_path / "none.pth"), tmp_path, 256)
+        metrics_inception.get_inception(str(tmp_path / "none.pth"), tmp_path, 256)
 
 
+@pytest.mark.slow
 def test_the_resize_is_tensorflow_1s():
     tf = pytest.importorskip("tensorflow")
     for size in (8, 32, 299, 400):
@@ -111,26 +117,26 @@ def server(tmp_path):
 def test_weights_are_downloaded_once_and_checked(server, weights, tmp_path, monkeypatch, caplog):
     folder, address = server
     name, cache = "published.pth", tmp_path / "cache"
-    monkeypatch.setattr(features, "INCEPTION_URL", f"{address}/{name}")
+    monkeypatch.setattr(metrics_inception, "INCEPTION_URL", f"{address}/{name}")
     # Nothing is there: a line that says what to do, and no file.
-    assert features.get_inception("", cache, 256) is None
+    assert metrics_inception.get_inception("", cache, 256) is None
     assert "no FID" in caplog.text and "eval.inception_path" in caplog.text
     # Another file comes: the same.
     (folder / name).write_bytes(weights.read_bytes())
-    assert features.get_inception("", cache, 256) is None
+    assert metrics_inception.get_inception("", cache, 256) is None
     assert "not the published file" in caplog.text
     assert list(cache.iterdir()) == []
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    monkeypatch.setattr(features, "INCEPTION_SHA256", digest)
-    assert features.get_inception("", cache, 256).weights == digest
+    monkeypatch.setattr(metrics_inception, "INCEPTION_SHA256", digest)
+    assert metrics_inception.get_inception("", cache, 256).weights == digest
     (folder / name).unlink()
-    assert features.get_inception("", cache, 256).weights == digest
+    assert metrics_inception.get_inception("", cache, 256).weights == digest
     # A cached file that is not the published one any more is not trusted.
     state = inception_state()
     state["fc.bias"] = state["fc.bias"] + 1
     torch_file.save_row(state, cache / name)
     with pytest.raises(UserError, match="delete it"):
-        features.get_inception("", cache, 256)
+        metrics_inception.get_inception("", cache, 256)
 
 
 FACTS = {"extractor": "inception", "weights": "abc", "image_size": 32, "num_images": 50}
@@ -139,15 +145,15 @@ FACTS = {"extractor": "inception", "weights": "abc", "image_size": 32, "num_imag
 @pytest.fixture
 def statistics(tmp_path):
     rows = np.random.default_rng(0).standard_normal((50, 2048)).astype(np.float32)
-    made = features.summarize(FACTS, np.split(rows, [7, 30]), 50)
+    made = stats.summarize(FACTS, np.split(rows, [7, 30]), 50)
     path = tmp_path / "stats.npz"
-    features.save_statistics(made, path)
+    stats.save_statistics(made, path)
     return path, rows, made
 
 
 def test_statistics_are_kept_with_what_they_are_of(statistics):
     path, rows, made = statistics
-    loaded = features.load_statistics(path, FACTS)
+    loaded = stats.load_statistics(path, FACTS)
     assert loaded.facts == FACTS
     for name in ("mean", "cov", "features"):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(made, name))
@@ -160,7 +166,7 @@ def test_statistics_are_kept_with_what_they_are_of(statistics):
 )
 def test_statistics_of_something_else_are_refused(statistics, name, value):
     with pytest.raises(UserError, match=f"has {name} {FACTS[name]}, and here it is {value}"):
-        features.load_statistics(statistics[0], FACTS | {name: value})
+        stats.load_statistics(statistics[0], FACTS | {name: value})
 
 
 def test_damaged_statistics_are_refused(statistics, tmp_path):
@@ -169,9 +175,9 @@ def test_damaged_statistics_are_refused(statistics, tmp_path):
     for damaged in (raw[: len(raw) // 2], b"", b"PK\x03\x04", raw[:5000] + b"x" + raw[5001:]):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="can't be read as statistics"):
-            features.load_statistics(path, FACTS)
+            stats.load_statistics(path, FACTS)
     with pytest.raises(UserError, match="can't be read as statistics"):
-        features.load_statistics(tmp_path / "none.npz", FACTS)
+        stats.load_statistics(tmp_path / "none.npz", FACTS)
     for changed, reason in (
         ({"mu": made.mean}, "it has no 'sigma"),
         ({"mu": made.mean[:100], "sigma": made.cov[:100, :100]}, "100 features"),
@@ -182,7 +188,7 @@ def test_damaged_statistics_are_refused(statistics, tmp_path):
     ):
         np.savez(path, **changed)
         with pytest.raises(UserError, match=reason):
-            features.load_statistics(path, FACTS)
+            stats.load_statistics(path, FACTS)
 
 
 def test_statistics_of_others_load(statistics, tmp_path, caplog):
@@ -191,8 +197,7 @@ def test_statistics_of_others_load(statistics, tmp_path, caplog):
     np.savez(tmp_path / "official.npz", pool_3=rows, logits=rows[:, :1008])
     np.savez(tmp_path / "moments.npz", mu=made.mean, sigma=made.cov)
     official, moments = (
-        features.load_statistics(tmp_path / f"{name}.npz", FACTS)
-        for name in ("official", "moments")
+        stats.load_statistics(tmp_path / f"{name}.npz", FACTS) for name in ("official", "moments")
     )
     np.testing.assert_allclose(official.cov, made.cov, atol=1e-6)
     np.testing.assert_array_equal(moments.cov, made.cov)
@@ -202,9 +207,9 @@ def test_statistics_of_others_load(statistics, tmp_path, caplog):
 
 
 def test_a_subset_of_many_features_is_of_all_parts(monkeypatch):
-    monkeypatch.setattr(features, "SUBSET", 20)
+    monkeypatch.setattr(stats, "SUBSET", 20)
     rows = np.arange(200.0)[:, None].repeat(2, axis=1)
-    kept = features.summarize({}, np.split(rows, 10), 200).features[:, 0]
+    kept = stats.summarize({}, np.split(rows, 10), 200).features[:, 0]
     assert len(kept) == len(np.unique(kept)) == 20
     assert kept.min() < 50 and kept.max() > 150
 
@@ -218,14 +223,15 @@ def test_batches_of_one_size_cover_everything():
         return {"features": jax.numpy.asarray(batch.reshape(len(batch), -1))}
 
     np.testing.assert_array_equal(
-        features.apply_batched(network, images, 3)["features"], images.reshape(7, 2)
+        apply_batched(network, images, 3)["features"], images.reshape(7, 2)
     )
     assert sizes == [3, 3, 3]
 
 
+@pytest.mark.slow
 def test_classifier_is_trained_once_and_tells_classes_apart(tmp_path, monkeypatch):
     train, test = (datasets.get_dataset(tiny_config(), split) for split in ("train", "test"))
-    extractor, accuracy = features.get_classifier(train, test, tmp_path, steps=200)
+    extractor, accuracy = get_classifier(train, test, tmp_path, steps=200)
     assert accuracy > 0.8
     files = list(tmp_path.iterdir())
     assert len(files) == 1
@@ -233,13 +239,13 @@ def test_classifier_is_trained_once_and_tells_classes_apart(tmp_path, monkeypatc
     def fail(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(features, "_train_classifier", fail)
-    again, same = features.get_classifier(train, test, tmp_path, steps=200)
+    monkeypatch.setattr(classifier, "_train_classifier", fail)
+    again, same = get_classifier(train, test, tmp_path, steps=200)
     assert same == accuracy and again.weights == extractor.weights
     images = datasets.in_order(test)["image"]
     np.testing.assert_array_equal(extractor.fn(images)["features"], again.fn(images)["features"])
     monkeypatch.undo()
 
     files[0].write_bytes(files[0].read_bytes()[:100])  # damage: made anew
-    mended, _ = features.get_classifier(train, test, tmp_path, steps=200)
+    mended, _ = get_classifier(train, test, tmp_path, steps=200)
     assert mended.weights == extractor.weights

@@ -2,9 +2,9 @@ import jax
 import numpy as np
 import pytest
 
-import import_checkpoint
 import run_lib
 from configs.default import UserError
+from official import import_checkpoint
 from tests import torch_file
 from tests.helpers import GOLDEN, golden_config, param_shapes, tiny_config
 
@@ -67,12 +67,16 @@ def official_names(config):
     return keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
     config = tiny_config()
     config.model.update(name="ddpm", nf=8, ch_mult=(1, 2), attn_resolutions=(4,))
     rng = np.random.default_rng(0)
-    draw = lambda shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+    def draw(shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     names = official_names(config)
     model = {k: 0.1 * draw(shape) for k, shape in names}
     moments = {
@@ -92,7 +96,10 @@ def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
         assert jax.tree.map(lambda x: x.shape, tree) == shapes
     adam = state.opt_state[2]
     last = max(i for i, (k, _) in enumerate(names) if k.endswith("weight"))
-    kernel = lambda tree: tree[max(tree, key=lambda k: (k[:5] == "Conv_", k))]["kernel"]  # noqa: E731
+
+    def kernel(tree):
+        return tree[max(tree, key=lambda k: (k[:5] == "Conv_", k))]["kernel"]
+
     np.testing.assert_array_equal(kernel(state.params), model[names[last][0]].transpose(2, 3, 1, 0))
     np.testing.assert_array_equal(kernel(state.ema_params), kernel(state.params) + 1)
     if trained:

@@ -7,11 +7,11 @@ import pytest
 import scipy.stats
 
 import datasets
-import import_checkpoint
 import likelihood
 import losses
 import sde_lib
 from models import utils as mutils
+from official import import_checkpoint
 from tests.helpers import GOLDEN, Gaussian, Mixture, golden_config, nhwc, tiny_config
 
 SDE = sde_lib.VPSDE()
@@ -65,9 +65,13 @@ def test_nelbo_is_tight_for_the_exact_score(values, name):
     assert abs(gap.mean()) < 4 * stderr + 0.005
 
 
+@pytest.mark.slow
 def test_a_wrong_score_costs_bits(values):
     x, bits = values
-    wrong = lambda _: lambda x, t: 0.8 * DATA.score_fn(SDE)(x, t)  # noqa: E731
+
+    def wrong(_):
+        return lambda x, t: 0.8 * DATA.score_fn(SDE)(x, t)
+
     nelbo = likelihood.get_nelbo_fn(config(), SDE, wrong)(None, jax.random.key(1), x)["nelbo"]
     nll = likelihood.get_nll_fn(config(), SDE, wrong)(None, jax.random.key(0), x)["nll"]
     assert nelbo.mean() > bits["nelbo"].mean() + 0.1
@@ -75,11 +79,11 @@ def test_a_wrong_score_costs_bits(values):
     assert nll.mean() > exact_bits(x).mean() + 0.1
 
 
-def test_known_terms_are_the_integrals_that_they_replace():
+def test_nelbo_constants_are_the_integrals_that_they_replace():
     t = jnp.asarray(np.geomspace(1e-5, 1, 200_001))
     integrand = (SDE.diffusion(t) / SDE.std(t)) ** 2 + 2 * SDE.drift_coeff(t)
     integral = np.trapezoid(np.asarray(integrand * t, np.float64), np.log(np.asarray(t)))
-    np.testing.assert_allclose(likelihood.known_terms(SDE, 1e-5, 3), -1.5 * integral, rtol=1e-4)
+    np.testing.assert_allclose(likelihood.nelbo_constants(SDE, 1e-5, 3), -1.5 * integral, rtol=1e-4)
 
 
 def test_more_levels_cost_more_bits():
@@ -91,6 +95,7 @@ def test_more_levels_cost_more_bits():
     np.testing.assert_allclose(many - few, np.log2(256 / 17), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vp_ddpmpp", "vp_uddpmpp"])
 def test_golden_likelihood(name):
     data = np.load(GOLDEN / "likelihood.npz")
@@ -137,6 +142,7 @@ SDES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SDES)
 def test_the_solvers_of_the_ode_agree(name):
     sde, data = SDES[name], Mixture((2, 2, 1), 0.05, 0.7)
@@ -144,9 +150,9 @@ def test_the_solvers_of_the_ode_agree(name):
     probe = jax.random.rademacher(jax.random.key(0), x.shape, dtype=jnp.float32)
 
     def bits(**solver):
-        solve = lambda x: likelihood.ode_log_likelihood(  # noqa: E731
-            sde, score_fn, x, probe, eps=1e-5, **solver
-        )
+        def solve(x):
+            return likelihood.ode_log_likelihood(sde, score_fn, x, probe, eps=1e-5, **solver)
+
         logp, latent, _ = jax.jit(solve)(x)
         return np.asarray(logp) / (4 * np.log(2)), np.asarray(latent) / sde.prior_std()
 
@@ -165,7 +171,10 @@ def test_the_solvers_of_the_ode_agree(name):
 def test_likelihood_is_exact_on_every_sde(name):
     sde = SDES[name]
     x = DATA.sample(4000)
-    make_score_fn = lambda _: DATA.score_fn(sde)  # noqa: E731
+
+    def make_score_fn(_):
+        return DATA.score_fn(sde)
+
     nll = likelihood.get_nll_fn(config(), sde, make_score_fn)(None, jax.random.key(0), x)
     nelbo = likelihood.get_nelbo_fn(config(), sde, make_score_fn)(None, jax.random.key(1), x)
     assert abs(nll["nll"].mean() - exact_bits(x).mean()) < 0.01
@@ -181,7 +190,10 @@ def known_density(request):
         "mixture": Mixture((2, 2, 1), 0.05, 0.7),
     }[request.param]
     x = data.sample(4000, seed=7)
-    make_score_fn = lambda _: data.score_fn(SDE)  # noqa: E731
+
+    def make_score_fn(_):
+        return data.score_fn(SDE)
+
     nll_fn = likelihood.get_nll_fn(config(), SDE, make_score_fn)
     nelbo_fn = likelihood.get_nelbo_fn(config(), SDE, make_score_fn)
     draws = []
@@ -199,6 +211,7 @@ def known_density(request):
     return values, data.nats(x) / (4 * np.log(2)) + 7, entropy / (4 * np.log(2)) + 7
 
 
+@pytest.mark.slow
 def test_bits_of_a_known_density_are_exact(known_density):
     values, exact, _ = known_density
     for name in ("nll", "nll_without_residual"):
@@ -251,7 +264,7 @@ def test_the_lossless_nelbo_bounds_the_entropy_of_levels():
     cfg = config()
     cfg.data.update(dequantization="lossless")
     cfg.training.truncation_time = 5e-3
-    lowest, width = datasets.level_grid(num_levels, True)
+    lowest, width = datasets.Preprocessing(num_levels, True, "none", False).level_grid
     x = lowest + width * jnp.clip(jnp.round((data.sample(4000) - lowest) / width), 0, 64)
     nelbo_fn = likelihood.get_nelbo_fn(cfg, SDE, lambda _: data.score_fn(SDE), num_levels)
     bits = np.asarray(nelbo_fn(None, jax.random.key(0), x, lossless=True)["nelbo_lossless"])

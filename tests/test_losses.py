@@ -7,12 +7,22 @@ import scipy.integrate
 import scipy.stats
 
 import datasets
-import import_checkpoint
 import losses
 import sde_lib
 import session
+import train_step
 from models import utils as mutils
-from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, random_params, tiny_config
+from official import import_checkpoint
+from tests.helpers import (
+    GOLDEN,
+    Gaussian,
+    golden_config,
+    loss_fn_of,
+    nhwc,
+    random_params,
+    step_fn_of,
+    tiny_config,
+)
 
 KS = [0, 0.5, 0.8, 0.9, 0.999, 1 - 1e-7, 1, 1 + 1e-7, 1.001, 1.1, 1.2, 2, 3, 8]
 SDE = sde_lib.VPSDE()
@@ -74,7 +84,10 @@ GOLDEN_LOSSES = np.load(GOLDEN / "losses.npz")
 def test_golden_losses(name):
     config = golden_config(name)
     params, _, _ = import_checkpoint.load(GOLDEN / f"{name}.pth", config)
-    get = lambda field: GOLDEN_LOSSES[f"{name}.{field}"]  # noqa: E731
+
+    def get(field):
+        return GOLDEN_LOSSES[f"{name}.{field}"]
+
     sde, model = sde_lib.get_sde(config), mutils.create_model(config)
     score_fn = jax.jit(mutils.get_score_fn(config, sde, model, params))
     modes = {k.split(".")[1] for k in GOLDEN_LOSSES if k.startswith(name) and k.count(".") == 2}
@@ -133,7 +146,7 @@ def step_losses_and_grads(config, steps, distinct=4):
     """The (loss, gradient by a, gradient by b) of each of many steps with 4 images, (steps, 3)."""
     sde = sde_lib.get_sde(config)
     train = not config.training.balanced  # which needs a named axis
-    loss_fn = losses.get_batch_loss_fn(config, sde, LinearModel(), 17, train=train)
+    loss_fn = loss_fn_of(config, sde, LinearModel(), 17, train=train)
     images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (4, 2, 2, 1)), jnp.uint8)
     images = jnp.resize(images[:distinct], images.shape)
 
@@ -148,8 +161,10 @@ def step_losses_and_grads(config, steps, distinct=4):
 
 
 @pytest.mark.parametrize("likelihood", [True, False])
-@pytest.mark.parametrize("importance", [True, False])
-@pytest.mark.parametrize("k", [0, 1, 2])
+@pytest.mark.parametrize("importance", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "k", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_soft_truncation_equals_the_equivalent_weight_in_expectation(k, importance, likelihood):
     steps = 30_000
     values = {
@@ -169,10 +184,10 @@ def test_soft_truncation_equals_the_equivalent_weight_in_expectation(k, importan
 
 
 def pmapped_step(config, num_devices):
-    setup, data = session.set_up(config), session.load_data(config)
-    step_fn = losses.get_step_fn(config, setup.sde, setup.model, setup.optimizer, 17)
+    setup, data = session.set_up(config), datasets.load_data(config)
+    step_fn = step_fn_of(config, setup.sde, setup.model, setup.optimizer, 17)
     devices = jax.devices()[:num_devices]
-    state = losses.pack_state(session.init_state(config, setup.model, setup.optimizer))
+    state = train_step.pack_state(session.init_state(config, setup.model, setup.optimizer))
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), state)
     batches = datasets.train_batches(data.train, config.training.batch_size, config.seed)
     return state, jax.pmap(step_fn, axis_name="batch", devices=devices), batches
@@ -183,11 +198,14 @@ def run_steps(config, num_devices, steps):
     history = []
     for _ in range(steps):
         batch = next(batches)
-        shard = lambda x: x.reshape(num_devices, -1, *x.shape[1:])  # noqa: E731
+
+        def shard(x):
+            return x.reshape(num_devices, -1, *x.shape[1:])
+
         images = shard(batch["image"])[:, None]
         state, metrics = step_fn(state, images, shard(batch["index"]))
         history.append(jax.tree.map(lambda x: np.asarray(x[:, 0]), metrics))
-    state = losses.unpack_state(jax.tree.map(lambda x: x[0], state))
+    state = train_step.unpack_state(jax.tree.map(lambda x: x[0], state))
     return jax.tree.map(np.asarray, state), history
 
 
@@ -209,6 +227,7 @@ def test_tau_is_one_number_a_step_across_devices(on_four_devices):
     assert len(np.unique(taus[:, 0])) == 4  # and a new one in every step
 
 
+@pytest.mark.slow
 def test_every_time_of_a_step_is_above_its_tau():
     config = toy_config("soft", 1, True, True)
     seen = []
@@ -218,7 +237,7 @@ def test_every_time_of_a_step_is_above_its_tau():
             seen.append(np.asarray(labels) / 999)
             return x
 
-    loss_fn = losses.get_batch_loss_fn(config, SDE, Recorder(), 17, train=True)
+    loss_fn = loss_fn_of(config, SDE, Recorder(), 17, train=True)
     images, index = jnp.zeros((64, 2, 2, 1), jnp.uint8), jnp.arange(64)
     for step in range(20):
         _, tau = loss_fn({"a": 0.0, "b": 0.0}, losses.step_key(0, step), images, index)
@@ -235,6 +254,7 @@ def test_devices_do_not_change_the_run(on_one_device, on_four_devices):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_run(on_one_device):
     config = tiny_config()
     config.optim.num_micro_batch = 2
@@ -246,14 +266,16 @@ def test_micro_batches_do_not_change_the_run(on_one_device):
 
 
 def test_ema_follows_the_official_rule():
-    np.testing.assert_allclose(losses.ema_decay(0.9999, jnp.arange(1, 4)), [2 / 11, 3 / 12, 4 / 13])
-    np.testing.assert_allclose(losses.ema_decay(0.9, 1000), 0.9)
+    np.testing.assert_allclose(
+        train_step.ema_decay(0.9999, jnp.arange(1, 4)), [2 / 11, 3 / 12, 4 / 13]
+    )
+    np.testing.assert_allclose(train_step.ema_decay(0.9, 1000), 0.9)
 
 
 def test_optimizer_warms_up_from_zero_and_clips():
     config = tiny_config()
     config.optim.update(lr=0.1, warmup=4, grad_clip=1.0, eps=1e-8)
-    optimizer = losses.get_optimizer(config)
+    optimizer = train_step.get_optimizer(config)
     params = {"w": jnp.zeros(2)}
     opt_state = optimizer.init(params)
     sizes = []
@@ -269,7 +291,7 @@ def test_optimizer_warms_up_from_zero_and_clips():
 def test_weight_decay_is_added_to_the_clipped_gradient():
     config = tiny_config()
     config.optim.update(grad_clip=1.0, weight_decay=0.5)
-    optimizer = losses.get_optimizer(config)
+    optimizer = train_step.get_optimizer(config)
     params = {"w": jnp.array([2.0, -4.0])}
     _, opt_state = optimizer.update({"w": jnp.array([30.0, 40.0])}, optimizer.init(params), params)
     mean = optax.tree_utils.tree_get(opt_state, "mu")["w"] / (1 - 0.9)
@@ -317,13 +339,17 @@ def test_mixed_is_the_sum_of_its_two_halves():
     assert np.abs(mixed.mean(0) - likelihood.mean(0)).max() > 0.1 * np.abs(likelihood.mean(0)).max()
 
 
+@pytest.mark.slow
 def test_balanced_brings_the_second_half_to_the_first_ones_size():
     images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (8, 2, 2, 1)), jnp.uint8)
     params = {"a": jnp.array(0.3), "b": jnp.array(0.1)}
 
     def run(config):
-        loss_fn = losses.get_batch_loss_fn(config, SDE, LinearModel(), 17, train=False)
-        mean = lambda p: loss_fn(p, losses.step_key(0, 5), images, jnp.arange(8))[0]  # noqa: E731
+        loss_fn = loss_fn_of(config, SDE, LinearModel(), 17, train=False)
+
+        def mean(p):
+            return loss_fn(p, losses.step_key(0, 5), images, jnp.arange(8))[0]
+
         return mean(params), jax.jacobian(mean)(params)["a"]
 
     plain, plain_grad = run(mixed_config(ddpm_weight=1.0))
@@ -335,6 +361,7 @@ def test_balanced_brings_the_second_half_to_the_first_ones_size():
     np.testing.assert_allclose(balanced_grad[1::2], plain_grad[1::2] * ratio, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_mixed_training_is_the_same_on_several_devices():
     config = tiny_config(mixed=True, balanced=True, ddpm_weight=1.0)
     _, one = run_steps(config, 1, 4)
@@ -346,7 +373,7 @@ def test_mixed_training_is_the_same_on_several_devices():
 def test_the_lossless_decoder_is_a_distribution_over_levels():
     # For each pixel the probabilities of all levels sum to 1, and the likely one is near the mean.
     data, num_levels = Gaussian((1, 1, 1), 0.2, 0.1), 9
-    lowest, width = datasets.level_grid(num_levels, centered=True)
+    lowest, width = datasets.Preprocessing(num_levels, True, "none", False).level_grid
     levels = jnp.linspace(-1, 1, num_levels)[:, None, None, None]
     np.testing.assert_allclose(levels[1] - levels[0], width, rtol=1e-6)
     for eps in (1e-5, 1e-3, 0.1, 1.0):
@@ -358,6 +385,7 @@ def test_the_lossless_decoder_is_a_distribution_over_levels():
         np.testing.assert_allclose(jnp.exp(-nll).sum(), 1, rtol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.0, 3.0, -8.0, 40.0])
 @pytest.mark.parametrize("width", [1e-4, 0.02, 1.0, 30.0])
 def test_log_normal_mass_keeps_its_digits(shift, width):
@@ -373,6 +401,7 @@ def test_log_normal_mass_keeps_its_digits(shift, width):
     assert jnp.isfinite(jax.grad(mass)(shift))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dequantization", ["uniform", "lossless"])
 def test_reconstruction_loss_is_added_at_tau(dequantization):
     config = toy_config("fixed", 1.0, likelihood=True, importance=True)
@@ -401,28 +430,33 @@ def test_reconstruction_loss_is_added_at_tau(dequantization):
     assert np.isfinite(with_it).all()
 
 
+@pytest.mark.slow
 def test_a_packed_state_comes_back():
     config = tiny_config()
     config.model.update(embedding_type="fourier")
     setup = session.set_up(config)
     state = session.init_state(config, setup.model, setup.optimizer)
-    packed = losses.pack_state(state)
+    packed = train_step.pack_state(state)
     assert len(jax.tree.leaves(packed)) < 16
     assert packed.params.fixed.size == config.model.nf  # the Fourier frequencies alone
-    again = losses.unpack_state(packed)
+    again = train_step.unpack_state(packed)
     assert jax.tree.structure(again) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_nothing_but_memory():
     def value_and_grads(remat):
         config = tiny_config()
         config.model.update(remat=remat, dropout=0.3, init_scale=1.0, attn_resolutions=(8,))
         model = mutils.create_model(config)
-        loss_fn = losses.get_batch_loss_fn(config, SDE, model, 17, train=True)
+        loss_fn = loss_fn_of(config, SDE, model, 17, train=True)
         images = np.random.default_rng(0).integers(0, 17, (8, 8, 8, 1), dtype=np.uint8)
-        mean = lambda p: jnp.mean(loss_fn(p, losses.step_key(0, 1), images, jnp.arange(8))[0])  # noqa: E731
+
+        def mean(p):
+            return jnp.mean(loss_fn(p, losses.step_key(0, 1), images, jnp.arange(8))[0])
+
         params = random_params(config)
         saved = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(mean, p)[1], params))
         memory = sum(x.size * x.dtype.itemsize for x in saved if x.ndim == 4)

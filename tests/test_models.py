@@ -3,12 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import import_checkpoint
 import sde_lib
 from configs.ve import cifar10_ncsnpp_st
 from configs.vp import cifar10_st
 from models import layers, ncsnv2
 from models import utils as mutils
+from official import import_checkpoint
 from tests.helpers import (
     GOLDEN,
     GOLDEN_MODELS,
@@ -28,7 +28,13 @@ def test_cifar10_network_has_the_official_size():
     assert num_params(cifar10_st.get_config()) == 61_804_419
 
 
-@pytest.fixture(scope="module", params=GOLDEN_MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        GOLDEN_MODELS[0],
+        *(pytest.param(name, marks=pytest.mark.slow) for name in GOLDEN_MODELS[1:]),
+    ],
+)
 def golden(request):
     config = golden_config(request.param)
     params, ema_params, step = import_checkpoint.load(GOLDEN / f"{request.param}.pth", config)
@@ -55,6 +61,7 @@ def test_golden_scores(golden):
 
 
 # These two have every layer.
+@pytest.mark.slow
 @pytest.mark.parametrize("golden", ["vp_ddpmpp", "ve_ncsnpp_skip"], indirect=True)
 def test_bfloat16_computes_the_same_function(golden):
     name, config, model, params, _ = golden
@@ -92,6 +99,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_make_another_network_that_learns(option):
     config = tiny_config()
@@ -133,6 +141,7 @@ def dense_fir(x, kernel, up, down, padding):
     return out[::down, ::down]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [(1, 3, 3, 1), (1, 2, 3, 4), (1, 1), (1, 4, 6, 5, 2, 1)])
 def test_fir_resampling_is_its_definition(kernel):
     x = np.random.default_rng(0).standard_normal((1, 6, 8, 1)).astype(np.float32)
@@ -151,6 +160,7 @@ def correlate(weight, x):
     return (np.array(windows) * weight).sum((2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [(1, 3, 3, 1), (1, 2, 3, 4)])
 def test_fir_convolutions_are_a_filter_and_a_convolution(kernel):
     x = np.random.default_rng(0).standard_normal((1, 6, 6, 1)).astype(np.float32)
@@ -170,6 +180,7 @@ def test_fir_convolutions_are_a_filter_and_a_convolution(kernel):
         np.testing.assert_allclose(out[0, :, :, 0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ncsnv2.NAMES)
 def test_ncsnv2_is_a_score_of_any_noise_level(name):
     config = tiny_config(sde="vesde")
@@ -209,6 +220,7 @@ def test_aligned_corners():
     np.testing.assert_allclose(out, np.linspace(0, 2, 9), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_ve_score_is_divided_by_sigma_in_either_embedding():
     config = tiny_config(sde="vesde")
     config.data.centered = False
@@ -235,6 +247,7 @@ def test_labels_of_the_positional_embedding_follow_the_clock_of_ve_and_rve():
         np.testing.assert_allclose(labels, np.linspace(0, 999, 10), atol=0.05)
 
 
+@pytest.mark.slow
 def test_dropout_of_an_image_depends_on_its_own_key_alone():
     config = tiny_config()
     config.model.update(dropout=0.5, init_scale=1.0)

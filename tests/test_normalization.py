@@ -21,7 +21,10 @@ def _reference(channels, silu):
 
 def _draw(shape, dtype):
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(0.5, 1.0, shape), dtype)  # noqa: E731
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(0.5, 1.0, shape), dtype)
+
     params = {"params": {"scale": draw(shape[-1]), "bias": draw(shape[-1])}}
     return params, draw(*shape), draw(*shape)
 
@@ -34,6 +37,7 @@ def _everything(function, params, x, direction):
     return y, pull(direction), again, push
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -76,6 +80,7 @@ def _inputs(size, channels, dtype, n=3):
     return (x, scale, bias, shift), words, jax.random.normal(keys[5], x.shape).astype(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("size", "channels", "groups"), KERNEL_SHAPES)
 def test_the_kernels_agree_with_plain_jax(size, channels, groups, dtype):
@@ -143,7 +148,10 @@ def test_training_on_a_gpu_is_left_to_xla_where_the_kernels_do_not_work(
 ):
     inputs, words, direction = _inputs(8, 32, jnp.float32)
     options = normalization.Options(8, True, 0.1)
-    function = lambda *args: _training(options, args, words, direction)  # noqa: E731
+
+    def function(*args):
+        return _training(options, args, words, direction)
+
     expected = jax.jit(function)(*inputs)
     # Lowering for what is a CPU in fact fails as it does for a GPU that Triton does not know.
     monkeypatch.setattr(norm_kernels.jax, "default_backend", lambda: "gpu")
@@ -163,9 +171,12 @@ def test_training_on_a_gpu_is_left_to_xla_where_the_kernels_do_not_work(
 
 
 def test_images_that_do_not_fit_a_tile_are_left_to_xla():
-    fits = lambda size, channels: norm_kernels.fits(  # noqa: E731
-        normalization.Options(min(channels // 4, 32), True), jnp.zeros((1, size, size, channels))
-    )
+    def fits(size, channels):
+        return norm_kernels.fits(
+            normalization.Options(min(channels // 4, 32), True),
+            jnp.zeros((1, size, size, channels)),
+        )
+
     assert fits(64, 128) and fits(48, 64) and fits(4, 256)
     assert not fits(7, 64) and not fits(16, 384) and not fits(8, 48)
 

@@ -186,6 +186,7 @@ def test_every_notebook_is_run():
     assert {path.stem for path in PATHS} == set(RUNS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     # One device, as a person's machine has: it compiles faster than conftest.py's four.

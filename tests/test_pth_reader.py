@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.default import UserError
-from pth_reader import read_pth
+from official.pth_reader import read_pth
 from tests import torch_file
 from tests.helpers import GOLDEN
 
@@ -86,7 +86,10 @@ def test_other_opcodes_and_names_are_refused(layout, tmp_path, payload, reason):
 
 def rebuild(size, stride, kind=b"FloatStorage", offset=b"K\x00"):
     """A pickle of one tensor with the given pickled size and stride, of storage 0."""
-    name = lambda text: b"X" + len(text).to_bytes(4, "little") + text  # noqa: E731
+
+    def name(text):
+        return b"X" + len(text).to_bytes(4, "little") + text
+
     kind = b"ctorch\n" + kind + b"\n"
     storage = b"(" + name(b"storage") + kind + name(b"0") + name(b"cpu") + b"K\x04tQ"
     function = b"ctorch._utils\n_rebuild_tensor_v2\n"

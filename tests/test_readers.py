@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 import datasets
-import environment
 from configs.default import UserError, get_default_config
 from readers import cache, download, image_files
 from readers.decode import Fit, open_image
 from readers.layout import Records
 from readers.source import RecordSource
+from runtime import environment
 from tests import make_datasets
 from tests.data_server import DataServer
 
@@ -108,8 +108,8 @@ REFUSED = {
     "tfrecord_other_shape": "record 11 is 16×16 pixels",
     "png_broken": "1 of 60 files .* the first of them .*023.png",
     "splits_without_test": "a test split beside it",
-    "parquet_two_configurations": "has 2 configurations",
-    "empty_folder": "has 0 images",
+    "parquet_two_configurations": "has 2 configurations, cropped, full",
+    "empty_folder": "has no images",
     "drive_page": "is a web page, not an archive",
 }
 
@@ -365,6 +365,7 @@ def test_a_set_without_an_address_names_its_files():
         ("CELEBA", "img_align_celeba.zip"),
         ("IMAGENET32", "train_32x32.tar"),
         ("LSUN", "SCENE_train_lmdb.zip"),
+        ("FFHQ", "ffhq-r08.tfrecords"),
     ):
         config.data.dataset = name
         with pytest.raises(UserError, match=f"no stable address .*{file}.*docs/data.md"):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import controllable_generation
-import import_checkpoint
 import losses
 import sampling
 import sde_lib
 from models import utils as mutils
+from official import import_checkpoint
 from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, tiny_config
 
 SDES = {
@@ -37,10 +37,15 @@ def exact_flow(sde, x, eps):
 
     In the eigenbasis it scales each coordinate by the ratio of marginal deviations.
     """
-    marginal = lambda t: np.sqrt(  # noqa: E731
-        np.asarray(sde.mean_coeff(t)) ** 2 * DATA.variances + np.asarray(sde.std(t)) ** 2
-    )
-    center = lambda t: np.asarray(sde.mean_coeff(t)) * DATA.mean  # noqa: E731
+
+    def marginal(t):
+        return np.sqrt(
+            np.asarray(sde.mean_coeff(t)) ** 2 * DATA.variances + np.asarray(sde.std(t)) ** 2
+        )
+
+    def center(t):
+        return np.asarray(sde.mean_coeff(t)) * DATA.mean
+
     start = (np.asarray(x).reshape(len(x), -1) - center(1.0)) @ DATA.basis
     return (start * marginal(eps) / marginal(1.0)) @ DATA.basis.T + center(eps)
 
@@ -55,6 +60,7 @@ def check_moments(x, slack):
     assert cov_error.max() < 4.5 * np.sqrt(2 / len(x)) + slack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SDES)
 @pytest.mark.parametrize(
     ("predictor", "corrector"),
@@ -128,7 +134,9 @@ GOLDEN_SAMPLERS = np.load(GOLDEN / "samplers.npz")
 
 @pytest.mark.parametrize("name", sorted({k.rsplit(".", 1)[0] for k in GOLDEN_SAMPLERS}))
 def test_golden_samplers(name):
-    get = lambda field: GOLDEN_SAMPLERS[f"{name}.{field}"]  # noqa: E731
+    def get(field):
+        return GOLDEN_SAMPLERS[f"{name}.{field}"]
+
     model_name, predictor, corrector = name.split(".")
     config = golden_config(model_name)
     params, _, _ = import_checkpoint.load(GOLDEN / f"{model_name}.pth", config)
@@ -136,7 +144,9 @@ def test_golden_samplers(name):
     sde = Release(sde_lib.get_sde(config), num)
     score_fn = jax.jit(mutils.get_score_fn(config, sde.sde, mutils.create_model(config), params))
     rng, shape = np.random.default_rng(int(get("seed"))), get("x").shape
-    draw = lambda: nhwc(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
+
+    def draw():
+        return nhwc(rng.standard_normal(shape).astype(np.float32))
 
     x = mean = sde.prior_std() * draw()
     for t in jnp.linspace(1, float(get("eps")), num):
@@ -148,6 +158,7 @@ def test_golden_samplers(name):
         assert np.abs(value - expected).max() < 2e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SDES)
 @pytest.mark.parametrize("solver", [sampling.heun_sample, sampling.dpm_solver_sample])
 def test_solvers_converge_to_the_exact_flow_at_second_order(solver, name):
@@ -169,7 +180,9 @@ def test_solvers_converge_to_the_exact_flow_at_second_order(solver, name):
 
 
 @pytest.mark.parametrize("method", ["ode", "heun", "dpm_solver"])
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize(
+    "name", [name if name == "vp" else pytest.param(name, marks=pytest.mark.slow) for name in SDES]
+)
 def test_samplers_along_the_ode_sample_a_gaussian(name, method):
     sde = SDES[name]
     config = sampling_config(method, num_steps=100, rtol=1e-5, atol=1e-5)
@@ -194,7 +207,10 @@ def test_ode_follows_its_exact_solution(name):
 def test_spherical_interpolation():
     a, b = jax.random.normal(jax.random.key(0), (2, 4, 3, 3, 2))
     a, b = a.at[0].set(b[0]), 2 * b  # the first two are parallel
-    norm = lambda v: np.linalg.norm(np.asarray(v).reshape(4, -1), axis=1)  # noqa: E731
+
+    def norm(v):
+        return np.linalg.norm(np.asarray(v).reshape(4, -1), axis=1)
+
     np.testing.assert_allclose(sampling.slerp(a, b, 0.0), a, atol=1e-6)
     np.testing.assert_allclose(sampling.slerp(a, b, jnp.ones(4)), b, atol=1e-6)
     np.testing.assert_allclose(sampling.slerp(a, b, 0.25)[0], 1.25 * a[0], rtol=1e-5)
@@ -220,11 +236,13 @@ def test_denoising_is_the_posterior_mean():
     np.testing.assert_allclose(((error @ DATA.basis) ** 2).mean(0), posterior, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_a_solve_that_fails_gives_nan():
     y, _ = sampling.solve_ode(lambda t, y, _: y / 0.0, jnp.ones(2), 0.0, 1.0, 1e-3, 1e-3)
     assert np.isnan(np.asarray(y)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral_sampling"])
 def test_inpainting_draws_from_the_conditional_distribution(predictor):
     # Of a Gaussian, the unknown given the known is a Gaussian with known moments.

@@ -105,7 +105,10 @@ def test_importance_times_have_density_g2_over_sigma2(name):
 
     assert scipy.stats.kstest(np.asarray(t, np.float64), cdf).pvalue > 1e-3
     # The closed form itself, against quadrature of g²/σ².
-    ratio = lambda t: float(SDES[name].diffusion(t) / SDES[name].std(t)) ** 2  # noqa: E731
+
+    def ratio(t):
+        return float(SDES[name].diffusion(t) / SDES[name].std(t)) ** 2
+
     integral = scipy.integrate.quad(lambda s: ratio(np.exp(s)) * np.exp(s), np.log(tau), 0)[0]
     np.testing.assert_allclose(SDES[name].importance_normalizer(tau), integral, rtol=1e-5)
 

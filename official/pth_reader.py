@@ -1,7 +1,7 @@
-"""What `torch.save` wrote, without PyTorch, by a reader that can't run code.
+"""Reading files of `torch.save` without PyTorch and without running code from the file.
 
-It unpickles tensors and plain containers and nothing else. Both layouts are read: the zip archive
-(since PyTorch 1.6), and the one before, a row of pickles with the storages behind them.
+Only tensors and plain containers are unpickled. Both formats are supported: the zip archive (since
+PyTorch 1.6), and the older format, a sequence of pickles followed by the storages.
 """
 
 import io
@@ -18,7 +18,7 @@ import numpy as np
 
 from configs.default import UserError
 
-# Names of storages, and their dtypes. The names are all that a pickle can get hold of.
+# Dtypes of the storage classes. A pickle can refer to these names, but not to the classes.
 _DTYPES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype(np.float32),
     "DoubleStorage": np.dtype(np.float64),
@@ -30,7 +30,7 @@ _DTYPES: dict[str, np.dtype] = {
 }
 
 
-# Tuples, which nothing in a pickle can change.
+# Named tuples, because no opcode of a pickle can change them.
 class _StorageKind(NamedTuple):
     dtype: np.dtype
 
@@ -52,17 +52,44 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
     if not math.prod(size):
         return np.zeros(size, values.dtype)
     strides = [s * values.itemsize for s in stride]
-    # A view: many tensors of one storage take no more memory than it.
+    # A view, so that many tensors of one storage take no more memory than the storage.
     return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)
 
 
-# What torch.save's pickles of tensors in plain containers are made of.
+# The pickle opcodes that torch.save uses for tensors in plain containers.
 _OPCODES = {
-    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID"),
-    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("BINUNICODE", "SHORT_BINUNICODE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
-    *("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
-    *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    "PROTO",
+    "STOP",
+    "MARK",
+    "GLOBAL",
+    "REDUCE",
+    "BUILD",
+    "BINPERSID",
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "EMPTY_TUPLE",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+    "EMPTY_LIST",
+    "APPEND",
+    "APPENDS",
+    "EMPTY_DICT",
+    "SETITEM",
+    "SETITEMS",
+    "BINPUT",
+    "LONG_BINPUT",
+    "BINGET",
+    "LONG_BINGET",
 }
 
 # (dtype, the storage's name in the file, number of values) → the storage
@@ -76,12 +103,12 @@ class _Dispatch(dict[int, Callable[[Any], None]]):
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """Knows tensors and OrderedDict; refuses every other name, and every other opcode.
+    """An unpickler for tensors and OrderedDict that refuses all other names and opcodes.
 
-    It is pickle's own in Python, whose operations can be taken away one by one.
+    It derives from pickle's Python implementation, where single opcodes can be removed.
     """
 
-    stack: list[Any]  # of the base, as is this:
+    stack: list[Any]  # an attribute of the base class, like pop_mark
     pop_mark: Callable[[], list[Any]]
     dispatch = _Dispatch(
         (ord(op.code), pickle._Unpickler.dispatch[ord(op.code)])  # type: ignore[attr-defined]
@@ -94,7 +121,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         self._find_storage = find_storage
 
     def load_build(self) -> None:
-        # An OrderedDict's attributes, which hold versions; nothing else has any.
+        # Only an OrderedDict has attributes, with versions; they are dropped.
         self.stack.pop()
         if type(self.stack[-1]) is not OrderedDict:
             raise pickle.UnpicklingError("it sets attributes, which no tensor has")
@@ -121,7 +148,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         if type(target) not in (dict, OrderedDict):
             raise pickle.UnpicklingError("it sets an item of what is no dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Hashing a tuple of tuples of tuples … could end the process.
+            # Hashing deeply nested tuples could overflow the stack.
             if type(key) not in (str, int):
                 raise pickle.UnpicklingError("it has a key that is neither a name nor a number")
             target[key] = value
@@ -145,7 +172,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
     def persistent_load(self, pid: Any) -> _Storage:
-        # The older layout adds a view of the storage, which torch.save always leaves None.
+        # The older format has a sixth entry, a view of the storage, which is always None.
         plain = type(pid) is tuple and (len(pid) == 5 or (len(pid) == 6 and pid[5] is None))
         if not plain or pid[0] != "storage":
             raise pickle.UnpicklingError("it has a reference that is not a tensor's storage")
@@ -177,7 +204,7 @@ _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 def _read_row(path: str | pathlib.Path) -> Any:
-    """The layout before PyTorch 1.6: magic number, version, machine, object, keys, storages."""
+    """The format before PyTorch 1.6: magic number, version, machine, object, keys, storages."""
     file = io.BytesIO(pathlib.Path(path).read_bytes())
     size = len(file.getbuffer())
     storages: dict[str, tuple[np.ndarray, np.dtype]] = {}
@@ -186,7 +213,7 @@ def _read_row(path: str | pathlib.Path) -> Any:
         raise pickle.UnpicklingError("it has a tensor where none belongs")
 
     def find_storage(dtype: np.dtype, key: str, count: int) -> _Storage:
-        # What is in it comes later in the file: the tensor is a view, filled in then.
+        # The values come later in the file; the tensor is a view of an array that is filled then.
         if key not in storages:
             claimed = sum(values.nbytes for values, _ in storages.values())
             if not 0 <= count * dtype.itemsize <= size - claimed:
@@ -194,7 +221,9 @@ def _read_row(path: str | pathlib.Path) -> Any:
             storages[key] = np.empty(count, dtype), dtype
         return _Storage(storages[key][0])
 
-    read = lambda find: _Unpickler(file, find).load()  # noqa: E731
+    def read(find: Any) -> Any:
+        return _Unpickler(file, find).load()
+
     if read(refuse) != _MAGIC or read(refuse) != _VERSION:
         raise pickle.UnpicklingError("it is not a file that torch.save wrote")
     machine = read(refuse)
@@ -214,15 +243,15 @@ def _read_row(path: str | pathlib.Path) -> Any:
 
 
 def read_pth(path: str | pathlib.Path) -> Any:
-    """What `torch.save` wrote, with arrays for tensors.
+    """Read the object in a file of `torch.save`, with NumPy arrays for tensors.
 
     Raises:
-      UserError: the file is missing, damaged, or has anything but tensors and plain containers.
+      UserError: the file is missing, damaged, or has more than tensors and plain containers.
     """
     try:
         with open(path, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
         return _read_archive(path) if zipped else _read_row(path)
-    except Exception as error:  # a damaged pickle raises anything at all
+    except Exception as error:  # a damaged pickle can raise any kind of error
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} can't be read as a checkpoint: {reason}") from error

@@ -1,4 +1,4 @@
-"""Official PyTorch checkpoints as parameters of ours, read without PyTorch."""
+"""Conversion of official PyTorch checkpoints to our parameters, without PyTorch."""
 
 import dataclasses
 import pathlib
@@ -10,14 +10,14 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-import losses
 from configs.default import UserError
 from models import utils as mutils
-from pth_reader import read_pth
+from official.pth_reader import read_pth
+from train_step import TrainState, get_optimizer
 
 
 def _group(state: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """The tensors of each of the official network's modules, in its order."""
+    """The tensors of each module of the official network, in the order of the modules."""
     modules: dict[str, dict[str, np.ndarray]] = {}
     for key, value in state.items():
         index, name = key.split("all_modules.")[1].split(".", 1)
@@ -26,7 +26,7 @@ def _group(state: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 
 def _convert(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
-    """A tensor's name and layout, theirs to ours."""
+    """Convert a tensor's name and layout from PyTorch's to ours."""
     if value.ndim == 4:
         return "kernel", value.transpose(2, 3, 1, 0)
     if name == "W":
@@ -41,7 +41,7 @@ def _layer_kind(tensors: dict[str, np.ndarray]) -> str:
 
 
 def _module_params(tensors: dict[str, np.ndarray]) -> tuple[str, dict[str, Any]]:
-    """The kind of a module (our class), and its parameters under our names."""
+    """The name of our class for a module, and the module's parameters under our names."""
     if "W" in tensors:
         return "GaussianFourierProjection", tensors
     if "weight" in tensors:  # one layer
@@ -56,7 +56,7 @@ def _module_params(tensors: dict[str, np.ndarray]) -> tuple[str, dict[str, Any]]
     if list(layers) == ["Conv_0"]:
         resamples = layers["Conv_0"]["kernel"].shape[0] == 3
         return ("ResampleConv" if resamples else "Combine"), layers
-    # Their NIN is our Dense; the shortcut of a "ddpm" block comes after the time's Dense_0.
+    # A NIN layer is our Dense. In a "ddpm" block Dense_0 is for the time, Dense_1 the shortcut.
     first = 1 if "Dense_0" in layers else 0
     renamed = {
         f"Dense_{first + int(k[4:])}" if k.startswith("NIN_") else k: v for k, v in layers.items()
@@ -65,9 +65,9 @@ def _module_params(tensors: dict[str, np.ndarray]) -> tuple[str, dict[str, Any]]
 
 
 def convert_state(state: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The parameters of our network from the official network's state dict.
+    """Convert the official network's state dict to our network's parameters.
 
-    Both number the modules of a kind in the order of the forward pass.
+    In both networks the modules of a kind are numbered in the order of the forward pass.
     """
     params: dict[str, Any] = {}
     counts: dict[str, int] = {}
@@ -81,11 +81,11 @@ def convert_state(state: dict[str, np.ndarray]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Official:
-    """What we take from a checkpoint; all but `step` are trees of our network's form."""
+    """The contents of a checkpoint; all but `step` are trees with our network's structure."""
 
     params: Any
     ema_params: Any
-    mean: Any  # Adam's moments, or None, if it never made a step
+    mean: Any  # Adam's moments; None if Adam has made no step
     variance: Any
     step: int
 
@@ -94,7 +94,7 @@ def _read_official(path: str | pathlib.Path) -> _Official:
     checkpoint = read_pth(path)
     try:
         state = {k: v for k, v in checkpoint["model"].items() if ".all_modules." in f".{k}"}
-        # The Fourier embedding's frequencies are not trained: no average, no moments.
+        # The Fourier embedding's frequencies are not trained and have no EMA and no moments.
         trained = [k for k, v in state.items() if not (k.endswith(".W") and v.ndim == 1)]
         shadow = checkpoint["ema"]["shadow_params"]
         if len(shadow) != len(trained):
@@ -106,7 +106,7 @@ def _read_official(path: str | pathlib.Path) -> _Official:
         moments = checkpoint["optimizer"]["state"]
 
         def moment(name: str) -> Any:
-            # Numbered like the network's parameters.
+            # Moments are numbered in the order of the network's parameters.
             known = {k: moments[i][name] for i, k in enumerate(state) if i in moments}
             zeros = {k: np.zeros_like(v) for k, v in state.items()}
             return convert_state(zeros | known) if moments else None
@@ -125,9 +125,9 @@ def _read_official(path: str | pathlib.Path) -> _Official:
 
 
 def _check_shapes(path: str | pathlib.Path, official: _Official, expected: Any) -> None:
-    named = lambda tree: {  # noqa: E731
-        jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    def named(tree: Any) -> Any:
+        return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
     ours = named(expected)
     for tree in (official.params, official.ema_params, official.mean, official.variance):
         theirs = named(tree)
@@ -151,20 +151,20 @@ def _load(path: str | pathlib.Path, config: ConfigDict) -> _Official:
 
 
 def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:
-    """An official checkpoint as (params, ema_params, step) of the config's network.
+    """Read an official checkpoint as (params, ema_params, step) of the config's network.
 
     Raises:
-      UserError: the file can't be read, or its weights are not those of the config's network; the
-        line names the first tensor that differs.
+      UserError: the file can't be read, or its weights do not fit the config's network; the
+        message names the first tensor that differs.
     """
     official = _load(path, config)
     return official.params, official.ema_params, official.step
 
 
-def load_state(path: str | pathlib.Path, config: ConfigDict) -> losses.TrainState:
-    """An official checkpoint as the state of a run, with the moments of Adam if it has them.
+def load_state(path: str | pathlib.Path, config: ConfigDict) -> TrainState:
+    """Read an official checkpoint as the state of a run, with Adam's moments if it has them.
 
-    Without them Adam starts anew, but not its warm-up.
+    Without moments Adam starts anew, but the learning-rate warm-up continues at the step.
 
     Raises:
       UserError: as `load`.
@@ -173,12 +173,15 @@ def load_state(path: str | pathlib.Path, config: ConfigDict) -> losses.TrainStat
     params, ema_params, mean, variance = jax.tree.map(
         jnp.asarray, (official.params, official.ema_params, official.mean, official.variance)
     )
-    opt_state = losses.get_optimizer(config).init(params)
+    opt_state = get_optimizer(config).init(params)
     step = jnp.asarray(official.step, jnp.int32)
     if mean is None:
-        in_schedule = lambda path, _: "ScaleByScheduleState" in str(path)  # noqa: E731
+
+        def in_schedule(path: Any, _: Any) -> Any:
+            return "ScaleByScheduleState" in str(path)
+
         if config.optim.warmup:
             opt_state = optax.tree_utils.tree_set(opt_state, in_schedule, count=step)
     else:
         opt_state = optax.tree_utils.tree_set(opt_state, mu=mean, nu=variance, count=step)
-    return losses.TrainState(step, params, ema_params, opt_state)
+    return TrainState(step, params, ema_params, opt_state)

@@ -1,30 +1,32 @@
-"""Checkpoints of a run: saved while it goes on, read back whole, never the last good one lost."""
+"""Saving checkpoints in the background during training, and restoring the newest readable one."""
 
 import logging
 import pathlib
 import shutil
 import time
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-import hosts
-import losses
-import storage
 from configs.default import UserError
+from runtime import hosts
+from runtime.workdir import check_network, first_line
 
 log = logging.getLogger("soft_truncation")
+
+State = Any  # a tree of arrays with an attribute `step`: train_step.TrainState
 
 
 def checkpoints(
     config: ConfigDict, workdir: pathlib.Path, read_only: bool = False
 ) -> ocp.CheckpointManager:
-    """Keeps every `snapshot_freq`-th step for good, and the last two besides.
+    """A manager that keeps every `snapshot_freq`-th step permanently, and the last two steps.
 
-    It is the main process's alone. `read_only` leaves alone what a training run may be writing
-    there at the same time.
+    Only the main process uses it. With `read_only` it changes nothing in the folder, so that a
+    training run may write there at the same time.
     """
     if read_only:
         options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_alone())
@@ -41,7 +43,7 @@ def checkpoints(
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """For files that are the main process's alone."""
+    """Orbax's options for files that only the main process reads and writes."""
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     return ocp.options.MultiprocessingOptions(
@@ -49,8 +51,8 @@ def _alone() -> ocp.options.MultiprocessingOptions:
     )
 
 
-def restore(folder: pathlib.Path, shape: losses.TrainState, step: int) -> losses.TrainState:
-    """The state of one checkpoint, of the given shapes; UserError if it can't be read."""
+def restore(folder: pathlib.Path, shape: State, step: int) -> State:
+    """Read the state of one checkpoint with the given shapes; UserError if it can't be read."""
     path = folder.resolve() / str(step)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
@@ -59,19 +61,18 @@ def restore(folder: pathlib.Path, shape: losses.TrainState, step: int) -> losses
     try:
         with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
             return checkpointer.restore(path / "default", target)
-    except Exception as error:  # whatever the files' damage makes Orbax raise
-        raise UserError(f"the checkpoint {path} can't be read ({storage.reason(error)})") from error
+    except Exception as error:  # Orbax raises many kinds of error for damaged files
+        raise UserError(f"the checkpoint {path} can't be read ({first_line(error)})") from error
 
 
-def restore_newest(
-    manager: ocp.CheckpointManager, shape: losses.TrainState
-) -> losses.TrainState | None:
-    """The newest state that can be read; None if there is no checkpoint at all.
+def restore_newest(manager: ocp.CheckpointManager, shape: State) -> State | None:
+    """The newest state that can be read; None if there is no checkpoint.
 
-    Damaged ones that are newer are moved to damaged_checkpoints/, out of the way of new ones.
+    Newer checkpoints that are damaged are moved to damaged_checkpoints/, so that training can save
+    these steps again.
 
     Raises:
-      UserError: there are checkpoints, and none can be read; they are left as they are.
+      UserError: there are checkpoints, but none can be read. They are not moved.
     """
     damaged: list[int] = []
     for step in sorted(manager.all_steps(), reverse=True):
@@ -99,46 +100,46 @@ def restore_newest(
 
 
 class Saver:
-    """Saves checkpoints while training goes on, and outlives a disk that is full for a time."""
+    """Saves checkpoints in the background; training continues if the disk is full for a while."""
 
     def __init__(self, manager: ocp.CheckpointManager, max_failures: int) -> None:
-        """Gives up after so many failures in a row."""
+        """Stop the training after `max_failures` failed saves in a row."""
         self._manager, self._max_failures = manager, max_failures
         self._failures = 0
         self._pending: int | None = None
 
-    def save(self, step: int, state: losses.TrainState) -> None:
-        """Start saving; the files are complete, or not there at all, once `settle` returns.
+    def save(self, step: int, state: State) -> None:
+        """Start saving; after `settle`, the checkpoint is either complete or absent.
 
         Raises:
-          UserError: this was one failure too many.
+          UserError: `max_failures` saves in a row have failed.
         """
         self.settle()
         saved = jax.tree.map(np.asarray, state)
         try:
             self._manager.save(step, args=ocp.args.StandardSave(saved), force=True)
             self._pending = step
-        except Exception as error:  # whatever a file system makes Orbax raise
+        except Exception as error:  # Orbax raises many kinds of error for a failing disk
             self._failed(step, error)
 
     def settle(self) -> bool:
-        """Wait for what is being saved; whether all is well."""
+        """Wait for the save in progress; returns whether the last save succeeded."""
         if self._pending is not None:
             step, self._pending = self._pending, None
             try:
                 self._manager.wait_until_finished()
                 self._failures = 0
-            except Exception as error:  # whatever a file system makes Orbax raise
+            except Exception as error:  # as in `save`
                 self._failed(step, error)
         return not self._failures
 
     def _failed(self, step: int, error: Exception) -> None:
         self._failures += 1
         folder = pathlib.Path(self._manager.directory)
-        for unfinished in folder.glob(f"{step}.*tmp*"):  # it fills the disk, and is no use
+        for unfinished in folder.glob(f"{step}.*tmp*"):  # an unfinished save only fills the disk
             shutil.rmtree(unfinished, ignore_errors=True)
         self._manager.reload()
-        reason = f"the checkpoint of step {step} can't be saved ({storage.reason(error)})"
+        reason = f"the checkpoint of step {step} can't be saved ({first_line(error)})"
         if self._failures >= self._max_failures:
             steps = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
             raise UserError(
@@ -149,10 +150,10 @@ class Saver:
 
 
 def steps_to_evaluate(config: ConfigDict, workdir: pathlib.Path) -> list[int]:
-    """The steps of checkpoints from eval.begin_ckpt to eval.end_ckpt; of the newest, if both are 0.
+    """Steps of the checkpoints from eval.begin_ckpt to eval.end_ckpt; if both are 0, the newest.
 
     Raises:
-      UserError: there are none.
+      UserError: there are no such checkpoints.
     """
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} has no checkpoint; run --mode train first")
@@ -173,21 +174,17 @@ def steps_to_evaluate(config: ConfigDict, workdir: pathlib.Path) -> list[int]:
     return chosen
 
 
-def restore_step(
-    config: ConfigDict, workdir: pathlib.Path, shape: losses.TrainState, step: int
-) -> losses.TrainState:
-    """The state of a checkpoint, for evaluation and sampling, as NumPy arrays on all processes."""
+def restore_step(config: ConfigDict, workdir: pathlib.Path, shape: State, step: int) -> State:
+    """The state of a checkpoint as NumPy arrays on every process, for evaluation and sampling."""
 
-    def read() -> losses.TrainState:
-        storage.check_network(config, workdir)
+    def read() -> State:
+        check_network(config, workdir)
         return jax.tree.map(np.asarray, restore(workdir / "checkpoints", shape, step))
 
     return hosts.on_main(read)
 
 
-def restore_latest(
-    config: ConfigDict, workdir: pathlib.Path, shape: losses.TrainState
-) -> losses.TrainState:
+def restore_latest(config: ConfigDict, workdir: pathlib.Path, shape: State) -> State:
     """The state of the newest checkpoint."""
     config = config.copy_and_resolve_references()
     config.eval.update(begin_ckpt=0, end_ckpt=0)

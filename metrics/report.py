@@ -1,19 +1,12 @@
-"""What a run shows a person: grids of images, curves and the report."""
+"""Writing the report of an evaluation: the table of scores, remarks, and the best checkpoints."""
 
 import json
-import logging
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-log = logging.getLogger("soft_truncation")
-
-# Name in the report, what it says, unit, and 1 if less is better, -1 if more is; 0: a yardstick.
-# The order is the table's.
+# (name in the report, description, unit, sign), in the order of the table. The sign is 1 if less is
+# better, -1 if more is better, and 0 for a baseline.
 _ROWS = (
     ("nll", "NLL, with residual (a bound on the likelihood)", "bits/dim", 1),
     ("nll_without_residual", "NLL, without residual", "bits/dim", 1),
@@ -35,99 +28,6 @@ _ROWS = (
 )
 
 
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-class Progress:
-    """A bar, rate and time left of a long part, logged a line at a time."""
-
-    def __init__(self, name: str, total: int, every: float = 5.0) -> None:
-        """`total` images are to be done; a line comes every so many seconds, and at the end."""
-        self._name, self._total, self._every = name, total, every
-        self._done = self._fresh = 0
-        self._start = self._last = time.time()
-
-    def advance(self, count: int, note: str = "", fresh: bool = True) -> None:
-        """`count` more images are done; not `fresh`: by an earlier run."""
-        self._done += count
-        self._fresh += count if fresh else 0
-        now = time.time()
-        if self._done < self._total and now - self._last < self._every:
-            return
-        self._last = now
-        share = self._done / self._total
-        bar = "█" * int(16 * share) + "░" * (16 - int(16 * share))
-        parts = [self._name, f"{bar} {share:4.0%}", f"{self._done}/{self._total} images"]
-        if self._fresh:
-            rate = self._fresh / max(now - self._start, 1e-9)
-            parts += [f"{rate:.3g} images/s", f"{clock((self._total - self._done) / rate)} left"]
-        log.info("%s", " | ".join(parts + ([note] if note else [])))
-
-
-def image_grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
-    """Images (N, H, W, C) uint8 as one, (…, …, C), near-square by default; small ones enlarged."""
-    count, height, width, channels = images.shape
-    columns = columns or int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    factor = max(1, 48 // height)
-    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    gap = 2
-    canvas = np.full(
-        (rows * (height * factor + gap) + gap, columns * (width * factor + gap) + gap, channels),
-        128,
-        np.uint8,
-    )
-    for i, image in enumerate(images):
-        top = gap + (i // columns) * (height * factor + gap)
-        left = gap + (i % columns) * (width * factor + gap)
-        canvas[top : top + height * factor, left : left + width * factor] = image
-    return canvas
-
-
-def save_grid(images: np.ndarray, path: pathlib.Path, columns: int = 0) -> None:
-    """Write images as their `image_grid`."""
-    canvas = image_grid(images, columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas).save(path)
-
-
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def plot_training(metrics: pathlib.Path, path: pathlib.Path) -> None:
-    """Draw the losses of a metrics.jsonl over the steps, as PNG."""
-    from matplotlib.figure import Figure  # not pyplot: a notebook's figures are its own
-
-    if not metrics.exists():
-        return
-    rows = read_metrics(metrics)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("loss", "training batches"), ("test_loss", "test images, EMA weights")):
-        points = [(r["step"], r[name]) for r in rows if name in r]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True), label=label, marker="." if len(points) < 20 else ""
-            )
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title="Training")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
 def _shown(value: float) -> str:
     return f"{value:.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:.3g}"
 
@@ -145,7 +45,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _remarks(report: dict[str, Any]) -> Iterator[str]:
-    """What the scores are of, a sentence or two each."""
+    """Sentences about how each score was computed."""
     for note in report.get("data_notes", ()):
         yield f"**{note[0].upper()}{note[1:]}.**"
     for name, label in (("untrained_network", "the untrained network"), ("gaussian", "a Gaussian")):
@@ -197,14 +97,14 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def clear(folder: pathlib.Path) -> None:
-    """Take an earlier report's pictures away, lest a new one shows them."""
+def clear_pictures(folder: pathlib.Path) -> None:
+    """Delete an earlier report's pictures, so that a new report does not show them."""
     for name in ("samples", "training", "scores"):
         (folder / f"{name}.png").unlink(missing_ok=True)
 
 
 def write_report(report: dict[str, Any], folder: pathlib.Path) -> None:
-    """Write report.json and report.md into `folder`; pictures are expected beside them."""
+    """Write report.json and report.md to `folder`; the report shows the pictures in the folder."""
     title = f"{report['data']}, step {report['step']}" if "step" in report else report["data"]
     text = [f"# {title}", "", table(report), ""]
     text += [f"- {remark}" for remark in _remarks(report)]
@@ -215,10 +115,10 @@ def write_report(report: dict[str, Any], folder: pathlib.Path) -> None:
 
 
 def write_sweep(reports: list[dict[str, Any]], folder: pathlib.Path) -> dict[str, Any]:
-    """Write the report of several checkpoints: a row each, the best by each score, curves.
+    """Write the report of several checkpoints: a table with a row for each, and a plot.
 
     Returns:
-      `checkpoints`, the reports, and `best`: the step by each score.
+      A report with `checkpoints`, their reports, and `best`, the best step by each score.
     """
     rows = [row for row in _ROWS if row[3] and all(r.get(row[0]) is not None for r in reports)]
     best: dict[str, int] = {}
@@ -248,8 +148,8 @@ def write_sweep(reports: list[dict[str, Any]], folder: pathlib.Path) -> dict[str
 
 
 def _plot_sweep(reports: list[dict[str, Any]], names: list[str], path: pathlib.Path) -> None:
-    """Draw each score over the steps, with twice its standard error, as PNG."""
-    from matplotlib.figure import Figure  # not pyplot: a notebook's figures are its own
+    """Plot each score against the steps, with bars of two standard errors, as a PNG file."""
+    from matplotlib.figure import Figure  # not pyplot, which would show it in a notebook
 
     columns = min(3, len(names))
     rows = -(-len(names) // columns)

@@ -1,6 +1,6 @@
-"""Several processes, on one machine or many, that train or evaluate together; and their signals.
+"""Processes, on one machine or several, that train or evaluate together, and their signals.
 
-All run the same program. Process 0, the main one, alone reads and writes the workdir.
+All run the same program. Only process 0, the main process, reads and writes the workdir.
 """
 
 import logging
@@ -24,15 +24,16 @@ log = logging.getLogger("soft_truncation")
 def initialize(
     coordinator: str | None, num_processes: int | None, process_id: int | None, detect: bool
 ) -> None:
-    """Join the other processes, before anything else of JAX is used.
+    """Connect to the other processes; call it before JAX is used for anything else.
 
     Args:
-      coordinator: host:port of process 0, the same for all; None: alone, or as detected.
-      num_processes, process_id: how many there are, and which this is.
-      detect: ask SLURM, Open MPI or the TPU's metadata for these.
+      coordinator: host:port of process 0, the same for every process; None: this process runs
+        alone, or the address is detected.
+      num_processes, process_id: the number of processes, and the index of this one.
+      detect: get these three from SLURM, Open MPI or the TPU's metadata.
 
     Raises:
-      UserError: some are missing, or the others do not come.
+      UserError: only some of the three are given, or the other processes can't be reached.
     """
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if not any(given) and not detect:
@@ -55,7 +56,7 @@ def is_main() -> bool:
 
 
 def share(value: Any) -> Any:
-    """The main process's value, on all; it must be one that pickle takes."""
+    """Send the main process's value, which must be picklable, to every process."""
     if jax.process_count() == 1:
         return value
     data = np.frombuffer(pickle.dumps(value), np.uint8) if is_main() else np.zeros(0, np.uint8)
@@ -65,7 +66,7 @@ def share(value: Any) -> Any:
 
 
 def on_main(fn: Callable[[], Any]) -> Any:
-    """What fn() gives on the main process, on all; so with a UserError that it raises."""
+    """Call fn() on the main process; every process returns its result or raises its UserError."""
     value, problem = None, None
     if is_main():
         try:
@@ -79,19 +80,19 @@ def on_main(fn: Callable[[], Any]) -> Any:
 
 
 class Preemption:
-    """SIGTERM and SIGINT ask for a stop after the step; a second SIGINT stops at once.
+    """Stops training after the current step at SIGTERM or SIGINT, at once at a second SIGINT.
 
     With several processes, a SIGTERM to any of them stops all after the same step.
     """
 
     def __init__(self) -> None:
-        """Listens within a `with` block."""
+        """Signals are handled within a `with` block only."""
         self._signal = ""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
-            # JAX itself listens to SIGTERM where there are several processes.
+            # With several processes, JAX itself handles SIGTERM.
             several = jax.process_count() > 1
             for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
@@ -110,7 +111,7 @@ class Preemption:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; all processes must ask after every step."""
+        """Whether to stop after `step`; every process must call this after every step."""
         if jax.process_count() > 1:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return bool(self._signal)

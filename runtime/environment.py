@@ -1,10 +1,11 @@
-"""What a program sets before JAX starts: main.py and the experiments have it in common."""
+"""Settings that main.py and the experiments make before JAX starts."""
 
 import importlib.metadata
 import logging
 import os
 import pathlib
 import sys
+import traceback
 
 from absl import logging as absl_logging
 
@@ -16,7 +17,7 @@ def cache_dir() -> pathlib.Path:
 
 
 def _keep_programs() -> None:
-    """Have JAX keep what it compiles in the user's cache folder, if it can be written to."""
+    """Make JAX cache compiled programs in the user's cache folder, if that is writable."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     import jax
@@ -33,23 +34,36 @@ def _keep_programs() -> None:
 def cpu_flags() -> str:
     """XLA flags that make training on a CPU faster; empty if this jaxlib may not know them.
 
-    They keep convolutions from YNNPACK, with which gradients take up to twice as long in jaxlib
-    0.10, a little longer in 0.12. XLA ends a program that sets a flag unknown to it.
+    They turn YNNPACK off for convolutions, whose gradients it makes up to twice as slow in jaxlib
+    0.10 and a little slower in 0.12. XLA aborts a program that sets a flag unknown to it.
     """
     known = importlib.metadata.version("jaxlib").startswith(("0.10.", "0.12."))
     return "--xla_cpu_experimental_ynn_fusion_type=" if known else ""
 
 
-def prepare() -> None:
-    """Set XLA's flags for this version, keep programs, and have only our own lines in the log.
+def _show_unless_of_orbax(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Show an unraisable exception, unless it comes from an unfinished save of Orbax.
 
-    JAX reads the flags when it is first used, which may not be earlier than this.
+    `runtime.checkpointing` has logged those failures already.
+    """
+    frames = traceback.walk_tb(unraisable.exc_traceback)
+    files = [frame.f_code.co_filename for frame, _ in frames]
+    where = f"{files} {unraisable.object!r} {unraisable.exc_value!r}"
+    # Orbax's event loop can be closed while a failed save still reports to it.
+    if not any(name in where for name in ("orbax", "tensorstore", "Event loop is closed")):
+        sys.__unraisablehook__(unraisable)
+
+
+def prepare() -> None:
+    """Set XLA's flags for this version, cache compiled programs, and keep the log to our own lines.
+
+    Call it before JAX is first used, since JAX reads the flags then.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_flags()}".strip()
     _keep_programs()
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would show a traceback for a full disk
-    # The same: what Orbax's threads can't raise anywhere, they would show.
+    # For the same reason: Orbax's threads would print the exceptions that they cannot raise.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda _: None
+    sys.unraisablehook = _show_unless_of_orbax
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)

@@ -1,0 +1,297 @@
+"""Checks of a config, made before anything is compiled."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.default import UserError
+
+_CHOICES = {
+    "data.dataset": (
+        "digits",
+        "fashion_mnist",
+        "CIFAR10",
+        "SVHN",
+        "CELEBA",
+        "CelebAHQ",
+        "STL10",
+        "IMAGENET32",
+        "IMAGENET32_2017",
+        "LSUN",
+        "FFHQ",
+        "folder",
+    ),
+    "data.dequantization": ("none", "uniform", "lossless"),
+    "model.name": ("ncsnpp", "ddpm", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.resblock_type": ("biggan", "ddpm"),
+    "model.progressive": ("none", "output_skip", "residual"),
+    "model.progressive_input": ("none", "input_skip", "residual"),
+    "model.progressive_combine": ("sum", "cat"),
+    "model.embedding_type": ("positional", "fourier"),
+    "optim.optimizer": ("Adam",),
+    "training.truncation": ("fixed", "soft", "equivalent_weight"),
+    "sampling.task": ("generate", "inpaint", "colorize"),
+}
+
+_LSUN_SCENES = (
+    "bedroom",
+    "bridge",
+    "church_outdoor",
+    "classroom",
+    "conference_room",
+    "dining_room",
+    "kitchen",
+    "living_room",
+    "restaurant",
+    "tower",
+)
+
+_POSITIVE = [
+    "data.image_size",
+    "data.num_channels",
+    "model.nf",
+    "model.num_res_blocks",
+    "model.ema_rate",
+    "model.beta_max",
+    "model.sigma_min",
+    "model.sigma_max",
+    "model.fourier_scale",
+    "model.num_scales",
+    "optim.lr",
+    "optim.eps",
+    "optim.num_micro_batch",
+    "training.batch_size",
+    "training.n_iters",
+    "training.truncation_time",
+    "training.ddpm_weight",
+    "training.stabilizing_constant",
+    "training.n_jitted_steps",
+    "training.log_freq",
+    "training.eval_freq",
+    "training.snapshot_freq",
+    "training.snapshot_freq_for_preemption",
+    "training.max_skipped_steps",
+    "training.max_failed_saves",
+    "sampling.num_steps",
+    "sampling.n_steps_each",
+    "sampling.snr",
+    "sampling.truncation_time",
+    "sampling.rtol",
+    "sampling.atol",
+    "sampling.batch_size",
+    "sampling.n_images",
+    "eval.batch_size",
+    "eval.num_samples",
+    "eval.num_test_data",
+    "eval.num_draws",
+    "eval.nelbo_draws",
+    "eval.rtol",
+    "eval.atol",
+]
+
+_NOT_NEGATIVE = (
+    "model.dropout",
+    "model.init_scale",
+    "model.beta_min",
+    "model.embedding_dim",
+    "optim.weight_decay",
+    "optim.warmup",
+    "eval.begin_ckpt",
+    "eval.end_ckpt",
+    "eval.num_reference",
+    "eval.nll_steps",
+)
+
+
+def _problems(
+    config: ConfigDict, num_devices: int, registries: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    def get(name: Any) -> Any:
+        return config[name.split(".")[0]][name.split(".")[1]]
+
+    for name in ("model.ch_mult", "model.attn_resolutions"):
+        if not all(isinstance(n, int) and n > 0 for n in get(name)):
+            yield f"{name} is {tuple(get(name))}; it must be a list of positive whole numbers"
+    for name, choices in {**_CHOICES, **registries}.items():
+        unset = name == "training.weighting" and not get(name)
+        if get(name) not in choices and not unset:
+            yield f"{name} is {get(name)!r}; it must be one of {', '.join(choices)}"
+    for name in _POSITIVE:
+        if not (get(name) > 0 and math.isfinite(get(name))):
+            yield f"{name} is {get(name)}; it must be a positive number"
+    for name in _NOT_NEGATIVE:
+        if not (get(name) >= 0 and math.isfinite(get(name))):
+            yield f"{name} is {get(name)}; it must not be negative"
+    if not (config.training.k >= 0):
+        yield f"training.k is {config.training.k}; it must be at least 0 (inf: fixed truncation)"
+    for name in ("training.truncation_time", "sampling.truncation_time", "model.dropout"):
+        if get(name) >= 1:
+            yield f"{name} is {get(name)}; it must be below 1"
+    for name in ("model.ema_rate", "optim.beta1"):
+        if not 0 <= get(name) < 1:
+            yield f"{name} is {get(name)}; it must be in [0, 1)"
+    clip = config.optim.grad_clip
+    if math.isnan(clip) or clip == 0:
+        yield f"optim.grad_clip is {clip}; it must be positive, or negative for no clipping"
+    if config.model.beta_max <= config.model.beta_min:
+        yield "model.beta_max must be larger than model.beta_min"
+    if config.data.num_channels not in (1, 3):
+        yield f"data.num_channels is {config.data.num_channels}; it must be 1 (grey) or 3 (RGB)"
+    if 0 < config.eval.num_samples < 4:
+        yield f"eval.num_samples is {config.eval.num_samples}; precision and recall need 4 or more"
+    if config.eval.num_test_data == 1:
+        yield "eval.num_test_data is 1; a standard error needs 2 or more"
+    if 0 < config.eval.num_reference < 4:
+        yield (
+            f"eval.num_reference is {config.eval.num_reference}; precision and recall need 4 or "
+            "more, and 0 takes all training images"
+        )
+    if 0 < config.eval.nll_steps < 32:  # with fewer, NLL is too low
+        yield f"eval.nll_steps is {config.eval.nll_steps}; it must be 32 or more, or 0 (adaptive)"
+    if config.eval.begin_ckpt > config.eval.end_ckpt:
+        yield (
+            f"eval.begin_ckpt is {config.eval.begin_ckpt} and eval.end_ckpt "
+            f"{config.eval.end_ckpt}; the end must not be below the beginning"
+        )
+    if config.eval.samples and not config.eval.enable_sampling:
+        yield "eval.samples is given, and eval.enable_sampling=False: nothing would be scored"
+    if config.data.dataset == "digits" and (config.data.path or config.data.tfrecords_path):
+        yield "data.dataset=digits comes with scikit-learn; data.path must be empty"
+    if config.data.dataset == "folder" and not config.data.path:
+        yield "data.dataset=folder needs data.path, the folder of images"
+    if config.data.dataset == "LSUN" and config.data.category not in _LSUN_SCENES:
+        yield (
+            f"data.category is {config.data.category!r}; it must be one of "
+            f"{', '.join(_LSUN_SCENES)}"
+        )
+    # The name is in the registry: this was checked above.
+    exploding = registries["training.sde"][config.training.sde](config).exploding
+    yield from _model_problems(config, exploding)
+    yield from _sampling_problems(config)
+    if config.training.balanced and not config.training.mixed:
+        yield "training.balanced is for training.mixed: it brings the halves of a batch to one size"
+    if config.training.balanced and config.optim.num_micro_batch > 1:
+        yield "training.balanced needs optim.num_micro_batch=1: its ratio is of the whole batch"
+    if config.training.truncation == "equivalent_weight" and (
+        config.training.balanced or config.training.reconstruction_loss
+    ):
+        yield (
+            "training.truncation=equivalent_weight has no equal of balanced or of "
+            "reconstruction_loss, which depend on τ in other ways than by the weight"
+        )
+    halves = config.training.likelihood_weighting and config.training.importance_sampling
+    if config.training.mixed and config.training.weighting:
+        yield "training.mixed has weightings of its own; training.weighting must be empty"
+    if config.training.mixed and not halves:
+        yield (
+            "training.mixed needs likelihood_weighting and importance_sampling to be True: "
+            "they are the first half's"
+        )
+    batch, micro = config.training.batch_size, config.optim.num_micro_batch
+    pair = 2 if config.training.mixed else 1
+    if micro >= 1 and batch % (num_devices * micro * pair):
+        twice = " times 2, for training.mixed" if config.training.mixed else ""
+        yield (
+            f"training.batch_size is {batch}; it must be a multiple of the number of devices "
+            f"({num_devices}) times optim.num_micro_batch ({micro}){twice}"
+        )
+    if not 0 <= config.seed < 2**32 - 8:
+        yield f"seed is {config.seed}; it must be between 0 and {2**32 - 9}"
+
+
+def _model_problems(config: ConfigDict, exploding: bool) -> Iterator[str]:
+    model, sde = config.model, config.training.sde
+    if exploding and model.sigma_max <= model.sigma_min:
+        yield "model.sigma_max must be larger than model.sigma_min"
+    if config.training.unbounded_parametrization and exploding:
+        yield (
+            f"training.unbounded_parametrization is not for {sde}: its network sees log σ(t), "
+            "which is unbounded already"
+        )
+    if model.name.startswith("ncsnv2"):
+        if not exploding:
+            yield f"model.name={model.name} needs training.sde vesde or reciprocal_vesde"
+        if config.data.image_size % 8:
+            yield f"data.image_size is {config.data.image_size}; {model.name} needs a multiple of 8"
+        return
+    if model.nf % 4:
+        yield f"model.nf is {model.nf}; it must be a multiple of 4"
+    if model.embedding_dim % 2 or model.embedding_dim == 2:
+        yield f"model.embedding_dim is {model.embedding_dim}; it must be even, and 4 or more"
+    if model.embedding_type == "fourier":
+        if config.training.unbounded_parametrization:
+            yield "training.unbounded_parametrization needs model.embedding_type=positional"
+        if model.embedding_dim not in (0, model.nf):
+            yield "model.embedding_dim is of the positional embedding; the Fourier one has nf"
+    if model.scale_by_sigma and not exploding:
+        yield f"model.scale_by_sigma is for VE and RVE; with {sde} the score is divided by σ anyway"
+    taps = tuple(model.fir_kernel)
+    numbers = all(isinstance(tap, int | float) and math.isfinite(tap) for tap in taps)
+    if model.fir and (not numbers or not taps or len(taps) % 2 or sum(taps) <= 0):
+        yield f"model.fir_kernel is {taps}; it must be an even number of taps with a positive sum"
+    if model.name == "ddpm":
+        plain = {
+            "fir": False,
+            "progressive": "none",
+            "progressive_input": "none",
+            "embedding_type": "positional",
+            "embedding_dim": 0,
+            "fourier_feature": False,
+        }
+        for field, value in plain.items():
+            if model[field] != value:
+                yield f"model.{field} is {model[field]!r}; model.name=ddpm is a network without it"
+    if not model.ch_mult:
+        yield "model.ch_mult is empty; it must name a factor for each resolution"
+    factor = 2 ** (len(model.ch_mult) - 1)
+    if config.data.image_size % factor:
+        yield (
+            f"data.image_size is {config.data.image_size}; {len(model.ch_mult)} levels in "
+            f"model.ch_mult halve it that many times less one, so it must be a multiple of {factor}"
+        )
+
+
+def _sampling_problems(config: ConfigDict) -> Iterator[str]:
+    sampling = config.sampling
+    if config.model.num_scales < 2:
+        yield f"model.num_scales is {config.model.num_scales}; the PC sampler needs at least 2"
+    without_flow = sampling.predictor in ("none", "ancestral_sampling")
+    if sampling.method == "pc" and sampling.probability_flow and without_flow:
+        yield (
+            "sampling.probability_flow needs another sampling.predictor than "
+            f"{sampling.predictor}, such as euler_maruyama or reverse_diffusion"
+        )
+    if sampling.method == "pc" and sampling.predictor == sampling.corrector == "none":
+        yield "sampling.predictor and sampling.corrector are both none: nothing would be sampled"
+    if sampling.task != "generate" and sampling.method != "pc":
+        yield f"sampling.task={sampling.task} needs sampling.method=pc"
+    if sampling.task == "colorize" and config.data.num_channels != 3:
+        yield "sampling.task=colorize needs data.num_channels=3"
+    if (
+        config.training.sde == "reciprocal_vesde"
+        and sampling.truncation_time < config.training.truncation_time
+    ):
+        yield (
+            "sampling.truncation_time is below training.truncation_time, where reciprocal_vesde "
+            "has its smallest σ"
+        )
+
+
+def validate(
+    config: ConfigDict, num_devices: int, registries: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Check a config.
+
+    Args:
+      config: the config.
+      num_devices: the number of devices that share a batch.
+      registries: the values that a field can name, by field; `session.REGISTRIES`.
+
+    Raises:
+      UserError: one line that names the first wrong field.
+    """
+    for problem in _problems(config, num_devices, registries):
+        raise UserError(f"config: {problem}")

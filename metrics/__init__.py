@@ -1,0 +1,1 @@
+"""Scores of images: features, distances between them, bits/dim, and the report."""

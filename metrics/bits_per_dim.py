@@ -1,0 +1,185 @@
+"""Bits/dim of test images under a checkpoint, an untrained network and a Gaussian."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+import datasets
+import likelihood
+from configs.default import UserError
+from datasets import Data
+from metrics import distances
+from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
+from runtime.progress import Progress
+from runtime.workdir import PartialResults, short_hash
+from session import Setup, init_state
+
+log = logging.getLogger("soft_truncation")
+
+
+def get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Array]]:
+    """A function (params, keys, x, levels) → NLL, NELBO and NFE of a solve, (N,) each.
+
+    x is dequantised and scaled; `levels` is scaled only.
+    """
+    make_score_fn, num_levels = setup.make_score_fn, setup.num_levels
+    nll_fn = likelihood.get_nll_fn(config, setup.sde, make_score_fn, num_levels)
+    nelbo_fn = likelihood.get_nelbo_fn(config, setup.sde, make_score_fn, num_levels)
+
+    def bpd_fn(params: Any, keys: Array, x: Array, levels: Array) -> dict[str, Array]:
+        nll_keys, nelbo_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        values = {k: v for k, v in nll_fn(params, nll_keys, x).items() if k != "latent"}
+        values["nfe"] = jnp.broadcast_to(values["nfe"], len(x))
+        values |= nelbo_fn(params, nelbo_keys, x)
+        if config.data.dequantization == "lossless":
+            values |= nelbo_fn(params, nelbo_keys, levels, lossless=True)
+        return values
+
+    return jax.jit(bpd_fn)
+
+
+@dataclasses.dataclass(frozen=True)
+class BitsEvaluation:
+    """Inputs of a bits/dim evaluation, shared by all checkpoints so that it compiles once."""
+
+    config: ConfigDict
+    setup: Setup
+    data: Data
+    results: PartialResults
+    bpd_fn: Callable[..., dict[str, Array]]  # from `get_bpd_fn`
+
+    @property
+    def num_test(self) -> int:
+        """The number of test images that are scored."""
+        return min(self.config.eval.num_test_data, len(self.data.test))
+
+
+def _bits_of_batch(
+    evaluation: BitsEvaluation, params: Any, images: np.ndarray, keys: Array
+) -> dict[str, np.ndarray]:
+    """Bits/dim, float64, of levels (N, H, W, C) with N keys; the devices must divide N."""
+    rows, _ = batch_and_replicated_shardings()
+    data_keys, keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    x = datasets.dequantize(images, data_keys, evaluation.setup.num_levels)
+    x = datasets.scale(x, evaluation.config.data.centered)
+    # Used only if data.dequantization is "lossless".
+    plain = evaluation.setup.preprocessing.to_x0_without_noise(images)
+    bits = evaluation.bpd_fn(params, *to_devices((keys, x, plain), rows))
+    values = {name: to_host(value).astype(np.float64) for name, value in bits.items()}
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise UserError(
+                f"{name} is not finite for some images: the weights are broken, or the solver "
+                "failed; try a smaller eval.rtol and eval.atol, or more eval.nll_steps"
+            )
+    return values
+
+
+def _bits_per_dim(
+    evaluation: BitsEvaluation, params: Any, count: int, num_draws: int, name: str
+) -> dict[str, np.ndarray]:
+    """NLL, NELBO and NFE of `count` test images (`datasets.subset`), (num_draws, count) each."""
+    config, test = evaluation.config, evaluation.data.test
+    _, everywhere = batch_and_replicated_shardings()
+    params = to_devices(params, everywhere)
+    key, devices = jax.random.key(config.seed + 4), jax.device_count()
+    full = -(-min(config.eval.batch_size, count) // devices) * devices
+    solver = {k: config.eval[k] for k in ("batch_size", "nelbo_draws", "nll_steps", "rtol", "atol")}
+    name_of_work = short_hash(params, *network_fields(config), solver, datasets.fingerprint(test))
+    progress, drawn = Progress(f"bits/dim, {name}", count * num_draws), []
+
+    indices = datasets.subset(test, count)
+
+    def batch(draw: int, start: int, size: int) -> dict[str, np.ndarray]:
+        number = indices[start : start + size]
+        images = test.source.fetch(number)["image"]
+        # The last batch is padded: all batches have the same shape and use one compiled program.
+        images = np.pad(images, ((0, full - size), (0, 0), (0, 0), (0, 0)), mode="wrap")
+        number = np.pad(number, (0, full - size), mode="wrap")
+        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n), draw))(number)
+        values = _bits_of_batch(evaluation, params, images, keys)
+        return {name: value[:size] for name, value in values.items()}
+
+    for draw in range(num_draws):
+        row = []
+        for start in range(0, count, config.eval.batch_size):
+            size = min(config.eval.batch_size, count - start)
+            label = f"{name_of_work}/bpd_{draw}_{start:08}_{size}"
+            row.append(evaluation.results.get(label, functools.partial(batch, draw, start, size)))
+            mean = np.mean(np.concatenate([part["nll"] for part in row]))
+            progress.advance(size, f"NLL {mean:.3f}", fresh=not evaluation.results.recalled)
+        drawn.append({name: np.concatenate([part[name] for part in row]) for name in row[0]})
+    return {name: np.stack([values[name] for values in drawn]) for name in drawn[0]}
+
+
+def network_fields(config: ConfigDict) -> tuple[Any, ...]:
+    """The config fields that determine the network, its SDE and its data."""
+    training = config.training
+    names = ("sde", "truncation_time", "unbounded_parametrization", "stabilizing_constant")
+    return config.seed, config.data, config.model, {name: training[name] for name in names}
+
+
+def _gaussian_baseline(config: ConfigDict, data: Data, count: int) -> np.ndarray | None:
+    """Bits/dim (count,) of test images under a Gaussian fitted to training images, or None."""
+    size, channels = config.data.image_size, config.data.num_channels
+    dims, num_train = size * size * channels, min(len(data.train), 50_000)
+    if dims > 4096 or num_train < 2 * dims:
+        log.info("no Gaussian baseline: it needs 2 × %d training images, at most 4096 dims", dims)
+        return None
+    levels, rng = data.train.num_levels, np.random.default_rng(config.seed)
+
+    def prepare(images: np.ndarray) -> np.ndarray:
+        x = (images + rng.random(images.shape)) / levels
+        return datasets.scale(x, config.data.centered).reshape(len(x), -1)
+
+    moments = distances.Moments()
+    for batch in datasets.batches(data.train, 1000, num_train):
+        moments.add(prepare(batch["image"]))
+    return distances.gaussian_bits_per_dim(
+        moments,
+        prepare(datasets.in_order(data.test, count)["image"]),
+        datasets.get_preprocessing(config, levels).bits_offset,
+    )
+
+
+def evaluate_bits(evaluation: BitsEvaluation, params: Any) -> dict[str, Any]:
+    """Means and standard errors of a network's NLL and NELBO, for the report."""
+    count, draws = evaluation.num_test, evaluation.config.eval.num_draws
+    values = _bits_per_dim(evaluation, params, count, draws, "trained network")
+    report: dict[str, Any] = {"num_test_images": count, "num_draws": draws}
+    report |= {
+        name: evaluation.config.eval[name] for name in ("nelbo_draws", "nll_steps", "rtol", "atol")
+    }
+    report["nll_nfe"] = float(values.pop("nfe").mean())
+    for name in sorted(values):
+        mean, stderr, of_draws = likelihood.mean_and_errors(values[name])
+        report |= {name: mean, f"{name}_stderr": stderr}
+        if of_draws is not None:
+            report[f"{name}_stderr_of_draws"] = of_draws
+    return report
+
+
+def evaluate_baselines(evaluation: BitsEvaluation) -> dict[str, Any]:
+    """NLL of the test images under an untrained network and under a Gaussian, for the report."""
+    untrained = init_state(
+        evaluation.config, evaluation.setup.model, evaluation.setup.optimizer
+    ).params
+    # One batch is enough: the NLL of an untrained network varies by 0.01 bits/dim between images.
+    few = min(evaluation.num_test, max(2, evaluation.config.eval.batch_size))
+    values = _bits_per_dim(evaluation, untrained, few, 1, "untrained network")
+    gaussian = _gaussian_baseline(evaluation.config, evaluation.data, evaluation.num_test)
+    report: dict[str, Any] = {"num_images_untrained_network": few}
+    for name, bits in (("untrained_network", values["nll"][0]), ("gaussian", gaussian)):
+        if bits is not None:
+            estimate = distances.Estimate.of(bits)
+            report[f"nll_{name}"] = estimate.value
+            report[f"nll_{name}_stderr"] = estimate.stderr
+    return report

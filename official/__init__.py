@@ -1,0 +1,1 @@
+"""Reading checkpoints of the official PyTorch releases without PyTorch."""

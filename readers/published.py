@@ -1,0 +1,312 @@
+"""The supported data sets: their files, formats, splits and labels (docs/data.md)."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs.default import UserError
+from readers import (
+    arrays,
+    celeba,
+    cifar,
+    download,
+    idx,
+    image_files,
+    lsun,
+    parquet,
+    stl10,
+    svhn,
+    tfds,
+    tfrecords,
+)
+from readers.decode import Fit
+from readers.layout import Found, Opened, Records, last_part
+
+FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """The facts about a published data set.
+
+    Attributes:
+      title: its usual name.
+      files: the authors' files and where to get them, for messages.
+      find: (path, config.data) → what a reader of the authors' files found.
+      classes: the number of classes; 0: there are no labels; None: folders may be classes.
+      counts: the numbers of training and test images.
+      native: side of all images in pixels; 0: any.
+      tfds: its name in TFDS; empty if TFDS does not have it.
+      tfds_splits: the names of the training and the test split in TFDS.
+      held_out: the last of this many equal parts is the test split; 0: there is a test split.
+      crop, resampling, pad: as in `Fit`.
+    """
+
+    title: str
+    files: str
+    find: Callable[[pathlib.Path, ConfigDict], Found | None]
+    classes: int | None = 0
+    counts: tuple[int, int] | None = None
+    native: int = 0
+    tfds: str = ""
+    tfds_splits: tuple[str, str] = ("train", "test")
+    held_out: int = 0
+    crop: int = 0
+    resampling: Image.Resampling = Image.Resampling.BICUBIC
+    pad: bool = False
+
+    def hold_out(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(training, test) indices of a data set without splits."""
+        return last_part(count, self.held_out)
+
+    @property
+    def held_out_share(self) -> str:
+        """A description of `hold_out`, for the log."""
+        share = {7: "seventh", 10: "tenth"}[self.held_out]
+        return f"of which the last {share} is held out for testing"
+
+
+def _find_imagenet32(path: pathlib.Path) -> Found | None:
+    if cifar.find_imagenet32_2017(path):
+        raise UserError(
+            f"data.path: {path} has the pickled batches of 2017, which are another data set than "
+            "the older one of the published bits/dim: --config.data.dataset=IMAGENET32_2017"
+        )
+    return image_files.find_splits(path, 0, what="the authors' images")
+
+
+def _find_imagenet32_2017(path: pathlib.Path) -> Found | None:
+    found = cifar.find_imagenet32_2017(path)
+    if found is None and image_files.find_splits(path, 0):
+        raise UserError(
+            f"data.path: {path} has train_32x32 and valid_32x32, which are another data set than "
+            "the pickled batches of 2017: --config.data.dataset=IMAGENET32"
+        )
+    return found
+
+
+def _find_faces(path: pathlib.Path, data: ConfigDict) -> Found | None:
+    known = PUBLISHED[data.dataset]
+    if path.is_dir():
+        of_size = f"*-r{round(math.log2(data.image_size)):02}.tfrecords"
+        files = sorted(path.glob(of_size))
+        if len(files) > 1:
+            raise UserError(f"data.path: {path} has {', '.join(f.name for f in files)}; name one")
+        path = files[0] if files else path
+    found = tfrecords.find(path, known.hold_out, known.held_out_share)
+    if found is None and path.is_dir():
+        found = image_files.find_splits(path, 0)
+    return found or image_files.find_held_out(path, known.hold_out, known.held_out_share)
+
+
+def _find_folder(path: pathlib.Path) -> Found | None:
+    return (
+        arrays.find(path)
+        or parquet.find(path)
+        or image_files.find_splits(path)
+        or image_files.find_unsplit(path)
+    )
+
+
+PUBLISHED = {
+    "CIFAR10": Published(
+        "CIFAR-10",
+        "cifar-10-python.tar.gz or cifar-10-binary.tar.gz, packed or unpacked, of "
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        lambda path, data: cifar.find_cifar10(path),
+        classes=10,
+        counts=(50_000, 10_000),
+        native=32,
+        tfds="cifar10",
+    ),
+    "SVHN": Published(
+        "SVHN",
+        "train_32x32.mat and test_32x32.mat of http://ufldl.stanford.edu/housenumbers",
+        lambda path, data: svhn.find(path),
+        classes=10,
+        counts=(73_257, 26_032),
+        native=32,
+        tfds="svhn_cropped",
+    ),
+    "STL10": Published(
+        "STL-10",
+        "stl10_binary.tar.gz, packed or unpacked, of https://cs.stanford.edu/~acoates/stl10",
+        lambda path, data: stl10.find(path),
+        counts=(105_000, 8_000),
+        tfds="stl10",
+        tfds_splits=("train+unlabelled", "test"),
+        resampling=Image.Resampling.BILINEAR,
+    ),
+    "fashion_mnist": Published(
+        "Fashion-MNIST",
+        "the four IDX files of https://github.com/zalandoresearch/fashion-mnist, or Debian's "
+        "package dataset-fashion-mnist",
+        lambda path, data: idx.find(path),
+        classes=10,
+        counts=(60_000, 10_000),
+        native=28,
+        tfds="fashion_mnist",
+        pad=True,
+    ),
+    "IMAGENET32": Published(
+        "ImageNet 32 (the older set, which published bits/dim are of)",
+        "train_32x32.tar and valid_32x32.tar (or .zip, or unpacked); their address is gone, and "
+        "Academic Torrents has them as Downsampled ImageNet 32x32",
+        lambda path, data: _find_imagenet32(path),
+        counts=(1_281_149, 49_999),
+        native=32,
+        tfds="downsampled_imagenet/32x32",
+        tfds_splits=("train", "validation"),
+    ),
+    "IMAGENET32_2017": Published(
+        "ImageNet 32 of 2017 (Chrabaszcz et al.)",
+        "Imagenet32_train.zip and Imagenet32_val.zip, packed or unpacked, of "
+        "https://image-net.org/download-images (after registration)",
+        lambda path, data: _find_imagenet32_2017(path),
+        classes=1000,
+        counts=(1_281_167, 50_000),
+        native=32,
+        tfds="imagenet_resized/32x32",
+        tfds_splits=("train", "validation"),
+    ),
+    "CELEBA": Published(
+        "CelebA",
+        "img_align_celeba.zip (or unpacked) and list_eval_partition.txt of "
+        "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+        lambda path, data: celeba.find(path),
+        counts=(162_770, 19_962),
+        tfds="celeb_a",
+        crop=140,
+        resampling=Image.Resampling.BILINEAR,
+    ),
+    "CelebAHQ": Published(
+        "CelebA-HQ",
+        "celebahq-r08.tfrecords, by dataset_tool.py of "
+        "https://github.com/tkarras/progressive_growing_of_gans, or a folder of its PNGs",
+        _find_faces,
+        counts=(27_000, 3_000),
+        tfds="celeb_a_hq/{size}",
+        tfds_splits=("train", "train"),
+        held_out=10,
+    ),
+    "FFHQ": Published(
+        "FFHQ",
+        "ffhq-r08.tfrecords (r10 for 1024×1024) or the folders of PNGs of "
+        "https://github.com/NVlabs/ffhq-dataset",
+        _find_faces,
+        counts=(60_000, 10_000),
+        held_out=7,
+    ),
+    "LSUN": Published(
+        "LSUN",
+        "SCENE_train_lmdb.zip and SCENE_val_lmdb.zip of https://github.com/fyu/lsun, unpacked, or "
+        "what its data.py exports of them, as train/ and val/",
+        lambda path, data: lsun.find(path, data.category),
+        tfds="lsun/{category}",
+        tfds_splits=("train", "validation"),
+    ),
+    "folder": Published(
+        "images",
+        "a folder, a zip or a tar of images, parquet files, or arrays",
+        lambda path, data: _find_folder(path),
+        classes=None,
+        resampling=Image.Resampling.LANCZOS,
+    ),
+}
+
+
+def _other_ways(known: Published) -> str:
+    """A sentence that says how to get a data set."""
+    ways = f"bring {known.files}, and name the file or folder by --config.data.path"
+    if known.tfds:
+        ways += "; or name a folder of TFDS's by --config.data.tfds_dir"
+    return f"{ways}; docs/data.md has all ways"
+
+
+def _first_upper(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def find(data: ConfigDict) -> Found:
+    """Find the data set at the path in `config.data`, or download it.
+
+    Raises:
+      UserError: it is missing, can't be downloaded, or has an unknown format; the message says
+        which files are needed.
+    """
+    known = PUBLISHED[data.dataset]
+    return _check_opened(_find(data, known), known)
+
+
+def get_fit(data: ConfigDict) -> Fit:
+    """The conversion of a data set's images to the size and channels in `config.data`."""
+    known = PUBLISHED[data.dataset]
+    return Fit(data.image_size, data.num_channels, known.crop, known.resampling, known.pad)
+
+
+def _find(data: ConfigDict, known: Published) -> Found:
+    path = data.path or ("" if data.tfds_dir else data.tfrecords_path)
+    if not path and data.tfds_dir:
+        return _find_tfds(data, known)
+    if not path and data.dataset == "fashion_mnist" and pathlib.Path(FASHION_MNIST_PATH).is_dir():
+        path = FASHION_MNIST_PATH
+    if not path and data.dataset in download.FILES:
+        path = str(download.fetch(data.dataset, _first_upper(_other_ways(known))))
+    if not path:
+        raise UserError(
+            f"{known.title} has no stable address to be downloaded from: {_other_ways(known)}"
+        )
+    place = pathlib.Path(path).expanduser()
+    if not place.exists():
+        option = "data.path" if data.path else "data.tfrecords_path"
+        raise UserError(f"{option}: there is no file or folder {place}; {_other_ways(known)}")
+    found = known.find(place, data)
+    if found is None and data.dataset != "folder":
+        found = (
+            parquet.find(place, needs_splits=True)
+            or arrays.find(place, needs_splits=True)
+            or image_files.find_splits(place, known.classes)
+        )
+    if found is None:
+        raise UserError(
+            f"data.path: {place} has nothing that {known.title} is read from; {_other_ways(known)}"
+        )
+    return found
+
+
+def _find_tfds(data: ConfigDict, known: Published) -> Found:
+    if not known.tfds:
+        raise UserError(f"data.tfds_dir: TFDS does not have {known.title}; {_other_ways(known)}")
+    return tfds.find(
+        known.tfds.format(size=data.image_size, category=data.category),
+        pathlib.Path(data.tfds_dir).expanduser(),
+        known.tfds_splits,
+        known.classes or 0,
+        known.hold_out if known.held_out else None,
+    )
+
+
+def _check_opened(found: Found, known: Published) -> Found:
+    """`found`, with a check of the images' size and of the number of classes when it is opened."""
+
+    def opened() -> Opened:
+        got = found.open()
+        if known.classes and got.num_classes not in (0, known.classes):
+            raise UserError(
+                f"{found.what}: {got.num_classes} classes; {known.title} has {known.classes}"
+            )
+        if not known.native:
+            return got
+        size = (known.native, known.native)
+        splits = [
+            dataclasses.replace(split, size=size) if isinstance(split, Records) else split
+            for split in (got.train, got.test)
+        ]
+        return dataclasses.replace(got, train=splits[0], test=splits[1])
+
+    return dataclasses.replace(found, open=opened)

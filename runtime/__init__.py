@@ -1,0 +1,1 @@
+"""The infrastructure of a run: processes, folders, checkpoints and logs."""

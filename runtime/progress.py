@@ -1,0 +1,39 @@
+"""Progress of long computations, as lines of the log."""
+
+import logging
+import time
+
+log = logging.getLogger("soft_truncation")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class Progress:
+    """Logs lines with a bar, the rate and the time left of a long computation."""
+
+    def __init__(self, name: str, total: int, every: float = 5.0) -> None:
+        """Log the progress through `total` images every `every` seconds, and at the end."""
+        self._name, self._total, self._every = name, total, every
+        self._done = self._fresh = 0
+        self._start = self._last = time.time()
+
+    def advance(self, count: int, note: str = "", fresh: bool = True) -> None:
+        """Count `count` more images as done; not `fresh`: an earlier run has computed them."""
+        self._done += count
+        self._fresh += count if fresh else 0
+        now = time.time()
+        if self._done < self._total and now - self._last < self._every:
+            return
+        self._last = now
+        share = self._done / self._total
+        bar = "█" * int(16 * share) + "░" * (16 - int(16 * share))
+        parts = [self._name, f"{bar} {share:4.0%}", f"{self._done}/{self._total} images"]
+        if self._fresh:
+            rate = self._fresh / max(now - self._start, 1e-9)
+            parts += [f"{rate:.3g} images/s", f"{clock((self._total - self._done) / rate)} left"]
+        log.info("%s", " | ".join(parts + ([note] if note else [])))

@@ -1,0 +1,347 @@
+"""The training step: state, optimiser, packing of parameters, micro-batches and EMA."""
+
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import Array
+from jax.typing import ArrayLike
+from ml_collections import ConfigDict
+
+import datasets
+from losses import Objective, ScoreFn, step_key
+
+log = logging.getLogger("soft_truncation")
+
+
+@struct.dataclass
+class TrainState:
+    """The state of training, which is also the contents of a checkpoint."""
+
+    step: Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+# (packed state, images (steps, n, H, W, C), index (n,)) → (state, metrics (steps,))
+StepFn = Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]
+# (packed state, number of steps) → (state, metrics (steps,))
+TrainCall = Callable[[TrainState, int], tuple[TrainState, dict[str, Array]]]
+
+
+def _trainable_mask(params: Any) -> Any:
+    """Whether each parameter is trained; the Fourier embedding's frequencies are not."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "GaussianFourierProjection" not in str(path[0]), params
+    )
+
+
+def _weight_decay_mask(params: Any) -> Any:
+    """Whether L2 decay applies to each parameter, or to each vector of `Packed`."""
+    if isinstance(params, Packed):
+        return dataclasses.replace(params, trained=True, fixed=False)  # type: ignore[arg-type]
+    return _trainable_mask(params)
+
+
+def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Clipping by global norm, L2 decay, and Adam with linear warm-up from 0, as officially."""
+    optim = config.optim
+    schedule = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup else optim.lr
+    decay = (
+        optax.add_decayed_weights(optim.weight_decay, mask=_weight_decay_mask)
+        if optim.weight_decay
+        else optax.identity()
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip >= 0 else optax.identity(),
+        decay,
+        optax.scale_by_adam(b1=optim.beta1, b2=0.999, eps=optim.eps),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def ema_decay(rate: float, num_updates: ArrayLike) -> Array:
+    """min(rate, (1 + n)/(10 + n)) for the n-th update, counted from 1, as in the release."""
+    n = jnp.asarray(num_updates, jnp.float32)
+    return jnp.minimum(rate, (1 + n) / (10 + n))
+
+
+@struct.dataclass
+class Packed:
+    """A tree of parameters as two vectors, which are updated by a few kernels, not thousands.
+
+    Attributes:
+      trained, fixed: the concatenated leaves that are trained, and those that are not
+        (`_trainable_mask`).
+      layout: (structure of the tree, each leaf's shape, whether each leaf is trained).
+    """
+
+    trained: Array
+    fixed: Array
+    layout: Any = struct.field(pytree_node=False)
+
+
+def pack(params: Any) -> Packed:
+    """Pack a tree of parameters, or another tree of that structure."""
+    leaves, structure = jax.tree.flatten(params)
+    kinds = jax.tree.leaves(_trainable_mask(params))
+    parts: list[list[Array]] = [[], []]
+    for leaf, kind in zip(leaves, kinds, strict=True):
+        parts[kind].append(jnp.ravel(leaf))
+    fixed, trained = (jnp.concatenate(part) if part else jnp.zeros(0) for part in parts)
+    return Packed(trained, fixed, (structure, tuple(map(jnp.shape, leaves)), tuple(kinds)))
+
+
+def unpack(packed: Packed) -> Any:
+    """Undo `pack`."""
+    structure, shapes, kinds = packed.layout
+    leaves, place = [], [0, 0]
+    for shape, kind in zip(shapes, kinds, strict=True):
+        start, stop = place[kind], place[kind] + math.prod(shape)
+        leaves.append((packed.trained if kind else packed.fixed)[start:stop].reshape(shape))
+        place[kind] = stop
+    return jax.tree.unflatten(structure, leaves)
+
+
+@jax.jit
+def pack_state(state: TrainState) -> TrainState:
+    """Pack every tree in the state that has the structure of the parameters, for `get_step_fn`."""
+    structure: Any = jax.tree.structure(state.params)
+
+    def is_params(x: Any) -> Any:
+        return structure == jax.tree.structure(x)
+
+    return jax.tree.map(lambda x: pack(x) if is_params(x) else x, state, is_leaf=is_params)
+
+
+@jax.jit
+def unpack_state(state: TrainState) -> TrainState:
+    """Undo `pack_state`."""
+
+    def is_packed(x: Any) -> Any:
+        return isinstance(x, Packed)
+
+    return jax.tree.map(lambda x: unpack(x) if is_packed(x) else x, state, is_leaf=is_packed)
+
+
+def get_step_fn(
+    objective: Objective,
+    make_score_fn: Callable[[Any], ScoreFn],
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema_rate: float,
+    num_micro_batch: int = 1,
+) -> StepFn:
+    """A function for one or more training steps, to be called in a pmap with axis name "batch".
+
+    Args:
+      objective: the loss.
+      make_score_fn: parameters → (x, t, dropout keys) → score.
+      optimizer: from `get_optimizer`.
+      seed: the run's seed.
+      ema_rate: the decay rate of the parameters' moving average.
+      num_micro_batch: number of sequential parts of a device's batch, to save memory; their
+        gradients are averaged.
+
+    Returns:
+      step_fn(state, images, index) → (state, metrics). The state is packed (`pack_state`),
+      `images` (steps, n, H, W, C) uint8 is this device's share of each step's global batch, and
+      `index` (n,) the indices of its images in the global batch. Metrics are `loss` and
+      `grad_norm` of the global batch, `tau` and `skipped`, (steps,) each. If the loss or the
+      norm of the gradient is not finite, `skipped` is 1 and only the state's `step` changes.
+    """
+
+    def mean_loss(params: Any, key: Array, images: Array, index: Array) -> tuple[Array, Array]:
+        losses, tau = objective(make_score_fn(params), key, images, index, train=True)
+        return jnp.mean(losses), tau
+
+    grad_fn = jax.value_and_grad(mean_loss, has_aux=True)
+
+    def loss_and_grads(
+        packed: Packed, key: Array, images: Array, index: Array
+    ) -> tuple[Array, Array, Packed]:
+        params = unpack(packed)
+        if num_micro_batch == 1:
+            (loss, tau), grads = grad_fn(params, key, images, index)
+            return loss, tau, pack(grads)
+
+        def accumulate(total: Any, batch: tuple[Array, Array]) -> tuple[Any, Array]:
+            (loss, tau), grads = grad_fn(params, key, *batch)
+            return jax.tree.map(jnp.add, total, (loss, pack(grads))), tau
+
+        def split(x: Array) -> Array:
+            return x.reshape(num_micro_batch, -1, *x.shape[1:])
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, packed))
+        # XLA's CPU backend runs convolution gradients 6 to 32 times slower inside a loop.
+        unroll = num_micro_batch if jax.default_backend() == "cpu" else 1
+        batches = split(images), split(index)
+        total, taus = jax.lax.scan(accumulate, zero, batches, unroll=unroll)
+        loss, grads = jax.tree.map(lambda x: x / num_micro_batch, total)
+        return loss, taus[0], grads
+
+    def one_step(
+        state: TrainState, images: Array, index: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        key = step_key(seed, state.step)
+        loss, tau, grads = loss_and_grads(state.params, key, images, index)
+        loss, grads = jax.lax.pmean((loss, grads), "batch")
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = ema_decay(ema_rate, state.step + 1)
+        ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        params, ema_params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, ema_params, opt_state),
+            (state.params, state.ema_params, state.opt_state),
+        )
+        metrics = {"loss": loss, "grad_norm": grad_norm, "tau": tau, "skipped": 1 - finite}
+        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+    def step_fn(
+        state: TrainState, images: Array, index: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        if len(images) > 1:
+            return jax.lax.scan(lambda state, batch: one_step(state, batch, index), state, images)
+        state, metrics = one_step(state, images[0], index)  # no loop: slow on a CPU
+        return state, jax.tree.map(lambda x: x[None], metrics)
+
+    return step_fn
+
+
+def _on_accelerator() -> bool:
+    return jax.default_backend() != "cpu"
+
+
+def steps_a_call(config: ConfigDict) -> int:
+    """The number of steps in one call: a divisor of `n_jitted_steps` and all logging intervals."""
+    training = config.training
+    if not _on_accelerator():  # convolution gradients are slow in loops there
+        return 1
+    regular = (training.snapshot_freq, training.snapshot_freq_for_preemption)
+    return math.gcd(training.n_jitted_steps, training.log_freq, training.eval_freq, *regular)
+
+
+# Data sets of at most this many bytes are kept in an accelerator's memory.
+_RESIDENT = 2**30
+
+
+def make_train_call(
+    step_fn: StepFn,
+    train: datasets.Dataset,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+) -> TrainCall:
+    """A function (packed state, n) → (state n steps later, their metrics (n,)), on all devices.
+
+    Data sets of up to 1 GiB are kept in an accelerator's memory; a step then receives only the
+    indices of its images.
+
+    Args:
+      step_fn: from `get_step_fn`.
+      train: the training images.
+      batch_size: the size of the global batch.
+      seed: determines the order of the images.
+      first_step: the step of the first call; later calls continue from there.
+    """
+    num_local, images = jax.local_device_count(), None
+    resident: tuple[Any, ...] = ()
+    if _on_accelerator():
+        images = datasets.in_memory(train, _RESIDENT)
+    batches = datasets.train_batches(
+        train,
+        batch_size,
+        seed,
+        first_step,
+        jax.process_index(),
+        jax.process_count(),
+        indices_only=images is not None,
+    )
+    if images is None:
+        parallel = jax.pmap(step_fn, axis_name="batch", donate_argnums=0)
+    else:
+        parallel = jax.pmap(
+            lambda state, images, chosen, index: step_fn(state, images[chosen], index),
+            axis_name="batch",
+            donate_argnums=0,
+        )
+        resident = (replicate(images, num_local),)
+        log.info("the training images are in the device's memory")
+
+    def shard(rows: list[np.ndarray]) -> np.ndarray:
+        """Reshape a list of batches, one for each step, to (devices, steps, n, …)."""
+        return np.stack([row.reshape(num_local, -1, *row.shape[1:]) for row in rows], axis=1)
+
+    def train_call(packed: TrainState, count: int) -> tuple[TrainState, dict[str, Array]]:
+        given = list(itertools.islice(batches, count))
+        index = shard([given[0]["index"]])[:, 0]
+        packed, values = parallel(packed, *resident, shard([b["image"] for b in given]), index)
+        return packed, first_copy(values)
+
+    return train_call
+
+
+def replicate(tree: Any, num_local: int) -> Any:
+    """Copy a tree to each of this process's devices, along a new first axis of its arrays."""
+    # By a pmap with the step's axis name; with another sharding the step would compile twice.
+    copy = jax.pmap(lambda _, tree: tree, axis_name="batch", in_axes=(0, None))
+    return copy(np.arange(num_local), tree)
+
+
+def first_copy(tree: Any) -> Any:
+    """The first device's copy of a replicated tree."""
+    return jax.tree.map(lambda x: x.addressable_data(0).reshape(x.shape[1:]), tree)
+
+
+@jax.jit
+def _add_steps(sums: dict[str, Array], values: dict[str, Array]) -> dict[str, Array]:
+    skipped = values["skipped"]
+    # The number of skipped steps at the end; if all were skipped, the earlier streak continues.
+    row = jnp.sum(jnp.cumprod(skipped[::-1]))
+    return {
+        "loss": sums["loss"] + jnp.sum(jnp.where(skipped, 0, values["loss"])),
+        "steps": sums["steps"] + jnp.sum(1 - skipped),
+        "skipped": sums["skipped"] + jnp.sum(skipped),
+        "streak": row + jnp.where(row == len(skipped), sums["streak"], 0),
+    }
+
+
+class LossSums:
+    """Sums over steps that stay on the device, so that no step waits for the host."""
+
+    def __init__(self) -> None:
+        """All sums are 0."""
+        self.reset(0)
+
+    def reset(self, streak: int) -> None:
+        """Begin new sums, after `streak` skipped steps in a row."""
+        zero = np.zeros((), np.int32)
+        self._sums: dict[str, Any] = {
+            **{"loss": np.zeros((), np.float32), "steps": zero, "skipped": zero},
+            "streak": np.array(streak, np.int32),
+        }
+
+    def add(self, values: dict[str, Array]) -> None:
+        """Add the metrics of n steps, (n,) each."""
+        self._sums = _add_steps(self._sums, {name: values[name] for name in ("loss", "skipped")})
+
+    def read(self) -> dict[str, float]:
+        """The sum of the `loss`, the numbers of `steps` and `skipped` steps, and the `streak`.
+
+        `loss` and `steps` are without skipped steps; `streak` is the number of steps skipped in a
+        row at the end.
+        """
+        return {name: np.asarray(value).item() for name, value in self._sums.items()}
