@@ -211,10 +211,11 @@ def test_recipes_network_can_be_built_at_full_width(name):
 
 
 def reduced(config):
-    """The recipe with few channels and one image, or two; everything else as it is."""
+    """The recipe with few channels and one or two images of at most 256×256; else as it is."""
     config.model.update(nf=4, num_res_blocks=1)
     config.training.batch_size = 2 if config.training.mixed else 1
     config.optim.warmup = 0
+    config.data.image_size = min(config.data.image_size, 256)
     if config.data.dataset in ("CelebAHQ", "FFHQ"):
         config.data.tfrecords_path = ""
     return config
