@@ -8,6 +8,6 @@ from tests import rehearse_data
 @pytest.mark.slow
 def test_data_are_brought_as_a_user_brings_them():
     # The other ways take longer: python -m tests.rehearse_data has them all.
-    only = ["cifar10_python_tar", "downloads"]
+    only = ["downloads"]
     text, good = rehearse_data.rehearse(only=only, full=False)
     assert good, text
