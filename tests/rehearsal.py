@@ -49,8 +49,15 @@ TINY = {
     "sampling": {"method": "dpm_solver", "num_steps": 4, "batch_size": 8},
 }
 HEAD_READ = [
-    *("data set", "way", "command", "images", "brightness as read", "as written"),
-    *("first start, s", "second start, s", "result"),
+    "data set",
+    "way",
+    "command",
+    "images",
+    "brightness as read",
+    "as written",
+    "first start, s",
+    "second start, s",
+    "result",
 ]
 HEAD_REFUSED = ["input", "exit code", "line"]
 TOLERANCE = 2.5  # grey values, for lossy coding and resampling
@@ -250,9 +257,14 @@ class Row:
         result = "; ".join(self.wrong) or ", ".join(self.done)
         first, second = [f"{seconds:.1f}" for seconds in [*self.seconds, 0, 0][:2]]
         return (
-            *(self.made.dataset, self.way, f"`{command}`", "/".join(map(str, self.counts))),
+            self.made.dataset,
+            self.way,
+            f"`{command}`",
+            "/".join(map(str, self.counts)),
             "/".join(f"{read:.1f}" for read in self.brightness),
-            *("/".join(f"{x:.1f}" for x in self.written()), first, second),
+            "/".join(f"{written:.1f}" for written in self.written()),
+            first,
+            second,
             f"**wrong**: {result}" if self.wrong else result,
         )
 
