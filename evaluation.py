@@ -22,6 +22,7 @@ from configs.default import UserError
 from datasets import Data, load_data
 from metrics.bits_per_dim import (
     BitsEvaluation,
+    advise_on_bits,
     evaluate_baselines,
     evaluate_bits,
     get_bpd_fn,
@@ -51,7 +52,7 @@ from runtime.locking import locked
 from runtime.pictures import plot_training, save_grid
 from runtime.progress import Progress
 from runtime.workdir import PartialResults, check_network, make_folder, short_hash
-from session import Setup, get_sampler, sample_batches, set_up
+from session import Setup, advise_on_sampling, get_sampler, sample_batches, set_up
 
 __all__ = [
     "evaluate",
@@ -78,7 +79,8 @@ class _Run:
 
 
 def _sample_size(config: ConfigDict) -> int:
-    return min(config.eval.batch_size, config.eval.num_samples)
+    size = config.eval.sampling_batch_size or config.eval.batch_size
+    return min(size, config.eval.num_samples)
 
 
 def _samples_of_network(run: _Run, params: Any) -> tuple[Images, dict[str, Any]]:
@@ -141,7 +143,7 @@ def _evaluate_checkpoint(
         report |= {"weights": "EMA", "weights_digest": short_hash(params)}
         if config.eval.enable_bpd:
             report |= evaluate_bits(run.bits, params)
-        if config.eval.enable_sampling:
+        if run.scorers:
             images, facts = _samples_of_network(run, params)
             report |= facts | _evaluate_samples(run, images, folder)
         return {"json": np.array(json.dumps(report))}
@@ -195,9 +197,19 @@ def _evaluate(
     folder = workdir / "eval"
     results = PartialResults(folder / "parts")
     scorers = get_scorers(config, data, results) if config.eval.enable_sampling else []
+    if config.eval.enable_sampling and not scorers and config.eval.enable_bpd and not given:
+        log.warning(
+            "nothing can score samples of %s, so none are drawn; --mode sample draws and keeps "
+            "them",
+            data.train.name,
+        )
     if not scorers and (given or not config.eval.enable_bpd):
         raise UserError("nothing would be scored; see the lines above, and the eval.enable_ fields")
     bits = BitsEvaluation(config, setup, data, results, get_bpd_fn(config, setup))
+    if scorers and not given:
+        advise_on_sampling(config, "eval.sampling_batch_size", _sample_size(config))
+    if config.eval.enable_bpd and not given:
+        advise_on_bits(config, setup, bits.num_test)
     sample = get_sampler(config, setup, _sample_size(config))
     run = _Run(config, setup, results, bits, sample, scorers)
     if config.eval.enable_bpd and not given and bits.num_test < 2:

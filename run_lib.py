@@ -25,12 +25,22 @@ from evaluation import evaluate, make_statistics
 from models import utils as mutils
 from official import import_checkpoint
 from runtime import checkpointing, hosts
+from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.locking import locked
 from runtime.metrics_log import Metrics
 from runtime.pictures import plot_training, save_grid
 from runtime.progress import Progress, clock
 from runtime.workdir import claim_workdir, make_folder
-from session import Setup, get_sampler, get_train_call, init_state, sample_batches, set_up
+from session import (
+    Setup,
+    advise_on_sampling,
+    advise_on_training,
+    get_sampler,
+    get_train_call,
+    init_state,
+    sample_batches,
+    set_up,
+)
 from train_step import (
     LossSums,
     TrainState,
@@ -83,6 +93,7 @@ def train(
             lambda: files and files.open(setup.state_shape, override, config_file)
         )
         _log_start(config, setup, data, workdir)
+        advise_on_training(config)
         if restored is not None:
             log.info("resumed at step %d of %d", int(restored.step), num_steps)
         state = restored or init_state(config, setup.model, setup.optimizer)
@@ -103,14 +114,21 @@ def train(
             packed, values = train_call(packed, count)
             step += count
             training_log.after_call(step, count, values)
-            done, stop = step == num_steps, preemption.requested(step)
+            done, stop = step == num_steps, preemption.requested()
+            evaluates = step % training.eval_freq == 0 or done
+            samples = training.snapshot_sampling and (step % training.snapshot_freq == 0 or done)
+            saves = _saves(config, step) or stop
+            if not (evaluates or samples or saves):
+                continue
+            jax.block_until_ready(packed.step)  # waiting for queued steps is training
             with training_log.paused():
                 unpacked = functools.cache(lambda p=packed: unpack_state(first_copy(p)))
-                if files and (step % training.eval_freq == 0 or done):
+                if evaluates:
                     loss = test_loss(unpacked().ema_params)
-                    files.metrics.write(step, {"test_loss": loss})
                     log.info("step %d | loss on test images, with EMA %.4g", step, loss)
-                if files and (_saves(config, step) or stop):
+                    if files:
+                        files.metrics.write(step, {"test_loss": loss})
+                if files and saves:
                     if training_log.skipped_in_a_row() and not (stop or done):
                         log.warning("step %d | the loss is not finite: not saved", step)
                     else:
@@ -119,9 +137,10 @@ def train(
                             log.info("step %d | saved", step)
                 if stop and not done:
                     break
-                if training.snapshot_sampling and (step % training.snapshot_freq == 0 or done):
+                if samples:
                     path = draw_grid(unpacked().ema_params, f"step_{step:08d}.png")
                     log.info("step %d | samples in %s", step, path)
+                del unpacked  # or the state would be in memory twice during the next call
 
         # The end.
         state = unpack_state(first_copy(packed))
@@ -303,7 +322,10 @@ class _TrainingLog:
 def _get_test_loss(
     config: ConfigDict, setup: Setup, test: datasets.Dataset
 ) -> Callable[[Any], float]:
-    """A function params → the loss on up to four batches of test images, with fixed noise."""
+    """A function params → the loss on up to four batches of test images, with fixed noise.
+
+    All devices share each batch, so every process must call it.
+    """
     config = config.copy_and_resolve_references()
     if config.training.truncation == "soft":
         # The same expectation without the variance of drawing a single truncation for the batch.
@@ -321,10 +343,13 @@ def _get_test_loss(
     def test_loss(params: Any) -> float:
         size, values = min(len(images), config.training.batch_size), []
         size = max(size - size % 2, 1)  # `mixed` needs pairs
+        rows, everywhere = batch_and_replicated_shardings()
+        rows = everywhere if size % jax.device_count() else rows  # a handful of images
+        params = to_devices(params, everywhere)
         for start in range(0, len(images) - size + 1, size):
-            key = losses.step_key(config.seed + 1, start)
-            batch = images[start : start + size]
-            values.append(float(mean_loss(params, key, batch, np.arange(size))))
+            key = to_devices(losses.step_key(config.seed + 1, start), everywhere)
+            batch = to_devices((images[start : start + size], np.arange(size)), rows)
+            values.append(float(mean_loss(params, key, *batch)))
         return float(np.mean(values))
 
     return test_loss
@@ -375,6 +400,7 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
         count, parts = config.sampling.n_images, []
         progress = Progress("sampling", count)
         size = min(config.sampling.batch_size, count)
+        advise_on_sampling(config, "sampling.batch_size", size)
         sampler = get_sampler(config, setup, size)
         for part in sample_batches(sampler, state.ema_params, config.seed, count, size):
             parts.append(datasets.levels_to_uint8(part.levels, setup.num_levels))

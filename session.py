@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +21,17 @@ import sde_lib
 from configs.default import UserError
 from configs.validate import validate
 from models import utils as mutils
+from runtime import memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
-from train_step import TrainCall, TrainState, get_optimizer, get_step_fn, make_train_call
+from train_step import (
+    StepFn,
+    TrainCall,
+    TrainState,
+    get_optimizer,
+    get_step_fn,
+    make_train_call,
+    pack_state,
+)
 
 log = logging.getLogger("soft_truncation")
 
@@ -94,11 +104,8 @@ def set_up(config: ConfigDict) -> Setup:
     )
 
 
-def get_train_call(
-    config: ConfigDict, setup: Setup, train: datasets.Dataset, first_step: int
-) -> TrainCall:
-    """The training function (`make_train_call`) of a config, whose first call is `first_step`."""
-    step_fn = get_step_fn(
+def _step_fn(config: ConfigDict, setup: Setup) -> StepFn:
+    return get_step_fn(
         setup.objective,
         setup.make_train_score_fn,
         setup.optimizer,
@@ -106,7 +113,77 @@ def get_train_call(
         ema_rate=config.model.ema_rate,
         num_micro_batch=config.optim.num_micro_batch,
     )
+
+
+def get_train_call(
+    config: ConfigDict, setup: Setup, train: datasets.Dataset, first_step: int
+) -> TrainCall:
+    """The training function (`make_train_call`) of a config, whose first call is `first_step`."""
+    step_fn = _step_fn(config, setup)
     return make_train_call(step_fn, train, config.training.batch_size, config.seed, first_step)
+
+
+def train_program(config: ConfigDict) -> tuple[StepFn, tuple[Any, ...]]:
+    """One training step of one device, and the shapes of its arguments."""
+    setup, data = set_up(config), config.data
+    n = config.training.batch_size // jax.device_count()
+    shape = (1, n, data.image_size, data.image_size, data.num_channels)
+    images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    index = jax.ShapeDtypeStruct((n,), jnp.int32)
+    state = jax.eval_shape(pack_state, setup.state_shape)
+    return _step_fn(config, setup), (state, images, index)
+
+
+def sample_program(config: ConfigDict, batch_size: int) -> tuple[Any, tuple[Any, ...]]:
+    """A device's share of a batch of samples as a function, and the shapes of its arguments."""
+    setup, n = set_up(config), -(-batch_size // jax.device_count())
+    sample_fn = sampling.get_sampling_fn(config, setup.sde, setup.make_score_fn, n)
+    return sample_fn, (setup.state_shape.ema_params, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def _changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(dict(fields))
+    return changed
+
+
+def advise_on_training(config: ConfigDict) -> None:
+    """Log how much memory training needs, and what to set if it is more than there is."""
+
+    def needed(fields: Mapping[str, Any]) -> int:
+        step_fn, shapes = train_program(_changed(config, fields))
+        return memory.needed_bytes(step_fn, *shapes, donate=1, devices=jax.device_count())
+
+    remedies: list[dict[str, Any]] = []
+    if config.model.dtype != "bfloat16":
+        remedies.append({"model.dtype": "bfloat16"})
+    can_remat = config.model.name == "ncsnpp"
+    if can_remat and not config.model.remat:
+        remedies.append({"model.dtype": "bfloat16", "model.remat": True})
+    images = config.training.batch_size // jax.device_count()
+    for parts in (2, 4, 8, 16, 32, 64):
+        if images % parts == 0 and parts > config.optim.num_micro_batch:
+            kept = {"model.remat": True} if can_remat else {}
+            remedies.append({"model.dtype": "bfloat16", **kept, "optim.num_micro_batch": parts})
+    memory.advise("training", needed, remedies)
+
+
+def advise_on_sampling(config: ConfigDict, field: str, batch_size: int) -> None:
+    """Log how much memory sampling needs; `field` is the config's field of the batch size."""
+
+    def needed(fields: Mapping[str, Any]) -> int:
+        program, shapes = sample_program(config, fields.get(field, batch_size))
+        return memory.needed_bytes(program, *shapes)
+
+    memory.advise("sampling", needed, smaller_batches(field, batch_size))
+
+
+def smaller_batches(field: str, batch_size: int) -> list[dict[str, Any]]:
+    """Remedies that halve a batch size again and again, down to one image a device."""
+    sizes = itertools.takewhile(
+        lambda size: size >= jax.device_count(), (batch_size >> n for n in itertools.count(1))
+    )
+    return [{field: size} for size in sizes]
 
 
 class Samples(NamedTuple):

@@ -1,5 +1,6 @@
 """The training step: state, optimiser, packing of parameters, micro-batches and EMA."""
 
+import collections
 import dataclasses
 import itertools
 import logging
@@ -238,6 +239,10 @@ def steps_a_call(config: ConfigDict) -> int:
 _RESIDENT = 2**30
 
 
+# Calls that the host is ahead of the device.
+_MOST_IN_FLIGHT = 2
+
+
 def make_train_call(
     step_fn: StepFn,
     train: datasets.Dataset,
@@ -258,6 +263,7 @@ def make_train_call(
       first_step: the step of the first call; later calls continue from there.
     """
     num_local, images = jax.local_device_count(), None
+    in_flight: collections.deque[Array] = collections.deque()
     resident: tuple[Any, ...] = ()
     if _on_accelerator():
         images = datasets.in_memory(train, _RESIDENT)
@@ -289,6 +295,9 @@ def make_train_call(
         given = list(itertools.islice(batches, count))
         index = shard([given[0]["index"]])[:, 0]
         packed, values = parallel(packed, *resident, shard([b["image"] for b in given]), index)
+        in_flight.append(values["loss"])
+        if len(in_flight) > _MOST_IN_FLIGHT:  # each waits with its images in memory
+            jax.block_until_ready(in_flight.popleft())
         return packed, first_copy(values)
 
     return train_call

@@ -1,26 +1,113 @@
-"""Compare training in bfloat16 with training in float32.
+"""Compare training in bfloat16 with training in float32, and what both see of small noise.
 
 python -m benchmarks.precision                             # digits, 500 steps
 python -m benchmarks.precision --config configs/vp/fashion_mnist_st.py --steps 2000 --nll
 
 The two runs of `--mode train` differ only in `model.dtype`; images, times and noise of every step
 are the same. On a GPU float32 means TF32, unless JAX_DEFAULT_MATMUL_PRECISION=float32 is set.
+
+Then, for the float32 run's weights, its times and test images without dequantisation: the share of
+the noise's variance that is lost when x(t) is rounded to a type, and the loss ‖σ s_θ + z‖² a
+dimension of the network in each type. "x(t) rounded" is a network whose first convolution computes
+in bfloat16 like the others, which ours does not. TF32 is imitated on a CPU, by rounding what
+convolutions multiply to 11 bits.
 """
 
 import argparse
+import contextlib
 import logging
 import pathlib
 import runpy
 import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
 
+import datasets
 import run_lib
+import session
 from runtime import environment
 from runtime.metrics_log import read_metrics
+from sde_lib import SDE, expand
 
 DTYPES = ("float32", "bfloat16")
+
+
+def to_tf32(x: Array) -> Array:
+    """Round float32 to the 11 bits of TF32's fraction, with the first one, which is not stored."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits += np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
+    return jax.lax.bitcast_convert_type(bits & np.uint32(0xFFFFE000), jnp.float32)
+
+
+def to_bfloat16(x: Array) -> Array:
+    """Round to bfloat16, as float32."""
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def share_lost(sde: SDE, x0: Array, z: Array, t: float, rounded: Callable[[Array], Array]) -> float:
+    """The share of the noise's variance that `rounded`(x(t)) does not explain."""
+    mean, std = (float(f(jnp.float32(t))) for f in (sde.mean_coeff, sde.std))
+    x_t = rounded(mean * x0 + std * z)
+    noise = (np.asarray(x_t, np.float64) - mean * np.asarray(x0, np.float64)) / std
+    drawn = np.asarray(z, np.float64)
+    return 1 - float(np.mean(noise * drawn) ** 2 / (np.mean(noise**2) * np.mean(drawn**2)))
+
+
+@contextlib.contextmanager
+def tf32_products() -> Iterator[None]:
+    """Convolutions round what they multiply to TF32, unless they ask for full precision."""
+    exact = jax.lax.conv_general_dilated
+
+    def convolution(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+        if options.get("precision") is None:
+            x, kernel = to_tf32(x), to_tf32(kernel)
+        return exact(x, kernel, *args, **options)
+
+    with mock.patch.object(jax.lax, "conv_general_dilated", convolution):
+        yield
+
+
+def print_small_times(config: ConfigDict, params: Any, times: list[float]) -> None:
+    """The table of the noise that is lost and of the loss by time, in each type."""
+    setup, test = session.set_up(config), datasets.get_dataset(config, "test")
+    images = datasets.in_order(test, 256)["image"]
+    x0 = jnp.asarray(setup.preprocessing.to_x0_without_noise(images))
+    z = jax.random.normal(jax.random.key(0), x0.shape)
+
+    def loss(dtype: str, t: float, rounded: Callable[[Array], Array]) -> float:
+        of_type = config.copy_and_resolve_references()
+        of_type.model.dtype = dtype
+        at = jnp.full(len(x0), t, jnp.float32)
+
+        @jax.jit
+        def mean_loss(x0: Array, z: Array) -> Array:
+            x_t = expand(setup.sde.mean_coeff(at), x0) * x0 + expand(setup.sde.std(at), x0) * z
+            score_fn = session.set_up(of_type).make_score_fn(params)
+            return jnp.mean((expand(setup.sde.std(at), x0) * score_fn(rounded(x_t), at) + z) ** 2)
+
+        return float(mean_loss(x0, z))
+
+    print(f"\n{len(x0)} test images of {test.num_levels} levels, not dequantised")
+    print(
+        "| t | σ | lost, bfloat16 | lost, TF32 | loss, float32 | TF32 | bfloat16 | x(t) rounded |"
+    )
+    print("|---" * 8 + "|")
+    for t in times:
+        lost = [share_lost(setup.sde, x0, z, t, f) for f in (to_bfloat16, to_tf32)]
+        values = [loss("float32", t, jnp.asarray)]
+        with tf32_products():
+            values.append(loss("float32", t, jnp.asarray))
+        values += [loss("bfloat16", t, f) for f in (jnp.asarray, to_bfloat16)]
+        cells = [*(f"{x:.2%}" for x in lost), *(f"{x:.5f}" for x in values)]
+        sigma = float(setup.sde.std(jnp.float32(t)))
+        print(f"| {t:.1e} | {sigma:.2g} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -48,7 +135,9 @@ def main() -> None:
             )
             config.eval.enable_sampling = False
             workdir = pathlib.Path(folder) / dtype
-            run_lib.train(config, workdir)
+            state = run_lib.train(config, workdir)
+            if dtype == "float32":
+                params, of_float32 = state.ema_params, config
             rows = read_metrics(workdir / "metrics.jsonl")
             losses[dtype] = np.array([row["loss"] for row in rows if "loss" in row])
             if flags.nll:
@@ -67,6 +156,8 @@ def main() -> None:
         )
         print(f"| {steps[0] + 1} to {steps[-1] + 1} | {numbers} |")
     print("\n".join(lines))
+    first = of_float32.training.truncation_time
+    print_small_times(of_float32, params, [first * 10 ** (n / 2) for n in range(7)])
 
 
 if __name__ == "__main__":

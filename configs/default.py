@@ -125,7 +125,8 @@ def get_default_config() -> ConfigDict:
     evaluation.begin_ckpt = 0
     evaluation.end_ckpt = 0
     evaluation.samples = ""  # a folder of images or an .npz to score instead of a checkpoint
-    evaluation.batch_size = 200
+    evaluation.batch_size = 200  # for bits/dim; like the next, over all devices
+    evaluation.sampling_batch_size = 0  # for samples; 0: eval.batch_size
     evaluation.enable_sampling = True
     evaluation.enable_bpd = True
     evaluation.enable_fid = True  # Inception: FID, KID, Inception score, precision and recall

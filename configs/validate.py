@@ -101,6 +101,7 @@ _NOT_NEGATIVE = (
     "optim.warmup",
     "eval.begin_ckpt",
     "eval.end_ckpt",
+    "eval.sampling_batch_size",
     "eval.num_reference",
     "eval.nll_steps",
 )

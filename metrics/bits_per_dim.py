@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,10 +17,11 @@ import likelihood
 from configs.default import UserError
 from datasets import Data
 from metrics import distances
+from runtime import memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
 from runtime.workdir import PartialResults, short_hash
-from session import Setup, init_state
+from session import Setup, init_state, smaller_batches
 
 log = logging.getLogger("soft_truncation")
 
@@ -44,6 +45,27 @@ def get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Arra
         return values
 
     return jax.jit(bpd_fn)
+
+
+def bits_program(
+    config: ConfigDict, setup: Setup, batch_size: int
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A device's share of a batch of bits/dim as a function, and the shapes of its arguments."""
+    data, n = config.data, -(-batch_size // jax.device_count())
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
+    x = jax.ShapeDtypeStruct((n, data.image_size, data.image_size, data.num_channels), jnp.float32)
+    return get_bpd_fn(config, setup), (setup.state_shape.ema_params, keys, x, x)
+
+
+def advise_on_bits(config: ConfigDict, setup: Setup, count: int) -> None:
+    """Log how much memory bits/dim of `count` images need, and what to set if that is too much."""
+    field, batch_size = "eval.batch_size", min(config.eval.batch_size, count)
+
+    def needed(fields: Mapping[str, Any]) -> int:
+        program, shapes = bits_program(config, setup, fields.get(field, batch_size))
+        return memory.needed_bytes(program, *shapes)
+
+    memory.advise("bits/dim", needed, smaller_batches(field, batch_size))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,6 +119,7 @@ class Conv(nn.Module):
 
     Attributes:
       gain: a factor of the result; it is applied to the kernel, which costs nothing.
+      precision: of the products, as of `jax.lax.conv`; None: the default of the device.
     """
 
     features: int
@@ -128,6 +129,7 @@ class Conv(nn.Module):
     kernel_init: nn.initializers.Initializer = variance_scaling()
     gain: float = 1.0
     dtype: Dtype = jnp.float32
+    precision: Any = None
 
     @nn.compact
     def __call__(self, x: Array, apart: bool = False) -> Any:
@@ -141,6 +143,7 @@ class Conv(nn.Module):
             self.strides,
             self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=self.precision,
         )
         y = checkpoint_name(y, "convolution")
         bias = self.gain * bias

@@ -145,7 +145,9 @@ class NCSNpp(nn.Module):
         x = x if self.centered else 2 * x - 1
         in_pyramid = x
         x = layers.fourier_features(x) if self.fourier_feature else x
-        h = layers.Conv(self.nf, dtype=self.dtype)(x)
+        # In float32 whatever the others compute in: bfloat16 has steps of 2^-9 near 1, larger than
+        # the noise at small t.
+        h = layers.Conv(self.nf, precision="highest")(x).astype(self.dtype)
         skips = [h]
         for level, mult in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):

@@ -43,6 +43,16 @@ def fits(options: Options, x: Array) -> bool:
     return rows >= 16 and width >= 32 and width % size == 0
 
 
+def pays(x: Array) -> bool:
+    """Whether enough programs share x (N, H, W, C), or each has little to do.
+
+    A program has all pixels of an image and of `_layout` channels. With few images of many pixels,
+    such as 8 of 256×256, most multiprocessors would be idle; XLA splits the pixels, too.
+    """
+    pixels, programs = x.shape[1] * x.shape[2], len(x) * x.shape[3] // _layout(x)[0]
+    return pixels <= 32 * 32 or programs >= getattr(jax.devices()[0], "core_count", 132) / 2
+
+
 def _triton() -> Any:
     from jax.experimental.pallas import triton
 
@@ -280,6 +290,7 @@ def norm_act(
     Evaluation does not use the kernels: it needs forward-mode derivatives, and XLA to distribute
     the computation over the devices. In training, pmap gives each device its part.
     """
-    if train and jax.default_backend() == "gpu" and fits(options, x) and available():
+    on_gpu = train and jax.default_backend() == "gpu"
+    if on_gpu and fits(options, x) and pays(x) and available():
         return fused(options, x, scale, bias, shift, keys)
     return normalization.norm_act(options, x, scale, bias, shift, keys)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.typing import ArrayLike
 
 from configs.default import UserError
 
@@ -50,6 +51,9 @@ def initialize(
         raise UserError(f"the other processes can't be joined: {reason}") from error
 
 
+_PART = 2**28  # bytes that are sent to the other processes at a time
+
+
 def is_main() -> bool:
     """Whether this process is the one that reads and writes the workdir."""
     return jax.process_index() == 0
@@ -60,9 +64,27 @@ def share(value: Any) -> Any:
     if jax.process_count() == 1:
         return value
     data = np.frombuffer(pickle.dumps(value), np.uint8) if is_main() else np.zeros(0, np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.array(len(data))))
-    data = data if is_main() else np.zeros(size, np.uint8)
-    return pickle.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+    size = _read_length(multihost_utils.broadcast_one_to_all(_length(len(data))))
+    received = []
+    # In parts, since the whole would have to fit into a device's memory several times over.
+    for start in range(0, size, _PART):
+        part = (
+            data[start : start + _PART]
+            if is_main()
+            else np.zeros(min(_PART, size - start), np.uint8)
+        )
+        received.append(np.asarray(multihost_utils.broadcast_one_to_all(part)))
+    return pickle.loads(np.concatenate(received).tobytes())
+
+
+def _length(size: int) -> np.ndarray:
+    """A length as two numbers of 32 bits, since JAX has none of 64 bits by default."""
+    return np.array(divmod(size, 2**32), np.uint32)
+
+
+def _read_length(numbers: ArrayLike) -> int:
+    high, low = (int(number) for number in np.asarray(numbers))
+    return high * 2**32 + low
 
 
 def on_main(fn: Callable[[], Any]) -> Any:
@@ -87,7 +109,7 @@ class Preemption:
 
     def __init__(self) -> None:
         """Signals are handled within a `with` block only."""
-        self._signal = ""
+        self._signal, self._asked = "", 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Preemption":
@@ -110,8 +132,11 @@ class Preemption:
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; every process must call this after every step."""
+    def requested(self) -> bool:
+        """Whether to stop now; every process must ask equally often, after the same steps."""
+        self._asked += 1
         if jax.process_count() > 1:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
+            # JAX agrees on the highest number that was asked with, plus one. Steps would not do:
+            # where a call takes several, that number is passed over.
+            return bool(multihost_utils.reached_preemption_sync_point(self._asked))
         return bool(self._signal)

@@ -54,7 +54,9 @@ class Metrics:
         self._waiting = b""
         try:
             with _quiet_stderr():  # TensorFlow's C++ code prints a greeting at any log level
+                import tensorflow as tf
                 from clu import metric_writers
+            tf.config.set_visible_devices([], "GPU")  # or it takes the memory that JAX left
 
             self._writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
         except ImportError:

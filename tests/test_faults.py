@@ -248,12 +248,12 @@ def test_a_broken_image_is_named_at_the_start_or_left_out(tmp_path, caplog):
 def test_signals_ask_for_a_stop_and_are_given_back():
     before = signal.getsignal(signal.SIGTERM)
     with hosts.Preemption() as preemption:
-        assert not preemption.requested(1)
+        assert not preemption.requested()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.requested(2)
+        assert preemption.requested()
     with hosts.Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGINT)
-        assert preemption.requested(3)
+        assert preemption.requested()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before

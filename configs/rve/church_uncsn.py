@@ -28,5 +28,6 @@ def get_config() -> ConfigDict:
         snapshot_freq_for_preemption=5000,
     )
     config.sampling.update(snr=0.075, batch_size=16)
-    config.eval.batch_size = 512
+    # The release samples in its sampling.batch_size, and has no bits/dim for images of this size.
+    config.eval.update(batch_size=16, enable_bpd=False)
     return config

@@ -27,5 +27,5 @@ def get_config() -> ConfigDict:
         snapshot_sampling=True,
     )
     config.sampling.snr = 0.15
-    config.eval.batch_size = 40
+    config.eval.batch_size = 16
     return config

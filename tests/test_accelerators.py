@@ -1,0 +1,453 @@
+"""What only accelerators, large states and several processes do, on CPU devices."""
+
+import json
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import types
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import evaluation
+import run_lib
+import session
+import train_step
+from configs import saved
+from configs.default import UserError
+from configs.rve import celebahq_256_uncsn, church_uncsn, ffhq_1024_uncsn
+from configs.vp import cifar10_st
+from models import layers, ncsnpp, norm_kernels
+from runtime import hosts, memory
+from runtime.metrics_log import Metrics, read_metrics
+from tests.helpers import tiny_config
+from tests.test_run_lib import TINY, assert_identical, state_of
+
+ROOT = pathlib.Path(__file__).parent.parent
+# main.py with several steps a call and the data on the device, as on an accelerator.
+AS_ON_AN_ACCELERATOR = """
+import sys
+import train_step
+train_step._on_accelerator = lambda: True
+import main
+from absl import app
+app.run(main.main, flags_parser=main._parse)
+"""
+
+
+def start(*args, processes=2, devices=4):
+    """main.py in several processes over loopback; the last one's lines are not shown."""
+    port = 20_000 + (os.getpid() * 7 + start.count) % 20_000
+    start.count += 1
+    env = dict(
+        os.environ,
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}"
+        " --xla_backend_optimization_level=0",
+        PYTHONPATH=str(ROOT),
+    )
+    of_many = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                AS_ON_AN_ACCELERATOR,
+                f"--config={ROOT}/configs/vp/digits_st.py",
+                *args,
+                *([*of_many, f"--process_id={i}"] if processes > 1 else []),
+            ],
+            env=env,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+start.count = 0
+
+
+def finish(processes):
+    """The outputs of processes that must end well."""
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def wait_for(path, processes):
+    """Wait until a file or folder is there."""
+    while not path.exists():
+        codes = [process.poll() for process in processes]
+        assert codes == [None] * len(codes), [process.communicate()[0] for process in processes]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_sigterm_stops_two_processes_with_several_steps_a_call(tmp_path):
+    processes = start(
+        *TINY,
+        f"--workdir={tmp_path}/run",
+        "--config.training.n_iters=100000",
+        "--config.training.log_freq=10",
+        "--config.training.snapshot_freq_for_preemption=20",
+        devices=2,
+    )
+    wait_for(tmp_path / "run" / "checkpoints" / "40", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finish(processes)
+    assert "stopped at step" in outputs[0]
+    step = int(outputs[0].split("stopped at step ")[1].split()[0])
+    assert step % 10 == 0 and (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.parametrize("size", [0, 7, 2**31 + 5, 7_000_000_000, 2**40])
+def test_lengths_above_2_gib_are_sent(size):
+    assert hosts._read_length(jnp.asarray(hosts._length(size))) == size
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 5000])
+def test_a_large_state_is_shared_in_parts(monkeypatch, size):
+    value = {"state": np.random.default_rng(0).bytes(size)}
+    sent = []
+
+    def broadcast(x):
+        if hosts.is_main():
+            sent.append(np.asarray(x))
+            return x
+        return sent.pop(0)
+
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(hosts, "_PART", 1000)
+    assert hosts.share(value) == value
+    assert max(len(part) for part in sent) <= 1000
+    assert sum(len(part) for part in sent[1:]) == len(pickle.dumps(value))
+    monkeypatch.setattr(hosts, "is_main", lambda: False)
+    assert hosts.share(None) == value
+
+
+@pytest.mark.parametrize("recipe", [church_uncsn, celebahq_256_uncsn, ffhq_1024_uncsn])
+def test_large_images_are_evaluated_in_the_batches_of_the_release(recipe):
+    config = recipe.get_config()
+    assert config.eval.batch_size == 16 and not config.eval.enable_bpd
+    assert evaluation._sample_size(config) == 16
+    config.eval.sampling_batch_size = 5
+    assert evaluation._sample_size(config) == 5
+
+
+def test_no_samples_are_drawn_if_nothing_can_score_them(tmp_path, monkeypatch, caplog):
+    config = tiny_config(n_iters=2, snapshot_freq=2, snapshot_freq_for_preemption=2)
+    config.eval.update(num_samples=96, num_test_data=4, nll_steps=32, nelbo_draws=1, batch_size=4)
+    config.eval.cache_dir = str(tmp_path)
+    run_lib.train(config, tmp_path / "run")
+    monkeypatch.setattr(evaluation, "get_scorers", lambda *_: [])  # no labels, no Inception
+    monkeypatch.setattr(evaluation, "sample_batches", lambda *_: pytest.fail("samples are drawn"))
+    report = run_lib.evaluate(config, tmp_path / "run")
+    assert "nll" in report and "num_samples" not in report
+    assert "nothing can score samples" in caplog.text and "--mode sample" in caplog.text
+    config.eval.enable_bpd = False
+    with pytest.raises(UserError, match="nothing would be scored"):
+        run_lib.evaluate(config, tmp_path / "run")
+
+
+def test_tensorflow_is_told_to_leave_the_gpus_alone(tmp_path, monkeypatch):
+    tensorflow, told = pytest.importorskip("tensorflow"), []
+    monkeypatch.setattr(tensorflow.config, "set_visible_devices", lambda *given: told.append(given))
+    Metrics(tmp_path, 0).close()
+    assert told == [([], "GPU")]
+
+
+@pytest.mark.parametrize("t", [1e-5, 3e-5, 1e-4])
+def test_bfloat16_keeps_the_noise_of_small_times(t):
+    """The first convolution sees x(t) in float32; bfloat16 would lose a third of the noise."""
+    config = tiny_config()
+    config.model.dtype = "bfloat16"
+    setup = session.set_up(config)
+    params = session.init_state(config, setup.model, setup.optimizer).params
+    seen = {}
+
+    def watch(next_fn, args, kwargs, context):
+        if isinstance(context.module, layers.Conv) and not seen:
+            seen["x"], seen["result"] = args[0], next_fn(*args, **kwargs)
+        return next_fn(*args, **kwargs)
+
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 256, (64, 8, 8, 1)) / 127.5 - 1
+    z = rng.standard_normal(levels.shape)
+    mean, std = setup.sde.mean_coeff(t), setup.sde.std(t)
+    x_t = (mean * levels + std * z).astype(np.float32)
+    with ncsnpp.nn.intercept_methods(watch):
+        setup.model.apply({"params": params}, x_t, jnp.full(64, 999 * t))
+    noise = (np.asarray(seen["x"], np.float64) - mean * levels) / std
+    lost = 1 - np.cov(noise.ravel(), z.ravel())[0, 1] ** 2 / (noise.var() * z.var())
+    assert lost < 1e-3
+    kernel = params["Conv_0"]["kernel"]
+    exact = jax.lax.conv_general_dilated(
+        x_t, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(seen["result"], exact, atol=1e-5)
+
+
+def test_the_logged_rate_does_not_leave_out_queued_steps(tmp_path, monkeypatch):
+    """A device that takes 2 s a step, a host that queues at once, and a test loss of 1 s."""
+    now, free_at = [0.0], [0.0]
+
+    def wait(*_):
+        now[0] = max(now[0], free_at[0])
+
+    def train_call(packed, count):
+        free_at[0] = max(free_at[0], now[0]) + 2.0 * count
+        values = {"loss": np.ones(count), "skipped": np.zeros(count, int)}
+        values |= {"tau": np.ones(count), "grad_norm": np.ones(count)}
+        return packed, values
+
+    def test_loss(_):
+        wait()
+        now[0] += 1
+        return 1.0
+
+    read = train_step.LossSums.read
+    monkeypatch.setattr(train_step.LossSums, "read", lambda sums: (wait(), read(sums))[1])
+    monkeypatch.setattr(run_lib, "time", types.SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(run_lib.jax, "block_until_ready", wait)
+    monkeypatch.setattr(run_lib, "get_train_call", lambda *_, **__: train_call)
+    monkeypatch.setattr(run_lib, "_get_test_loss", lambda *_: test_loss)
+    config = tiny_config(n_iters=40, log_freq=10, eval_freq=5)
+    config.training.update(snapshot_freq=1000, snapshot_freq_for_preemption=1000)
+    run_lib.train(config, tmp_path)
+    rates = [
+        row["images_per_second"]
+        for row in read_metrics(tmp_path / "metrics.jsonl")
+        if "images_per_second" in row
+    ]
+    np.testing.assert_allclose(rates, config.training.batch_size / 2)
+
+
+def test_the_test_loss_is_computed_by_all_devices(monkeypatch):
+    config = tiny_config()
+    setup, data = session.set_up(config), run_lib.load_data(config)
+    state, seen = session.init_state(config, setup.model, setup.optimizer), []
+    place = run_lib.to_devices
+
+    def to_devices(tree, sharding):
+        placed = place(tree, sharding)
+        seen.extend(x.addressable_shards[0].data.shape for x in jax.tree.leaves(placed))
+        return placed
+
+    monkeypatch.setattr(run_lib, "to_devices", to_devices)
+    value = run_lib._get_test_loss(config, setup, data.test)(state.ema_params)
+    size, devices = config.training.batch_size, jax.device_count()
+    assert devices > 1 and (size // devices, 8, 8, 1) in seen and (size, 8, 8, 1) not in seen
+    # The same number on one device.
+    monkeypatch.setattr(run_lib, "to_devices", lambda tree, _: tree)
+    np.testing.assert_allclose(
+        run_lib._get_test_loss(config, setup, data.test)(state.ema_params), value, rtol=1e-5
+    )
+
+
+def train_call_of(config, step_fn):
+    """The calls of a run with a given step."""
+    train = run_lib.load_data(config).train
+    return train_step.make_train_call(step_fn, train, config.training.batch_size, 0, 0)
+
+
+def test_few_calls_are_queued(monkeypatch):
+    queued, waited = [], []
+
+    def wait(value):
+        waited.append(queued.index(id(value)))
+        return value
+
+    def pmap(fn, **_):
+        def call(packed, *_):
+            values = {"loss": np.zeros((4, 1))}
+            queued.append(id(values["loss"]))
+            kept.append(values)
+            return packed, values
+
+        return call
+
+    kept = []
+    monkeypatch.setattr(train_step.jax, "pmap", pmap)
+    monkeypatch.setattr(train_step.jax, "block_until_ready", wait)
+    monkeypatch.setattr(train_step, "first_copy", lambda tree: tree)
+    train_call = train_call_of(tiny_config(), None)
+    for _ in range(9):
+        train_call(None, 1)
+        assert len(queued) - len(waited) <= 2
+    assert waited == list(range(7))  # the oldest first
+
+
+def test_the_unpacked_state_is_freed_before_the_next_call(tmp_path, monkeypatch):
+    unpacked, alive = [], []
+    unpack, get_train_call = run_lib.unpack_state, run_lib.get_train_call
+
+    def unpack_state(packed):
+        state = unpack(packed)
+        unpacked.append(weakref.ref(jax.tree.leaves(state.params)[0]))
+        return state
+
+    def watched(*args, **kwargs):
+        train_call = get_train_call(*args, **kwargs)
+
+        def call(packed, count):
+            alive.append(sum(ref() is not None for ref in unpacked))
+            return train_call(packed, count)
+
+        return call
+
+    monkeypatch.setattr(run_lib, "unpack_state", unpack_state)
+    monkeypatch.setattr(run_lib, "get_train_call", watched)
+    config = tiny_config(n_iters=6, eval_freq=1, snapshot_freq=1000)
+    config.training.snapshot_freq_for_preemption = 1000
+    run_lib.train(config, tmp_path)
+    assert len(unpacked) >= 6 and alive == [0] * 6
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        ((128, 32, 32, 128), True),  # CIFAR-10 on one GPU
+        ((16, 32, 32, 128), True),  # … on eight
+        ((64, 256, 256, 128), True),  # 256² on one: 128 programs
+        ((8, 256, 256, 128), False),  # … on eight: 16 programs for 132 multiprocessors
+        ((8, 16, 16, 256), True),
+    ],
+)
+def test_the_kernel_is_left_to_xla_where_few_programs_have_much_to_do(shape, kernel):
+    assert norm_kernels.pays(jax.ShapeDtypeStruct(shape, jnp.bfloat16)) == kernel
+
+
+REHEARSED = (
+    *TINY,
+    "--config.model.nf=4",
+    "--config.training.batch_size=16",
+    "--config.training.n_iters=2000",
+    "--config.training.log_freq=100",
+    "--config.training.eval_freq=500",
+    "--config.training.snapshot_freq=1000",
+    "--config.training.snapshot_freq_for_preemption=100",
+    "--config.sampling.method=dpm_solver",
+    "--config.sampling.num_steps=4",
+    "--config.eval.num_samples=5000",
+    "--config.eval.batch_size=64",
+    "--config.eval.sampling_batch_size=500",
+    "--config.eval.num_test_data=64",
+    "--config.eval.nll_steps=32",
+    "--config.eval.nelbo_draws=1",
+    "--config.eval.enable_fid=False",
+)
+
+
+@pytest.mark.slow
+def test_a_run_on_eight_devices_of_two_processes_survives_what_happens_to_it(tmp_path):
+    """Training of 2,000 steps and 5,000 samples, each cut off and gone on, against undisturbed."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def run(workdir, mode):
+        more = [f"--mode={mode}", f"--workdir={workdir}"]
+        return start(*REHEARSED, *more, f"--config.eval.cache_dir={workdir}/cache")
+
+    finish(run(whole, "train"))
+    processes = run(cut, "train")
+    wait_for(cut / "checkpoints" / "400", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    assert "stopped at step" in finish(processes)[0]
+    processes = run(cut, "train")
+    wait_for(cut / "checkpoints" / "1200", processes)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    output = finish(run(cut, "train"))[0]
+    assert "resumed at step" in output and "done: 2000 steps" in output
+    config = saved.get_config(whole)
+    assert_identical(state_of(config, whole), state_of(config, cut))
+
+    finish(run(whole, "eval"))
+    processes = run(cut, "eval")
+    parts = cut / "eval" / "parts"
+    while len(list(parts.rglob("samples_*"))) < 4:
+        assert [process.poll() for process in processes] == [None, None]
+        time.sleep(0.02)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    finish(run(cut, "eval"))
+    reports = [json.loads((run / "eval" / "report.json").read_text()) for run in (whole, cut)]
+    assert reports[0] == reports[1]
+    assert reports[0]["num_samples"] == 5000 and reports[0]["fd_classifier"] > 0
+    assert reports[0]["nll"] < reports[0]["nll_untrained"]
+
+
+def conv(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def test_the_estimate_of_memory_counts_what_is_alive():
+    kib = 2**10
+    x = jax.ShapeDtypeStruct((1, 16, 16, 4), jnp.float32)  # 4 KiB
+    kernel = jax.ShapeDtypeStruct((1, 1, 4, 4), jnp.float32)  # 64 bytes
+
+    def four(x, kernel):
+        for _ in range(4):
+            x = jax.nn.silu(conv(x, kernel))
+        return x
+
+    # The argument, a convolution's argument and its result; SiLU is no array of its own.
+    assert 12 * kib <= memory.needed_bytes(four, x, kernel) <= 13 * kib
+    # For the gradient all four convolutions' results and arguments stay.
+    grads = jax.grad(lambda kernel, x: jnp.sum(four(x, kernel)))
+    assert 32 * kib <= memory.needed_bytes(grads, kernel, x) <= 48 * kib
+    assert memory.needed_bytes(lambda x: x + 1, x, donate=1) == 4 * kib
+    assert memory.needed_bytes(lambda x: x + 1, x) == 8 * kib
+
+    def loop(x, kernel):
+        return jax.lax.scan(lambda x, _: (four(x, kernel), None), x, length=100)[0]
+
+    assert memory.needed_bytes(loop, x, kernel) <= 21 * kib  # once, not a hundred times
+
+
+def test_the_estimate_of_memory_is_near_what_xla_says():
+    config = tiny_config()
+    config.model.update(nf=16, ch_mult=(1, 2))
+    config.training.batch_size = 512 * jax.device_count()
+    program, shapes = session.train_program(config)
+    estimate = memory.needed_bytes(program, *shapes, donate=1)
+    mapped = jax.vmap(program, axis_name="batch", in_axes=(None, 0, None), out_axes=None)
+    shapes = jax.tree.map(lambda x: x, shapes)
+    images = jax.ShapeDtypeStruct((1, *shapes[1].shape), shapes[1].dtype)
+    compiled = jax.jit(mapped, donate_argnums=0).lower(shapes[0], images, shapes[2]).compile()
+    used = compiled.memory_analysis()
+    size = used.argument_size_in_bytes + used.temp_size_in_bytes
+    assert 0.6 < estimate / size < 1.6
+
+
+@pytest.mark.parametrize(
+    ("gib", "line"),
+    [
+        (80, "training needs about"),
+        (9, "--config.model.dtype=bfloat16 (about"),
+        (5, "--config.model.remat=True (about"),
+        (3, "--config.optim.num_micro_batch="),
+        (0.1, "too little, whatever is set"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_says_what_to_set(monkeypatch, caplog, gib, line):
+    config = cifar10_st.get_config()
+    config.training.batch_size *= jax.device_count()
+    monkeypatch.setattr(memory, "limit_bytes", lambda: int(gib * 2**30))
+    with caplog.at_level("INFO", "soft_truncation"):
+        session.advise_on_training(config)
+    assert len(caplog.records) == 1 and line in caplog.text
+    assert (caplog.records[0].levelname == "WARNING") == (gib < 80)
