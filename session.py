@@ -161,7 +161,7 @@ def advise_on_training(config: ConfigDict) -> None:
     if can_remat and not config.model.remat:
         remedies.append({"model.dtype": "bfloat16", "model.remat": True})
     images = config.training.batch_size // jax.device_count()
-    for parts in (2, 4, 8, 16, 32, 64):
+    for parts in (4, 16):
         if images % parts == 0 and parts > config.optim.num_micro_batch:
             kept = {"model.remat": True} if can_remat else {}
             remedies.append({"model.dtype": "bfloat16", **kept, "optim.num_micro_batch": parts})

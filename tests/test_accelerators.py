@@ -20,10 +20,10 @@ import evaluation
 import run_lib
 import session
 import train_step
+from benchmarks.memory import compiled_bytes
 from configs import saved
 from configs.default import UserError
 from configs.rve import celebahq_256_uncsn, church_uncsn, ffhq_1024_uncsn
-from configs.vp import cifar10_st
 from models import layers, ncsnpp, norm_kernels
 from runtime import hosts, memory
 from runtime.metrics_log import Metrics, read_metrics
@@ -91,24 +91,6 @@ def wait_for(path, processes):
         time.sleep(0.02)
 
 
-@pytest.mark.slow
-def test_sigterm_stops_two_processes_with_several_steps_a_call(tmp_path):
-    processes = start(
-        *TINY,
-        f"--workdir={tmp_path}/run",
-        "--config.training.n_iters=100000",
-        "--config.training.log_freq=10",
-        "--config.training.snapshot_freq_for_preemption=20",
-        devices=2,
-    )
-    wait_for(tmp_path / "run" / "checkpoints" / "40", processes)
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = finish(processes)
-    assert "stopped at step" in outputs[0]
-    step = int(outputs[0].split("stopped at step ")[1].split()[0])
-    assert step % 10 == 0 and (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
-
-
 @pytest.mark.parametrize("size", [0, 7, 2**31 + 5, 7_000_000_000, 2**40])
 def test_lengths_above_2_gib_are_sent(size):
     assert hosts._read_length(jnp.asarray(hosts._length(size))) == size
@@ -146,13 +128,14 @@ def test_large_images_are_evaluated_in_the_batches_of_the_release(recipe):
 
 def test_no_samples_are_drawn_if_nothing_can_score_them(tmp_path, monkeypatch, caplog):
     config = tiny_config(n_iters=2, snapshot_freq=2, snapshot_freq_for_preemption=2)
-    config.eval.update(num_samples=96, num_test_data=4, nll_steps=32, nelbo_draws=1, batch_size=4)
-    config.eval.cache_dir = str(tmp_path)
+    config.eval.num_samples = 96
     run_lib.train(config, tmp_path / "run")
     monkeypatch.setattr(evaluation, "get_scorers", lambda *_: [])  # no labels, no Inception
     monkeypatch.setattr(evaluation, "sample_batches", lambda *_: pytest.fail("samples are drawn"))
+    monkeypatch.setattr(evaluation, "evaluate_bits", lambda *_: {"weighed": True})
+    monkeypatch.setattr(evaluation, "evaluate_baselines", lambda *_: {})
     report = run_lib.evaluate(config, tmp_path / "run")
-    assert "nll" in report and "num_samples" not in report
+    assert report["weighed"] and "num_samples" not in report
     assert "nothing can score samples" in caplog.text and "--mode sample" in caplog.text
     config.eval.enable_bpd = False
     with pytest.raises(UserError, match="nothing would be scored"):
@@ -178,6 +161,7 @@ def test_bfloat16_keeps_the_noise_of_small_times(t):
     def watch(next_fn, args, kwargs, context):
         if isinstance(context.module, layers.Conv) and not seen:
             seen["x"], seen["result"] = args[0], next_fn(*args, **kwargs)
+            return seen["result"]
         return next_fn(*args, **kwargs)
 
     rng = np.random.default_rng(0)
@@ -327,20 +311,23 @@ def test_the_kernel_is_left_to_xla_where_few_programs_have_much_to_do(shape, ker
     assert norm_kernels.pays(jax.ShapeDtypeStruct(shape, jnp.bfloat16)) == kernel
 
 
+# At most 2,000 steps and 5,000 samples: REHEARSED_STEPS=2000 python -m pytest … takes 10 minutes.
+STEPS = int(os.environ.get("REHEARSED_STEPS", "200"))
+SAMPLES = 5 * STEPS // 2
+SMALLEST = (*TINY, "--config.model.nf=4", "--config.model.num_res_blocks=1")
 REHEARSED = (
-    *TINY,
-    "--config.model.nf=4",
+    *SMALLEST,
     "--config.training.batch_size=16",
-    "--config.training.n_iters=2000",
-    "--config.training.log_freq=100",
-    "--config.training.eval_freq=500",
-    "--config.training.snapshot_freq=1000",
-    "--config.training.snapshot_freq_for_preemption=100",
+    f"--config.training.n_iters={STEPS}",
+    f"--config.training.log_freq={STEPS // 20}",
+    f"--config.training.eval_freq={STEPS // 4}",
+    f"--config.training.snapshot_freq={STEPS // 2}",
+    f"--config.training.snapshot_freq_for_preemption={STEPS // 20}",
     "--config.sampling.method=dpm_solver",
     "--config.sampling.num_steps=4",
-    "--config.eval.num_samples=5000",
+    f"--config.eval.num_samples={SAMPLES}",
     "--config.eval.batch_size=64",
-    "--config.eval.sampling_batch_size=500",
+    f"--config.eval.sampling_batch_size={SAMPLES // 10}",
     "--config.eval.num_test_data=64",
     "--config.eval.nll_steps=32",
     "--config.eval.nelbo_draws=1",
@@ -349,8 +336,26 @@ REHEARSED = (
 
 
 @pytest.mark.slow
+def test_sigterm_stops_two_processes_with_several_steps_a_call(tmp_path):
+    processes = start(
+        *SMALLEST,
+        f"--workdir={tmp_path}/run",
+        "--config.training.n_iters=100000",
+        "--config.training.log_freq=10",
+        "--config.training.snapshot_freq_for_preemption=20",
+        devices=2,
+    )
+    wait_for(tmp_path / "run" / "checkpoints" / "40", processes)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finish(processes)
+    assert "stopped at step" in outputs[0]
+    step = int(outputs[0].split("stopped at step ")[1].split()[0])
+    assert step % 10 == 0 and (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.slow
 def test_a_run_on_eight_devices_of_two_processes_survives_what_happens_to_it(tmp_path):
-    """Training of 2,000 steps and 5,000 samples, each cut off and gone on, against undisturbed."""
+    """Training and evaluation, each cut off and gone on, against undisturbed ones."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
 
     def run(workdir, mode):
@@ -359,16 +364,16 @@ def test_a_run_on_eight_devices_of_two_processes_survives_what_happens_to_it(tmp
 
     finish(run(whole, "train"))
     processes = run(cut, "train")
-    wait_for(cut / "checkpoints" / "400", processes)
+    wait_for(cut / "checkpoints" / str(STEPS // 5), processes)
     processes[1].send_signal(signal.SIGTERM)
     assert "stopped at step" in finish(processes)[0]
     processes = run(cut, "train")
-    wait_for(cut / "checkpoints" / "1200", processes)
+    wait_for(cut / "checkpoints" / str(STEPS * 3 // 5), processes)
     for process in processes:
         process.kill()
         process.communicate()
     output = finish(run(cut, "train"))[0]
-    assert "resumed at step" in output and "done: 2000 steps" in output
+    assert "resumed at step" in output and f"done: {STEPS} steps" in output
     config = saved.get_config(whole)
     assert_identical(state_of(config, whole), state_of(config, cut))
 
@@ -384,7 +389,7 @@ def test_a_run_on_eight_devices_of_two_processes_survives_what_happens_to_it(tmp
     finish(run(cut, "eval"))
     reports = [json.loads((run / "eval" / "report.json").read_text()) for run in (whole, cut)]
     assert reports[0] == reports[1]
-    assert reports[0]["num_samples"] == 5000 and reports[0]["fd_classifier"] > 0
+    assert reports[0]["num_samples"] == SAMPLES and reports[0]["fd_classifier"] > 0
     assert reports[0]["nll"] < reports[0]["nll_untrained"]
 
 
@@ -408,7 +413,7 @@ def test_the_estimate_of_memory_counts_what_is_alive():
     assert 12 * kib <= memory.needed_bytes(four, x, kernel) <= 13 * kib
     # For the gradient all four convolutions' results and arguments stay.
     grads = jax.grad(lambda kernel, x: jnp.sum(four(x, kernel)))
-    assert 32 * kib <= memory.needed_bytes(grads, kernel, x) <= 48 * kib
+    assert 32 * kib <= memory.needed_bytes(grads, kernel, x) <= 50 * kib
     assert memory.needed_bytes(lambda x: x + 1, x, donate=1) == 4 * kib
     assert memory.needed_bytes(lambda x: x + 1, x) == 8 * kib
 
@@ -424,30 +429,45 @@ def test_the_estimate_of_memory_is_near_what_xla_says():
     config.training.batch_size = 512 * jax.device_count()
     program, shapes = session.train_program(config)
     estimate = memory.needed_bytes(program, *shapes, donate=1)
-    mapped = jax.vmap(program, axis_name="batch", in_axes=(None, 0, None), out_axes=None)
-    shapes = jax.tree.map(lambda x: x, shapes)
-    images = jax.ShapeDtypeStruct((1, *shapes[1].shape), shapes[1].dtype)
-    compiled = jax.jit(mapped, donate_argnums=0).lower(shapes[0], images, shapes[2]).compile()
-    used = compiled.memory_analysis()
-    size = used.argument_size_in_bytes + used.temp_size_in_bytes
+    size = compiled_bytes(jax.devices()[0], program, shapes, donate=True)
     assert 0.6 < estimate / size < 1.6
 
 
 @pytest.mark.parametrize(
-    ("gib", "line"),
+    ("fields", "line"),
     [
-        (80, "training needs about"),
-        (9, "--config.model.dtype=bfloat16 (about"),
-        (5, "--config.model.remat=True (about"),
-        (3, "--config.optim.num_micro_batch="),
-        (0.1, "too little, whatever is set"),
+        ({}, "training needs about"),
+        ({"model.dtype": "bfloat16"}, "set --config.model.dtype=bfloat16 (about"),
+        ({"model.dtype": "bfloat16", "model.remat": True}, "and --config.model.remat=True (about"),
+        (
+            {"model.dtype": "bfloat16", "model.remat": True, "optim.num_micro_batch": 4},
+            "and --config.optim.num_micro_batch=4 (about",
+        ),
+        (None, "too little, whatever is set"),
     ],
 )
-def test_a_recipe_that_does_not_fit_says_what_to_set(monkeypatch, caplog, gib, line):
-    config = cifar10_st.get_config()
-    config.training.batch_size *= jax.device_count()
-    monkeypatch.setattr(memory, "limit_bytes", lambda: int(gib * 2**30))
+def test_a_recipe_that_does_not_fit_says_what_to_set(monkeypatch, caplog, fields, line):
+    config = tiny_config()
+    config.model.update(nf=32, num_res_blocks=2)
+    config.training.batch_size = 1024 * jax.device_count()
+    enough = 2**20
+    if fields is not None:
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(fields)
+        program, shapes = session.train_program(changed)
+        enough = memory.needed_bytes(program, *shapes, donate=1, devices=4) / memory._MARGIN + 1
+    monkeypatch.setattr(memory, "limit_bytes", lambda: enough)
     with caplog.at_level("INFO", "soft_truncation"):
         session.advise_on_training(config)
     assert len(caplog.records) == 1 and line in caplog.text
-    assert (caplog.records[0].levelname == "WARNING") == (gib < 80)
+    assert (caplog.records[0].levelname == "INFO") == (fields == {})
+
+
+def test_a_batch_that_does_not_fit_says_which_does(monkeypatch, caplog):
+    config = tiny_config()
+    config.sampling.update(method="dpm_solver", num_steps=3)
+    program, shapes = session.sample_program(config, 512)
+    enough = memory.needed_bytes(program, *shapes) / memory._MARGIN + 1
+    monkeypatch.setattr(memory, "limit_bytes", lambda: enough)
+    session.advise_on_sampling(config, "eval.sampling_batch_size", 2048)
+    assert "set --config.eval.sampling_batch_size=512 (about" in caplog.text
