@@ -340,6 +340,13 @@ class Preprocessing:
         return lowest, (1 - lowest) / (self.num_levels - 1)
 
     @property
+    def cell_width(self) -> float:
+        """The distance between the values of `to_x0_without_noise` for neighbouring levels."""
+        if self.dequantization == "uniform":
+            return (2.0 if self.centered else 1.0) / self.num_levels
+        return self.level_grid[1]
+
+    @property
     def bits_offset(self) -> float:
         """The term to add to -log2 p(x)/D of scaled, dequantised data for bits/dim of the levels.
 
@@ -354,6 +361,11 @@ def get_preprocessing(config: ConfigDict, num_levels: int = 0) -> Preprocessing:
     data = config.data
     levels = num_levels or get_num_levels(config)
     return Preprocessing(levels, data.centered, data.dequantization, data.random_flip)
+
+
+def share_at_ends(levels: np.ndarray, num_levels: int) -> float:
+    """The share of the values that are the lowest or the highest level."""
+    return float(np.mean((levels == 0) | (levels == num_levels - 1)))
 
 
 def levels_to_uint8(levels: np.ndarray, num_levels: int) -> np.ndarray:

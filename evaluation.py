@@ -23,10 +23,12 @@ from datasets import Data, load_data
 from metrics.bits_per_dim import (
     BitsEvaluation,
     advise_on_bits,
+    bits_of_images,
     evaluate_baselines,
     evaluate_bits,
     get_bpd_fn,
     network_fields,
+    summarize_bits,
 )
 from metrics.distances import (
     frechet_distance,
@@ -35,7 +37,7 @@ from metrics.distances import (
     precision_recall,
 )
 from metrics.inception import get_inception
-from metrics.report import clear_pictures, write_report, write_sweep
+from metrics.report import clear_pictures, write_bits, write_report, write_sweep
 from metrics.scorers import (
     Images,
     Scorer,
@@ -46,7 +48,8 @@ from metrics.scorers import (
     regrouped,
     score_images,
 )
-from readers.samples import load_samples
+from readers.samples import load_images
+from readers.source import ArraySource
 from runtime import checkpointing, hosts
 from runtime.locking import locked
 from runtime.pictures import plot_training, save_grid
@@ -107,7 +110,8 @@ def _samples_of_network(run: _Run, params: Any) -> tuple[Images, dict[str, Any]]
 def _given_samples(config: ConfigDict, num_levels: int) -> tuple[Images, dict[str, Any]]:
     """The images of `eval.samples`, and their entries of the report."""
     path = pathlib.Path(config.eval.samples)
-    source = load_samples(path, config.data.image_size, config.data.num_channels)
+    data = config.data
+    source, _ = load_images(path, data.image_size, data.num_channels, "eval.samples")
     dataset = datasets.Dataset(path.stem, source, 256, 0)
     images = images_of(dataset)
 
@@ -123,10 +127,28 @@ def _evaluate_samples(run: _Run, images: Images, folder: pathlib.Path) -> dict[s
     few = next(regrouped(images.batches(), 64))
     grid = datasets.levels_to_uint8(few, run.setup.num_levels)
     hosts.on_main(lambda: save_grid(grid, folder / "samples.png"))
-    report: dict[str, Any] = {}
+    levels, test = run.setup.num_levels, run.bits.data.test
+    shares = {
+        "share_at_ends": images.batches(),
+        "share_at_ends_of_test_images": (
+            batch["image"] for batch in datasets.batches(test, 500, 10_000)
+        ),
+    }
+    report: dict[str, Any] = {
+        name: float(np.average(*_shares_and_counts(batches, levels)))
+        for name, batches in shares.items()
+    }
     for scorer in run.scorers:
         report |= score_images(scorer, images, run.results)
     return report
+
+
+def _shares_and_counts(
+    batches: Iterator[np.ndarray], num_levels: int
+) -> tuple[list[float], None, list[int]]:
+    """Arguments of np.average: the share of each batch at the ends of the range, and its size."""
+    found = [(datasets.share_at_ends(batch, num_levels), len(batch)) for batch in batches]
+    return [share for share, _ in found], None, [count for _, count in found]
 
 
 def _evaluate_checkpoint(
@@ -157,10 +179,11 @@ def _evaluate_checkpoint(
 
 
 def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Score checkpoints' EMA weights, or `eval.samples`; writes report.json and report.md.
+    """Score checkpoints' EMA weights, or given images; writes report.json and report.md.
 
-    The report of one checkpoint or of a sweep is in eval/, that of given samples in
-    eval/samples_…. The reports of a sweep's checkpoints are in eval/step_<step>/.
+    The report of one checkpoint or of a sweep is in eval/, that of `eval.samples` in
+    eval/samples_…, and that of `eval.images`, with each image's bits/dim, in eval/images_…. The
+    reports of a sweep's checkpoints are in eval/step_<step>/.
 
     Returns:
       The report. For a sweep it has `checkpoints`, their reports, and `best`, the best step by each
@@ -174,6 +197,8 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     given = _given_samples(config, setup.num_levels) if config.eval.samples else None
     with contextlib.ExitStack() as stack:
         steps = hosts.on_main(lambda: _take_hold(config, workdir, stack))
+        if config.eval.images:
+            return _evaluate_images(config, setup, data, workdir, steps)
         return _evaluate(config, setup, data, workdir, given, steps)
 
 
@@ -184,6 +209,58 @@ def _take_hold(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.Exit
     make_folder(workdir / "eval", "--workdir")
     stack.enter_context(locked(workdir / "eval"))
     return steps
+
+
+def _images_to_score(
+    config: ConfigDict, data: Data, num_levels: int
+) -> tuple[datasets.Dataset, list[str]]:
+    """The images of `eval.images` and their names."""
+    if config.eval.images == "test":
+        indices = datasets.subset(data.test, config.eval.num_test_data)
+        return data.test, [str(i) for i in indices]
+    path, size = pathlib.Path(config.eval.images), config.data.image_size
+    source, names = load_images(path, size, config.data.num_channels, "eval.images", least=1)
+    if num_levels != 256:
+        grey = source.fetch(np.arange(len(names)))["image"]
+        levels = np.round(grey * ((num_levels - 1) / 255)).astype(np.uint8)
+        source = ArraySource(levels, np.zeros(len(names), int))
+    return datasets.Dataset(path.stem, source, num_levels, 0), names
+
+
+def _evaluate_images(
+    config: ConfigDict, setup: Setup, data: Data, workdir: pathlib.Path, steps: list[int]
+) -> dict[str, Any]:
+    """Bits/dim of each of the images of `eval.images`, in a folder of their own below eval/."""
+    if len(steps) != 1:
+        raise UserError(f"eval.images is for one checkpoint; {len(steps)} are chosen")
+    chosen, names = _images_to_score(config, data, setup.num_levels)
+    config = config.copy_and_resolve_references()
+    config.eval.num_test_data = len(names)
+    results = PartialResults(workdir / "eval" / "parts")
+    scored = Data(data.train, chosen)
+    bits = BitsEvaluation(config, setup, scored, results, get_bpd_fn(config, setup))
+    advise_on_bits(config, setup, bits.num_test)
+    log.info("bits/dim of %d images of %s", len(names), config.eval.images)
+    params = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0]).ema_params
+    values = bits_of_images(bits, params)
+    digest = short_hash(datasets.fingerprint(chosen), len(names))[:8]
+    folder = workdir / "eval" / f"images_{chosen.name}_{digest}"
+    report = {
+        "data": data.train.name,
+        "step": steps[0],
+        "images": f"images of {config.eval.images}",
+        "num_levels": setup.num_levels,
+        "weights_digest": short_hash(params),
+        **summarize_bits(bits, values),
+    }
+
+    def write() -> None:
+        write_report(report, folder)
+        write_bits(folder / "bits_per_dim.csv", names, values)
+        _finish(results, folder)
+
+    hosts.on_main(write)
+    return report
 
 
 def _evaluate(

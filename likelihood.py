@@ -8,6 +8,14 @@ with x_ε ~ p_0ε(· | x_0); `losses.reconstruction_loss` computes it. With the 
 bounds the likelihood of x_0. Without it, the NLL is that of x_0 at time ε (as is common), and the
 NELBO is that of x_ε. For data without dequantisation (`lossless`) there is a NELBO with a decoder
 of the levels.
+
+Truncated-normal dequantisation (arXiv 2305.03935) bounds the probability of the levels without a
+decoder: x_ε = α x_0 + σ z, with z normal, but cut to the cell of x_0, |z| ≤ r = α Δ/(2 σ) for
+levels that are Δ apart. The cells are disjoint, so for the density q of that x_ε
+
+    -log P(x_0) = -log ∫_cell p_ε ≤ E_q[log q(x_ε) - log p_ε(x_ε)].
+
+For r ≥ 3 and a network of data without dequantisation q is nearly what the network was trained on.
 """
 
 import functools
@@ -23,7 +31,7 @@ from ml_collections import ConfigDict
 import datasets
 import losses
 from sampling import MakeScoreFn, ScoreFn, fill_time, in_solver_time, probability_flow, solve_ode
-from sde_lib import SDE
+from sde_lib import SDE, expand
 
 
 def ode_log_likelihood(
@@ -173,14 +181,16 @@ def mean_and_errors(values: np.ndarray) -> tuple[float, float, float | None]:
     """The mean over images and draws, and its standard errors.
 
     Args:
-      values: (draws, N), N at least 2; a column has the values of one image for all draws.
+      values: (draws, N); a column has the values of one image for all draws.
 
     Returns:
-      (mean; its standard error over images and draws; the standard error over draws alone, for
-      the mean over exactly these images, None for a single draw).
+      (mean; its standard error over images and draws, nan for a single image; the standard error
+      over draws alone, for the mean over exactly these images, None for a single draw).
     """
     draws, count = values.shape
-    stderr = float(values.mean(axis=0).std(ddof=1) / np.sqrt(count))
+    stderr = float("nan")
+    if count > 1:
+        stderr = float(values.mean(axis=0).std(ddof=1) / np.sqrt(count))
     if draws == 1:
         return float(values.mean()), stderr, None
     of_draws = float(np.sqrt(values.var(axis=0, ddof=1).mean() / (draws * count)))
@@ -190,6 +200,85 @@ def mean_and_errors(values: np.ndarray) -> tuple[float, float, float | None]:
 def to_bits_per_dim(nats: Array, dims: int, offset: float) -> Array:
     """Convert -log p of scaled, dequantised data to bits/dim of their levels."""
     return nats / (dims * np.log(2)) + offset
+
+
+def cell_radius(sde: SDE, eps: float, width: float) -> Array:
+    """r = α Δ/(2 σ) at ε: half a level's cell in standard deviations of the noise, for Δ=width."""
+    return 0.5 * width * jnp.exp(-0.5 * sde.gamma(eps))
+
+
+def largest_eps(sde: SDE, width: float, radius: float = 3.0) -> float | None:
+    """The largest ε at which `cell_radius` is `radius`; None if the SDE has no such time."""
+    gamma = 2 * np.log(0.5 * width / radius)
+    t = float(sde.inverse_gamma(gamma))
+    return t if 0 < t < sde.T and abs(float(sde.gamma(t)) - gamma) < 0.01 else None
+
+
+def truncated_normal(key: Array, shape: tuple[int, ...], radius: Array) -> tuple[Array, Array]:
+    """Normal noise cut to |z| ≤ radius, and the sum of its log-density (in z), a scalar."""
+    z = jax.random.truncated_normal(key, -radius, radius, shape)
+    log_mass = jnp.log1p(-2 * jax.scipy.special.ndtr(-radius))
+    log_density = -0.5 * z**2 - 0.5 * np.log(2 * np.pi) - log_mass
+    return z, jnp.sum(log_density)
+
+
+def _draw_in_cells(
+    sde: SDE, eps: float, width: float, keys: Array, x: Array
+) -> tuple[Array, Array]:
+    """x_ε (N, ...) in the cells of scaled levels x, and log q(x_ε) in nats, (N,)."""
+    radius, dims = cell_radius(sde, eps, width), int(np.prod(x.shape[1:]))
+    z, log_density = jax.vmap(lambda key: truncated_normal(key, x.shape[1:], radius))(keys)
+    return losses.perturb(sde, x, fill_time(eps, x), z), log_density - dims * jnp.log(sde.std(eps))
+
+
+def importance_weighted(bits: np.ndarray, dims: int) -> np.ndarray:
+    """The bound of several draws, -log mean 2^(-D bits)/D, which is tighter than their mean.
+
+    Args:
+      bits: bits/dim of one draw each, (draws, N).
+      dims: D, the number of dimensions.
+
+    Returns:
+      (N,) bits/dim. Each draw must be exact: noise in it, such as that of a trace's estimate,
+      makes the result too small.
+    """
+    nats = -np.asarray(bits, np.float64) * dims * np.log(2)
+    top = nats.max(axis=0)
+    return -(top + np.log(np.mean(np.exp(nats - top), axis=0))) / (dims * np.log(2))
+
+
+def nelbo_of_x_eps(
+    sde: SDE, score_fn: ScoreFn, x_eps: Array, eps: float, u: Array, z: Array
+) -> Array:
+    """An estimate of the bound's integral for -log p_ε(x_ε), with the diffusion starting at x_ε.
+
+    With x_t = a x_ε + b z (`sde.transition`), the bound of arXiv 2101.09258, thm. 3, on p_ε is
+
+        E[-log p_T(x_T)] + ½ ∫ E[σ² ‖s + z/b‖² - σ² ‖z/b‖²] dγ - D (log α(T) - log α(ε)).
+
+    Near ε both squares diverge and their difference does not: it is σ² ‖s‖² + 2 σ² s·z/b, whose
+    mean stays if ‖z‖² - D is added. That sum is ‖σ s + z‖² - D where b is near σ, as in the usual
+    estimate. Times are drawn as γ = γ(ε) + Z_ε u², since 1/b ~ (γ - γ(ε))^-½.
+
+    Args:
+      sde, score_fn: the model.
+      x_eps: (N, ...).
+      eps: the time of x_ε.
+      u: uniforms in [0, 1], (N,).
+      z: normal noise, of x_eps's shape.
+
+    Returns:
+      One draw of the integral (without the first and the last term), in nats, (N,).
+    """
+    span = sde.importance_normalizer(eps)
+    t = jnp.clip(sde.inverse_gamma(sde.gamma(eps) + span * u**2), eps, sde.T)
+    a, b = (expand(c, x_eps) for c in sde.transition(eps, t))
+    b = jnp.maximum(b, 1e-3 * sde.std(eps))  # not 0 at u = 0, which has no weight
+    scaled = expand(sde.std(t), x_eps) * score_fn(a * x_eps + b * z, t)
+    product = 2 * expand(sde.std(t), x_eps) / b * scaled * z
+    dims = int(np.prod(x_eps.shape[1:]))
+    value = losses.sum_image(scaled**2 + product + z**2) - dims
+    return 0.5 * 2 * span * u * value
 
 
 def get_nll_fn(
@@ -203,13 +292,16 @@ def get_nll_fn(
         `nll_without_residual`: bits/dim without it, (N,);
         `nfe`: score evaluations of one solve;
         `latent`: latents of the solve for `nll`, (N, H, W, C).
+      With `truncated_normal=True`, x is `Preprocessing.to_x0_without_noise`, and the result is
+        `nll_truncated_normal`: bits/dim of the levels, for one draw of the noise, (N,).
       The noise can be given as `probe`, `z_eps` and `z_residual`, of x's shape; else it is drawn.
     """
     eps = config.training.truncation_time
     solver = {"num_steps": config.eval.nll_steps}
     if not config.eval.nll_steps:
         solver = {"rtol": config.eval.rtol, "atol": config.eval.atol}
-    offset = datasets.get_preprocessing(config, num_levels).bits_offset
+    preprocessing = datasets.get_preprocessing(config, num_levels)
+    offset, width = preprocessing.bits_offset, preprocessing.cell_width
 
     def nll_fn(
         params: Any,
@@ -218,12 +310,17 @@ def get_nll_fn(
         probe: Array | None = None,
         z_eps: Array | None = None,
         z_residual: Array | None = None,
+        truncated_normal: bool = False,
     ) -> dict[str, Array]:
         score_fn, dims = make_score_fn(params), int(np.prod(x.shape[1:]))
         split = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)
         probe_keys, eps_keys, residual_keys = split(_keys_per_image(key, len(x)))
         rademacher = functools.partial(jax.random.rademacher, dtype=x.dtype)
         probe = _draw(rademacher, probe_keys, x) if probe is None else probe
+        if truncated_normal:
+            x_eps, log_q = _draw_in_cells(sde, eps, width, eps_keys, x)
+            logp, _, _ = ode_log_likelihood(sde, score_fn, x_eps, probe, eps=eps, **solver)
+            return {"nll_truncated_normal": to_bits_per_dim(log_q - logp, dims, 0.0)}
         z_eps = _draw(jax.random.normal, eps_keys, x) if z_eps is None else z_eps
         if z_residual is None:
             z_residual = _draw(jax.random.normal, residual_keys, x)
@@ -238,7 +335,7 @@ def get_nll_fn(
             "latent": latent,
         }
 
-    return jax.jit(nll_fn)
+    return jax.jit(nll_fn, static_argnames="truncated_normal")
 
 
 def get_nelbo_fn(
@@ -253,26 +350,40 @@ def get_nelbo_fn(
         `nelbo_without_residual`: bits/dim without it, (N,).
       With `lossless=True`, x is levels scaled without dequantisation, and the result is
         `nelbo_lossless`: bits/dim of the levels, with their decoder, (N,).
+      With `truncated_normal=True`, x is `Preprocessing.to_x0_without_noise`, and the result is
+        `nelbo_truncated_normal`: bits/dim of the levels, without a decoder, (N,).
       The values are means over `eval.nelbo_draws` importance-sampled, stratified times.
     """
     eps, draws = config.training.truncation_time, config.eval.nelbo_draws
-    offset = datasets.get_preprocessing(config, num_levels).bits_offset
-    grid = datasets.get_preprocessing(config, num_levels).level_grid
+    preprocessing = datasets.get_preprocessing(config, num_levels)
+    offset, grid = preprocessing.bits_offset, preprocessing.level_grid
+    width = preprocessing.cell_width
 
-    def nelbo_fn(params: Any, key: Array, x: Array, lossless: bool = False) -> dict[str, Array]:
+    def nelbo_fn(
+        params: Any, key: Array, x: Array, lossless: bool = False, truncated_normal: bool = False
+    ) -> dict[str, Array]:
         score_fn, dims = make_score_fn(params), int(np.prod(x.shape[1:]))
         split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)
         u_keys, z_keys, prior_keys, residual_keys = split(_keys_per_image(key, len(x)))
         offsets = jax.vmap(jax.random.uniform)(u_keys)
+        if truncated_normal:
+            x_eps, log_q = _draw_in_cells(sde, eps, width, residual_keys, x)
 
         def draw(i: Array, total: Array) -> Array:
-            t, inverse_density = losses.draw_times(sde, (i + offsets) / draws, eps, True)
             keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(z_keys)
-            z = _draw(jax.random.normal, keys, x)
+            z, u = _draw(jax.random.normal, keys, x), (i + offsets) / draws
+            if truncated_normal:
+                return total + nelbo_of_x_eps(sde, score_fn, x_eps, eps, u, z)
+            t, inverse_density = losses.draw_times(sde, u, eps, True)
             return total + diffusion_term(sde, score_fn, x, t, z, inverse_density)
 
         diffusion = jax.lax.fori_loop(0, draws, draw, jnp.zeros(len(x))) / draws
         z_prior = _draw(jax.random.normal, prior_keys, x)
+        if truncated_normal:
+            a, b = sde.transition(eps, sde.T)
+            drift = sde.log_mean_coeff(sde.T) - sde.log_mean_coeff(eps)
+            bound = -sde.prior_logp(a * x_eps + b * z_prior) + diffusion - dims * drift
+            return {"nelbo_truncated_normal": to_bits_per_dim(bound + log_q, dims, 0.0)}
         prior = -sde.prior_logp(losses.perturb(sde, x, fill_time(sde.T, x), z_prior))
         bound = prior + diffusion + nelbo_constants(sde, eps, dims)
         z_residual = _draw(jax.random.normal, residual_keys, x)
@@ -287,4 +398,4 @@ def get_nelbo_fn(
             "nelbo_without_residual": to_bits_per_dim(bound, dims, offset),
         }
 
-    return jax.jit(nelbo_fn, static_argnames="lossless")
+    return jax.jit(nelbo_fn, static_argnames=("lossless", "truncated_normal"))

@@ -16,12 +16,14 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
+from configs.default import UserError
 from datasets import Preprocessing, get_preprocessing
-from sde_lib import SDE, expand
+from sde_lib import SDE, expand, get_sde
 
 
 class Prior(Protocol):
@@ -103,10 +105,127 @@ class TruncationPrior:
         return jnp.where(inside, ratio ** (-self.k) / (self.eps * normalizer), 0.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class WeightingPrior:
+    """The prior on τ whose soft truncation weighs the noise's error by an increasing w(γ).
+
+    In γ = log σ²/α² the objective is ½ ∫ w(γ) E‖ε̂ - z‖² dγ, and soft truncation with λ = g² has
+    w(γ(t)) = P(τ ≤ t). So the CDF is w(γ(t))/w(γ(T)), with an atom of w(γ(ε))/w(γ(T)) at τ = ε.
+
+    Attributes:
+      sde: the SDE.
+      eps: smallest truncation.
+      weight: w(γ), elementwise, increasing and positive.
+      inverse_weight: its inverse; None: by bisection.
+    """
+
+    sde: SDE
+    eps: float
+    weight: Callable[[Array], Array]
+    inverse_weight: Callable[[Array], Array] | None = None
+
+    def cdf(self, t: ArrayLike) -> Array:
+        """P(τ ≤ t), elementwise."""
+        t = jnp.asarray(t)
+        gamma = self.sde.gamma(jnp.clip(t, self.eps, self.sde.T))
+        return jnp.where(t < self.eps, 0.0, self.weight(gamma) / self._top)
+
+    def icdf(self, u: ArrayLike) -> Array:
+        """The smallest τ with P(τ' ≤ τ) ≥ u, elementwise on `u` in [0, 1]."""
+        w = jnp.asarray(u) * self._top
+        if self.inverse_weight is not None:
+            gamma = self.inverse_weight(jnp.maximum(w, self.weight(self._ends[0])))
+        else:
+            gamma = self._bisect(w)
+        return jnp.clip(self.sde.inverse_gamma(gamma), self.eps, self.sde.T)
+
+    @property
+    def _ends(self) -> tuple[Array, Array]:
+        return self.sde.gamma(self.eps), self.sde.gamma(self.sde.T)
+
+    @property
+    def _top(self) -> Array:
+        return self.weight(self._ends[1])
+
+    def _bisect(self, w: Array) -> Array:
+        def halve(_: Array, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = 0.5 * (low + high)
+            below = self.weight(middle) < w
+            return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+        low, high = (jnp.full(w.shape, end) for end in self._ends)
+        return jax.lax.fori_loop(0, 40, halve, (low, high))[1]
+
+
+def _sigmoid_prior(config: ConfigDict) -> Prior:
+    """w = sigmoid(γ + b), as of arXiv 2303.00848 with its λ = -γ."""
+    bias = config.training.sigmoid_bias
+
+    def weight(gamma: Array) -> Array:
+        return jax.nn.sigmoid(gamma + bias)
+
+    def inverse(w: Array) -> Array:
+        return jnp.log(w) - jnp.log1p(-w) - bias
+
+    return WeightingPrior(get_sde(config), config.training.truncation_time, weight, inverse)
+
+
+def _velocity_prior(config: ConfigDict) -> Prior:
+    """w = e^{γ/2}, that of flow matching and of the velocity's plain error (arXiv 2303.00848)."""
+
+    def weight(gamma: Array) -> Array:
+        return jnp.exp(0.5 * gamma)
+
+    def inverse(w: Array) -> Array:
+        return 2 * jnp.log(w)
+
+    return WeightingPrior(get_sde(config), config.training.truncation_time, weight, inverse)
+
+
 # The priors on τ that `training.prior` can name.
 PRIORS: dict[str, Callable[[ConfigDict], Prior]] = {
     "power": lambda config: TruncationPrior(config.training.k, config.training.truncation_time),
+    "sigmoid": _sigmoid_prior,
+    "velocity": _velocity_prior,
 }
+
+
+def check_prior(prior: Prior, sde: SDE, eps: float, name: str) -> None:
+    """Check what a prior on the truncation promises, at 2,000 times and 2,000 probabilities.
+
+    Raises:
+      UserError: its CDF does not increase to 1, or its icdf is not the inverse; in one line.
+    """
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"training.prior={name}: {what}")
+
+    for method in ("cdf", "icdf"):
+        if not callable(getattr(prior, method, None)):
+            raise wrong(f"it has no {method}; a prior needs icdf(u) and cdf(t)")
+    times = np.asarray(sde.inverse_gamma(jnp.linspace(sde.gamma(eps), sde.gamma(sde.T), 2000)))
+    times = np.clip(times, eps, sde.T)
+    cdf = np.asarray(prior.cdf(times), float)
+    if not np.isfinite(cdf).all() or cdf.min() < -1e-6 or abs(cdf[-1] - 1) > 1e-5:
+        raise wrong(f"its cdf must rise from 0 or more to 1 at T; it goes to {cdf[-1]:.6g}")
+    falls = np.flatnonzero(np.diff(cdf) < -1e-6)
+    if len(falls):
+        first, last = times[falls[0]], times[falls[-1] + 1]
+        raise wrong(
+            f"its cdf falls between t = {first:.3g} and {last:.3g}, so it is the CDF of no prior; "
+            "as a training.weighting it can have any shape"
+        )
+    u = np.linspace(0, 1, 2001)[1:-1].astype(np.float32)
+    tau = np.asarray(prior.icdf(u), float)
+    if not np.isfinite(tau).all() or tau.min() < eps * (1 - 1e-5) or tau.max() > sde.T * (1 + 1e-5):
+        raise wrong(f"its icdf goes from {tau.min():.3g} to {tau.max():.3g}, out of [{eps:g}, 1]")
+    # At a jump of the cdf icdf(u) is the smallest τ with cdf(τ) ≥ u.
+    below, at = (np.asarray(prior.cdf(tau * factor), float) for factor in (1 - 1e-4, 1))
+    off = np.flatnonzero((at < u - 1e-3) | ((below > u + 1e-3) & (tau > eps * (1 + 1e-4))))
+    if len(off):
+        i = off[0]
+        raise wrong(f"cdf(icdf({u[i]:.4g})) is {at[i]:.4g}; icdf must be the inverse of cdf")
 
 
 def get_prior(config: ConfigDict) -> Prior:
@@ -311,6 +430,8 @@ class Objective:
       variance_factor: a factor of these images' losses.
       balanced: scale these images' losses to the size of the others' first, over all devices.
       reconstruction: add the residual at τ.
+      stratified: the size N of the global batch, whose times come from u_i = (u_0 + i/N) mod 1
+        with one u_0 (arXiv 2107.00630, app. I.1); 0: from independent u_i.
       scale: a factor of the loss: 1 or 1 / (number of dimensions).
     """
 
@@ -325,6 +446,7 @@ class Objective:
     variance_factor: float
     balanced: bool
     reconstruction: bool
+    stratified: int
     scale: float
 
     def __call__(
@@ -347,6 +469,7 @@ class Objective:
             return data_key, jax.random.uniform(t_key), z, dropout_key, z_tau
 
         data_keys, u, z, dropout_keys, z_tau = jax.vmap(draw)(index)
+        u = self.stratify(u, image_key, index)
         x0 = self.preprocessing.to_x0(images, data_keys, flip=train)
         t, weight = self.draw_times(u, index, tau)  # on [τ, T]; λ(t) over the density of t
         x_t = perturb(self.sde, x0, t, z)
@@ -363,6 +486,13 @@ class Objective:
         if self.prior is None or self.weigh_by_prior:
             return jnp.asarray(self.eps, jnp.float32)
         return self.prior.icdf(jax.random.uniform(key))
+
+    def stratify(self, u: Array, image_key: Array, index: Array) -> Array:
+        """Uniforms of images for their times, (N,): `u`, or evenly spread over the global batch."""
+        if not self.stratified:
+            return u
+        first = jax.random.uniform(image_key)
+        return (first + index / self.stratified) % 1.0
 
     def draw_times(self, u: Array, index: Array, tau: Array) -> tuple[Array, Array]:
         """Times t of images on [τ, T], and λ(t) over the density of t; (N,) each."""
@@ -383,6 +513,7 @@ class Objective:
         tau_key, image_key = jax.random.split(step_key(seed, step))
         tau, index = self.draw_truncation(tau_key), jnp.arange(batch_size)
         u = jax.vmap(lambda i: jax.random.uniform(_split_image_key(image_key, i)[1]))(index)
+        u = self.stratify(u, image_key, index)
         return tau, self.draw_times(u, index, tau)[0]
 
     def _half_factors(self, losses: Array, index: Array, train: bool) -> Array:
@@ -419,6 +550,7 @@ def get_objective(config: ConfigDict, sde: SDE, num_levels: int = 0) -> Objectiv
         variance_factor=training.ddpm_weight,
         balanced=training.balanced,
         reconstruction=training.reconstruction_loss,
+        stratified=training.batch_size if training.stratified_times else 0,
         scale=1.0 / dims if training.reduce_mean else 1.0,
     )
 

@@ -104,7 +104,7 @@ def train(
         # The training step, and the functions that are called between steps.
         train_call = get_train_call(config, setup, data.train, first_step=step)
         test_loss = _get_test_loss(config, setup, data.test)
-        draw_grid = _get_grid_fn(config, setup, workdir)
+        draw_grid = _get_grid_fn(config, setup, data.test, workdir)
         training_log = _TrainingLog(config, setup, files, workdir)
         most = steps_a_call(config)
 
@@ -138,8 +138,8 @@ def train(
                 if stop and not done:
                     break
                 if samples:
-                    path = draw_grid(unpacked().ema_params, f"step_{step:08d}.png")
-                    log.info("step %d | samples in %s", step, path)
+                    text = draw_grid(unpacked().ema_params, f"step_{step:08d}.png")
+                    log.info("step %d | %s", step, text)
                 del unpacked  # or the state would be in memory twice during the next call
 
         # The end.
@@ -332,8 +332,10 @@ def _get_test_loss(
         config.training.truncation = "equivalent_weight"
     # Terms that depend on τ other than by the weight are left out.
     config.training.update(reconstruction_loss=False, balanced=False)
-    objective = losses.get_objective(config, setup.sde)
     images = datasets.in_order(test, min(1000, config.training.batch_size * 4))["image"]
+    size = min(len(images), config.training.batch_size)
+    size = config.training.batch_size = max(size - size % 2, 1)  # `mixed` needs pairs
+    objective = losses.get_objective(config, setup.sde)
 
     @jax.jit
     def mean_loss(params: Any, key: Array, images: Array, index: Array) -> Array:
@@ -341,8 +343,7 @@ def _get_test_loss(
         return jnp.mean(objective(score_fn, key, images, index, train=False)[0])
 
     def test_loss(params: Any) -> float:
-        size, values = min(len(images), config.training.batch_size), []
-        size = max(size - size % 2, 1)  # `mixed` needs pairs
+        values = []
         rows, everywhere = batch_and_replicated_shardings()
         rows = everywhere if size % jax.device_count() else rows  # a handful of images
         params = to_devices(params, everywhere)
@@ -356,17 +357,22 @@ def _get_test_loss(
 
 
 def _get_grid_fn(
-    config: ConfigDict, setup: Setup, workdir: pathlib.Path
-) -> Callable[[Any, str], pathlib.Path]:
-    """A function (params, file name) → path of a grid of samples, with the same noise each time."""
-    sample = get_sampler(config, setup, config.sampling.batch_size)
+    config: ConfigDict, setup: Setup, test: datasets.Dataset, workdir: pathlib.Path
+) -> Callable[[Any, str], str]:
+    """A function (params, file name) → a sentence for the log; it makes a grid of samples.
 
-    def draw(params: Any, name: str) -> pathlib.Path:
+    The noise is the same each time.
+    """
+    sample, num_levels = get_sampler(config, setup, config.sampling.batch_size), setup.num_levels
+
+    def draw(params: Any, name: str) -> str:
         levels = sample(params, jax.random.key(config.seed + 3)).levels
         path = workdir / "samples" / name
         if hosts.is_main():
-            save_grid(datasets.levels_to_uint8(levels, setup.num_levels), path)
-        return path
+            save_grid(datasets.levels_to_uint8(levels, num_levels), path)
+        share = datasets.share_at_ends(levels, num_levels)
+        usual = datasets.share_at_ends(datasets.in_order(test, 500)["image"], num_levels)
+        return f"samples in {path}; {share:.1%} at the ends of the range ({usual:.1%} of test data)"
 
     return draw
 

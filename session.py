@@ -87,6 +87,10 @@ def set_up(config: ConfigDict) -> Setup:
     """
     validate(config, jax.device_count(), REGISTRIES)
     sde, model = sde_lib.get_sde(config), mutils.create_model(config)
+    training = config.training
+    if training.truncation != "fixed" and training.prior != "power":
+        prior = losses.get_prior(config)
+        losses.check_prior(prior, sde, training.truncation_time, training.prior)
     optimizer = get_optimizer(config)
     try:
         shape = jax.eval_shape(lambda: init_state(config, model, optimizer))

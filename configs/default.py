@@ -55,6 +55,10 @@ def get_default_config() -> ConfigDict:
     model.fourier_scale = 16.0
     model.fourier_feature = False  # sines and cosines of the pixels as additional input
     model.scale_by_sigma = False  # VE and RVE: the network's output is divided by σ(t)
+    # What the network F predicts. noise: the noise, or VE's and RVE's score, as in the release;
+    # velocity: D = c_skip x + c_out F(c_in x) is the denoised image (docs/objective.md).
+    model.parametrization = "noise"
+    model.sigma_data = 1.0  # velocity: the data's standard deviation that its c's are for
     model.skip_rescale = True
     model.init_scale = 0.0
     model.ema_rate = 0.9999
@@ -79,12 +83,16 @@ def get_default_config() -> ConfigDict:
     training.batch_size = 128  # the global batch, over all devices
     training.n_iters = 1_300_001
     training.truncation = "soft"  # fixed, soft or equivalent_weight
-    training.prior = "power"  # on the truncation, a name in losses.PRIORS; power: P(τ) ∝ τ^-k
+    # The prior on the truncation, a name in losses.PRIORS: power, P(τ) ∝ τ^-k; sigmoid or velocity,
+    # for which soft truncation weighs the noise's error so.
+    training.prior = "power"
     training.k = 1.0  # the exponent of the power prior
+    training.sigmoid_bias = 0.0  # b in the sigmoid prior's weighting sigmoid(γ + b)
     training.truncation_time = 1e-5
     training.likelihood_weighting = True  # λ = g²; else λ = σ²
     training.weighting = ""  # another λ, a name in losses.WEIGHTINGS
     training.importance_sampling = True  # t ~ g²/σ²; else uniform
+    training.stratified_times = False  # spread the uniforms of a batch's times evenly over [0, 1]
     training.mixed = False  # half of each batch has λ = σ² and uniform t
     training.ddpm_weight = 0.01  # the weight of that half's loss
     training.balanced = False  # scale that half's loss to the size of the other half's first
@@ -137,6 +145,8 @@ def get_default_config() -> ConfigDict:
     evaluation.num_test_data = 10_000
     evaluation.num_draws = 1  # draws of dequantisation and noise for each test image
     evaluation.nelbo_draws = 4  # times t for each of these draws
+    evaluation.truncated_normal = False  # bits/dim of the levels by truncated-normal noise, too
+    evaluation.images = ""  # images whose bits/dim are wanted, or test; the scores of each in a CSV
     evaluation.nll_steps = 0  # fixed steps of a multistep method; 0: adaptive steps
     evaluation.rtol = 1e-5
     evaluation.atol = 1e-5

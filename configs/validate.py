@@ -26,6 +26,7 @@ _CHOICES = {
     "data.dequantization": ("none", "uniform", "lossless"),
     "model.name": ("ncsnpp", "ddpm", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.parametrization": ("noise", "velocity"),
     "model.resblock_type": ("biggan", "ddpm"),
     "model.progressive": ("none", "output_skip", "residual"),
     "model.progressive_input": ("none", "input_skip", "residual"),
@@ -58,6 +59,7 @@ _POSITIVE = [
     "model.beta_max",
     "model.sigma_min",
     "model.sigma_max",
+    "model.sigma_data",
     "model.fourier_scale",
     "model.num_scales",
     "optim.lr",
@@ -126,6 +128,8 @@ def _problems(
     for name in _NOT_NEGATIVE:
         if not (get(name) >= 0 and math.isfinite(get(name))):
             yield f"{name} is {get(name)}; it must not be negative"
+    if not math.isfinite(config.training.sigmoid_bias):
+        yield f"training.sigmoid_bias is {config.training.sigmoid_bias}; it must be a number"
     if not (config.training.k >= 0):
         yield f"training.k is {config.training.k}; it must be at least 0 (inf: fixed truncation)"
     for name in ("training.truncation_time", "sampling.truncation_time", "model.dropout"):
@@ -157,6 +161,10 @@ def _problems(
             f"eval.begin_ckpt is {config.eval.begin_ckpt} and eval.end_ckpt "
             f"{config.eval.end_ckpt}; the end must not be below the beginning"
         )
+    if config.eval.images and config.eval.samples:
+        yield "eval.images is for bits/dim and eval.samples for distances; give one of them"
+    if config.eval.images and not config.eval.enable_bpd:
+        yield "eval.images is given, and eval.enable_bpd=False: nothing would be scored"
     if config.eval.samples and not config.eval.enable_sampling:
         yield "eval.samples is given, and eval.enable_sampling=False: nothing would be scored"
     if config.data.dataset == "digits" and (config.data.path or config.data.tfrecords_path):
@@ -212,7 +220,14 @@ def _model_problems(config: ConfigDict, exploding: bool) -> Iterator[str]:
             f"training.unbounded_parametrization is not for {sde}: its network sees log σ(t), "
             "which is unbounded already"
         )
+    if model.parametrization == "velocity" and model.scale_by_sigma:
+        yield (
+            "model.parametrization=velocity has a scale of its own at each σ; "
+            "model.scale_by_sigma must be False"
+        )
     if model.name.startswith("ncsnv2"):
+        if model.parametrization == "velocity":
+            yield f"model.name={model.name} has no velocity: model.parametrization must be noise"
         if not exploding:
             yield f"model.name={model.name} needs training.sde vesde or reciprocal_vesde"
         if config.data.image_size % 8:

@@ -27,21 +27,32 @@ log = logging.getLogger("soft_truncation")
 
 
 def get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Array]]:
-    """A function (params, keys, x, levels) → NLL, NELBO and NFE of a solve, (N,) each.
+    """A function (params, keys, image_keys, x, levels) → NLL, NELBO and NFE of a solve, (N,) each.
 
-    x is dequantised and scaled; `levels` is scaled only.
+    Args of that function: keys of the images for this draw, and for all draws, (N,); x dequantised
+    and scaled; `levels` scaled only.
     """
     make_score_fn, num_levels = setup.make_score_fn, setup.num_levels
     nll_fn = likelihood.get_nll_fn(config, setup.sde, make_score_fn, num_levels)
     nelbo_fn = likelihood.get_nelbo_fn(config, setup.sde, make_score_fn, num_levels)
 
-    def bpd_fn(params: Any, keys: Array, x: Array, levels: Array) -> dict[str, Array]:
+    def bpd_fn(
+        params: Any, keys: Array, image_keys: Array, x: Array, levels: Array
+    ) -> dict[str, Array]:
         nll_keys, nelbo_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         values = {k: v for k, v in nll_fn(params, nll_keys, x).items() if k != "latent"}
         values["nfe"] = jnp.broadcast_to(values["nfe"], len(x))
         values |= nelbo_fn(params, nelbo_keys, x)
         if config.data.dequantization == "lossless":
             values |= nelbo_fn(params, nelbo_keys, levels, lossless=True)
+        if config.eval.truncated_normal:
+            # All draws of an image have one probe: then its noise is a common term, which does not
+            # bias the bound of several draws.
+            probe = jax.vmap(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))
+            values |= nll_fn(
+                params, nll_keys, levels, probe=probe(image_keys), truncated_normal=True
+            )
+            values |= nelbo_fn(params, nelbo_keys, levels, truncated_normal=True)
         return values
 
     return jax.jit(bpd_fn)
@@ -54,7 +65,7 @@ def bits_program(
     data, n = config.data, -(-batch_size // jax.device_count())
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
     x = jax.ShapeDtypeStruct((n, data.image_size, data.image_size, data.num_channels), jnp.float32)
-    return get_bpd_fn(config, setup), (setup.state_shape.ema_params, keys, x, x)
+    return get_bpd_fn(config, setup), (setup.state_shape.ema_params, keys, keys, x, x)
 
 
 def advise_on_bits(config: ConfigDict, setup: Setup, count: int) -> None:
@@ -85,16 +96,16 @@ class BitsEvaluation:
 
 
 def _bits_of_batch(
-    evaluation: BitsEvaluation, params: Any, images: np.ndarray, keys: Array
+    evaluation: BitsEvaluation, params: Any, images: np.ndarray, image_keys: Array, draw: int
 ) -> dict[str, np.ndarray]:
     """Bits/dim, float64, of levels (N, H, W, C) with N keys; the devices must divide N."""
     rows, _ = batch_and_replicated_shardings()
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, draw))(image_keys)
     data_keys, keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     x = datasets.dequantize(images, data_keys, evaluation.setup.num_levels)
     x = datasets.scale(x, evaluation.config.data.centered)
-    # Used only if data.dequantization is "lossless".
     plain = evaluation.setup.preprocessing.to_x0_without_noise(images)
-    bits = evaluation.bpd_fn(params, *to_devices((keys, x, plain), rows))
+    bits = evaluation.bpd_fn(params, *to_devices((keys, image_keys, x, plain), rows))
     values = {name: to_host(value).astype(np.float64) for name, value in bits.items()}
     for name, value in values.items():
         if not np.isfinite(value).all():
@@ -114,7 +125,10 @@ def _bits_per_dim(
     params = to_devices(params, everywhere)
     key, devices = jax.random.key(config.seed + 4), jax.device_count()
     full = -(-min(config.eval.batch_size, count) // devices) * devices
-    solver = {k: config.eval[k] for k in ("batch_size", "nelbo_draws", "nll_steps", "rtol", "atol")}
+    options = ("batch_size", "nelbo_draws", "nll_steps", "rtol", "atol")
+    solver = {k: config.eval[k] for k in options}
+    if config.eval.truncated_normal:
+        solver["truncated_normal"] = True
     name_of_work = short_hash(params, *network_fields(config), solver, datasets.fingerprint(test))
     progress, drawn = Progress(f"bits/dim, {name}", count * num_draws), []
 
@@ -126,8 +140,8 @@ def _bits_per_dim(
         # The last batch is padded: all batches have the same shape and use one compiled program.
         images = np.pad(images, ((0, full - size), (0, 0), (0, 0), (0, 0)), mode="wrap")
         number = np.pad(number, (0, full - size), mode="wrap")
-        keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, n), draw))(number)
-        values = _bits_of_batch(evaluation, params, images, keys)
+        image_keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(number)
+        values = _bits_of_batch(evaluation, params, images, image_keys, draw)
         return {name: value[:size] for name, value in values.items()}
 
     for draw in range(num_draws):
@@ -172,21 +186,41 @@ def _gaussian_baseline(config: ConfigDict, data: Data, count: int) -> np.ndarray
     )
 
 
-def evaluate_bits(evaluation: BitsEvaluation, params: Any) -> dict[str, Any]:
-    """Means and standard errors of a network's NLL and NELBO, for the report."""
-    count, draws = evaluation.num_test, evaluation.config.eval.num_draws
-    values = _bits_per_dim(evaluation, params, count, draws, "trained network")
+def bits_of_images(evaluation: BitsEvaluation, params: Any) -> dict[str, np.ndarray]:
+    """NLL, NELBO and NFE of the test images, (eval.num_draws, number of images) each."""
+    draws = evaluation.config.eval.num_draws
+    return _bits_per_dim(evaluation, params, evaluation.num_test, draws, "trained network")
+
+
+def summarize_bits(evaluation: BitsEvaluation, values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Means and standard errors of `bits_of_images`, for the report."""
+    config, setup = evaluation.config, evaluation.setup
+    count, draws = evaluation.num_test, config.eval.num_draws
     report: dict[str, Any] = {"num_test_images": count, "num_draws": draws}
-    report |= {
-        name: evaluation.config.eval[name] for name in ("nelbo_draws", "nll_steps", "rtol", "atol")
-    }
-    report["nll_nfe"] = float(values.pop("nfe").mean())
-    for name in sorted(values):
-        mean, stderr, of_draws = likelihood.mean_and_errors(values[name])
-        report |= {name: mean, f"{name}_stderr": stderr}
+    report |= {name: config.eval[name] for name in ("nelbo_draws", "nll_steps", "rtol", "atol")}
+    report["nll_nfe"] = float(values["nfe"].mean())
+    scores = {name: values[name] for name in sorted(values) if name != "nfe"}
+    if config.eval.truncated_normal:
+        eps, width = config.training.truncation_time, setup.preprocessing.cell_width
+        report["truncated_normal_r"] = float(likelihood.cell_radius(setup.sde, eps, width))
+        report["truncated_normal_largest_eps"] = likelihood.largest_eps(setup.sde, width)
+        if draws > 1:
+            dims = config.data.image_size**2 * config.data.num_channels
+            weighted = likelihood.importance_weighted(values["nll_truncated_normal"], dims)
+            scores["nll_truncated_normal_weighted"] = weighted[None]
+    for name, of_images in scores.items():
+        mean, stderr, of_draws = likelihood.mean_and_errors(of_images)
+        report[name] = mean
+        if count > 1:
+            report[f"{name}_stderr"] = stderr
         if of_draws is not None:
             report[f"{name}_stderr_of_draws"] = of_draws
     return report
+
+
+def evaluate_bits(evaluation: BitsEvaluation, params: Any) -> dict[str, Any]:
+    """Means and standard errors of a network's NLL and NELBO, for the report."""
+    return summarize_bits(evaluation, bits_of_images(evaluation, params))
 
 
 def evaluate_baselines(evaluation: BitsEvaluation) -> dict[str, Any]:

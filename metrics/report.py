@@ -1,9 +1,12 @@
 """Writing the report of an evaluation: the table of scores, remarks, and the best checkpoints."""
 
+import csv
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 # (name in the report, description, unit, sign), in the order of the table. The sign is 1 if less is
 # better, -1 if more is better, and 0 for a baseline.
@@ -13,6 +16,9 @@ _ROWS = (
     ("nelbo", "NELBO, with residual", "bits/dim", 1),
     ("nelbo_without_residual", "NELBO, without residual", "bits/dim", 1),
     ("nelbo_lossless", "NELBO of the levels, with their decoder", "bits/dim", 1),
+    ("nll_truncated_normal", "NLL of the levels, truncated-normal noise, one draw", "bits/dim", 1),
+    ("nll_truncated_normal_weighted", "the same, importance-weighted draws", "bits/dim", 1),
+    ("nelbo_truncated_normal", "NELBO of the levels, truncated-normal noise", "bits/dim", 1),
     ("nll_untrained_network", "NLL of the untrained network", "bits/dim", 0),
     ("nll_gaussian", "NLL of a Gaussian fitted to the training images", "bits/dim", 0),
     ("fid", "Fréchet distance on Inception, samples to training images", "", 1),
@@ -25,6 +31,8 @@ _ROWS = (
     ("kid_classifier", "kernel distance (not KID on Inception)", "", 1),
     ("precision_classifier", "precision, on classifier features", "", -1),
     ("recall_classifier", "recall, on classifier features", "", -1),
+    ("share_at_ends", "share of the samples' values that are the lowest or highest level", "", 0),
+    ("share_at_ends_of_test_images", "the same of test images", "", 0),
 )
 
 
@@ -63,13 +71,21 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
         solver = f"rtol {report['rtol']:g}, atol {report['atol']:g}"
         if report["nll_steps"]:
             solver = f"{report['nll_steps']} steps of a fixed size"
+        what = report.get("images", "test images")
         yield (
-            f"Bits/dim: {report['num_test_images']} test images of {report['num_levels']} levels, "
+            f"Bits/dim: {report['num_test_images']} {what} of {report['num_levels']} levels, "
             f"uniformly dequantised{but if 'nelbo_lossless' in report else ''}, "
             f"{draws} draw{'s' if draws > 1 else ''} each; {report['nll_nfe']:.0f} score "
             f"evaluations a solve ({solver}), "
             f"{report['nelbo_draws']} times an image for NELBO. "
             f"The standard error is over images{' and draws' if draws > 1 else ''}."
+        )
+    if "truncated_normal_r" in report:
+        r, eps = report["truncated_normal_r"], report["truncated_normal_largest_eps"]
+        most = f"an ε of {eps:.2g} or less has 3" if eps else "no ε of this SDE has 3"
+        yield (
+            f"Truncated-normal noise: r = {r:.3g} standard deviations are in a level's cell"
+            + (f"; **below 3 the bound is loose: {most}**." if r < 3 else ".")
         )
     if "samples" in report:
         yield f"Samples: {report['num_samples']} of {report['samples']}."
@@ -164,6 +180,27 @@ def _plot_sweep(reports: list[dict[str, Any]], names: list[str], path: pathlib.P
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
     figure.savefig(path, dpi=120)
+
+
+def write_bits(path: pathlib.Path, names: list[str], values: dict[str, np.ndarray]) -> None:
+    """Write a row for each image: its name, and of each score the mean and its standard error.
+
+    Args:
+      path: the CSV file.
+      names: of the images.
+      values: scores, (draws, number of images) each; with one draw there is no error.
+    """
+    scores = {name: values[name] for name in sorted(values) if name != "nfe"}
+    columns: dict[str, np.ndarray] = {}
+    for name, of_draws in scores.items():
+        columns[name] = of_draws.mean(axis=0)
+        if len(of_draws) > 1:
+            columns[f"{name}_stderr"] = of_draws.std(axis=0, ddof=1) / len(of_draws) ** 0.5
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["image", *columns])
+        for name, *row in zip(names, *columns.values(), strict=True):
+            table.writerow([name, *(f"{value:.6f}" for value in row)])
 
 
 def _write(report: dict[str, Any], text: list[str], folder: pathlib.Path) -> None:

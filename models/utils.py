@@ -23,7 +23,9 @@ def create_model(config: ConfigDict) -> Model:
     are a time scaled to 0 … 999. `get_score_fn` computes them.
     """
     model = config.model
-    dtype, centered = jnp.dtype(model.dtype), config.data.centered
+    velocity = model.parametrization == "velocity"
+    # The input c_in x of the velocity parametrisation is not in the range of the data.
+    dtype, centered = jnp.dtype(model.dtype), config.data.centered or velocity
     if model.name in ncsnv2.NAMES:
         return ncsnv2.NCSNv2(model.name, model.nf, centered, dtype)
     options: dict[str, Any] = {}
@@ -84,13 +86,32 @@ def _get_labels_fn(config: ConfigDict, sde: SDE) -> Callable[[Array], Array]:
     return lambda t: 999 * (top - sde.gamma(t)) / (top - bottom)
 
 
+def preconditioning(sde: SDE, t: Array, sigma_data: float) -> tuple[Array, Array, Array]:
+    """Coefficients (c_in, a, b) of the velocity parametrisation's score a x + b F(c_in x, t).
+
+    EDM's preconditioning (arXiv 2206.00364, §5) for x_t = α x_0 + σ z and data of standard
+    deviation σ_d: the denoised image is D(x, t) = c_skip x + c_out F(c_in x, t) with
+
+        c_in = 1/√(α² σ_d² + σ²),  c_skip = α σ_d² c_in²,  c_out = σ σ_d c_in.
+
+    The score is (α D - x)/σ², which the coefficients give without a difference of nearly equal
+    numbers: a = -c_in² and b = α σ_d c_in/σ. F = 0 is exact for data N(0, σ_d² I). On VP with
+    σ_d = 1, -F is the velocity of arXiv 2202.00512: D = α x + σ F; on VE this is EDM's network.
+    """
+    alpha, std = sde.mean_coeff(t), sde.std(t)
+    c_in = jax.lax.rsqrt((alpha * sigma_data) ** 2 + std**2)
+    return c_in, -(c_in**2), alpha * sigma_data * c_in / std
+
+
 def get_score_fn(
     config: ConfigDict, sde: SDE, model: Model, params: Any, train: bool = False
 ) -> Callable[..., Array]:
     """The score function s_θ(x, t) of a network.
 
-    For VP and sub-VP it is -network(x, labels)/σ(t). For VE and RVE (`sde.exploding`) it is
-    network(x, labels), divided by σ(t), here or in the network, if `model.scale_by_sigma` is set.
+    With `model.parametrization` noise it is -network(x, labels)/σ(t) for VP and sub-VP. For VE and
+    RVE (`sde.exploding`) it is network(x, labels), divided by σ(t), here or in the network, if
+    `model.scale_by_sigma` is set. With velocity it is that of `preconditioning`, for all SDEs. The
+    labels are the same for both.
 
     Returns:
       score_fn(x, t) with x (N, H, W, C) and t (N,) → (N, H, W, C) float32. With train=True it is
@@ -106,9 +127,16 @@ def get_score_fn(
     def score_fn(x: Array, t: Array, dropout_key: Array | None = None) -> Array:
         if dropout_key is not None and dropout_key.ndim == 0:
             dropout_key = jax.random.split(dropout_key, x.shape[0])
-        variables = {"params": params}
-        out = model.apply(variables, x, labels_fn(t), train=train, dropout_keys=dropout_key)
-        out = jnp.asarray(out, jnp.float32)
+
+        def network(x: Array) -> Array:
+            variables = {"params": params}
+            out = model.apply(variables, x, labels_fn(t), train=train, dropout_keys=dropout_key)
+            return jnp.asarray(out, jnp.float32)
+
+        if config.model.parametrization == "velocity":
+            c_in, a, b = (expand(c, x) for c in preconditioning(sde, t, config.model.sigma_data))
+            return a * x + b * network(c_in * x)
+        out = network(x)
         if divides:
             out = out / expand(sde.std(t), x)
         return -out if predicts_noise else out

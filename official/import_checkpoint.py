@@ -143,6 +143,8 @@ def _check_shapes(path: str | pathlib.Path, official: _Official, expected: Any) 
 def _load(path: str | pathlib.Path, config: ConfigDict) -> _Official:
     if config.model.name.startswith("ncsnv2"):
         raise UserError(f"model.name is {config.model.name}; checkpoints of ncsnpp and ddpm load")
+    if config.model.parametrization != "noise":
+        raise UserError("official networks predict the noise: model.parametrization must be noise")
     official = _read_official(path)
     model = mutils.create_model(config)
     expected = jax.eval_shape(lambda: mutils.init_params(config, model, jax.random.key(0)))
