@@ -132,12 +132,14 @@ class WeightingPrior:
 
     def icdf(self, u: ArrayLike) -> Array:
         """The smallest τ with P(τ' ≤ τ) ≥ u, elementwise on `u` in [0, 1]."""
-        w = jnp.asarray(u) * self._top
+        (low, high), w = self._ends, jnp.asarray(u) * self._top
+        atom = self.weight(low)
         if self.inverse_weight is not None:
-            gamma = self.inverse_weight(jnp.maximum(w, self.weight(self._ends[0])))
+            gamma = self.inverse_weight(jnp.maximum(w, atom))
         else:
             gamma = self._bisect(w)
-        return jnp.clip(self.sde.inverse_gamma(gamma), self.eps, self.sde.T)
+        tau = self.sde.inverse_gamma(jnp.clip(gamma, low, high))
+        return jnp.where(w <= atom, self.eps, jnp.clip(tau, self.eps, self.sde.T))
 
     @property
     def _ends(self) -> tuple[Array, Array]:
