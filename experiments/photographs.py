@@ -29,7 +29,7 @@ def get_sweep() -> Sweep:
     )
     config.optim.update(lr=2e-3, warmup=100)
     config.training.update(
-        batch_size=64,
+        batch_size=32,
         n_iters=2000,
         log_freq=50,
         eval_freq=500,
@@ -41,8 +41,8 @@ def get_sweep() -> Sweep:
     config.eval.update(
         enable_fid=False,
         batch_size=128,
-        num_samples=1000,
-        num_test_data=512,
+        num_test_data=384,
+        nll_steps=32,
         nelbo_draws=16,
     )
     priors = {
@@ -61,6 +61,7 @@ def get_sweep() -> Sweep:
         "data.dequantization": "lossless",
         "eval.truncated_normal": True,
         "eval.num_draws": 10,
+        "eval.num_test_data": 64,
     }
     return Sweep("photographs", config, points, seeds=(0,))
 
