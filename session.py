@@ -145,6 +145,11 @@ def sample_program(config: ConfigDict, batch_size: int) -> tuple[Any, tuple[Any,
     return sample_fn, (setup.state_shape.ema_params, jax.eval_shape(lambda: jax.random.key(0)))
 
 
+# XLA for GPUs gives the evaluations in a sampler more memory than one of them needs: up to 2.2
+# times for the PC sampler's two (`python -m benchmarks.memory --target h100`).
+_OF_SAMPLERS = 2.2
+
+
 def _changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
     changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict(dict(fields))
@@ -177,7 +182,7 @@ def advise_on_sampling(config: ConfigDict, field: str, batch_size: int) -> None:
 
     def needed(fields: Mapping[str, Any]) -> int:
         program, shapes = sample_program(config, fields.get(field, batch_size))
-        return memory.needed_bytes(program, *shapes)
+        return round(_OF_SAMPLERS * memory.needed_bytes(program, *shapes))
 
     memory.advise("sampling", needed, smaller_batches(field, batch_size))
 

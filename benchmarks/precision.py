@@ -2,6 +2,7 @@
 
 python -m benchmarks.precision                             # digits, 500 steps
 python -m benchmarks.precision --config configs/vp/fashion_mnist_st.py --steps 2000 --nll
+python -m benchmarks.precision --workdir RUN               # the second table alone, of a run
 
 The two runs of `--mode train` differ only in `model.dtype`; images, times and noise of every step
 are the same. On a GPU float32 means TF32, unless JAX_DEFAULT_MATMUL_PRECISION=float32 is set.
@@ -32,7 +33,8 @@ from ml_collections import ConfigDict
 import datasets
 import run_lib
 import session
-from runtime import environment
+from configs import saved
+from runtime import checkpointing, environment
 from runtime.metrics_log import read_metrics
 from sde_lib import SDE, expand
 
@@ -74,12 +76,18 @@ def tf32_products() -> Iterator[None]:
         yield
 
 
-def print_small_times(config: ConfigDict, params: Any, times: list[float]) -> None:
+def print_small_times(config: ConfigDict, params: Any) -> None:
     """The table of the noise that is lost and of the loss by time, in each type."""
     setup, test = session.set_up(config), datasets.get_dataset(config, "test")
     images = datasets.in_order(test, 256)["image"]
     x0 = jnp.asarray(setup.preprocessing.to_x0_without_noise(images))
     z = jax.random.normal(jax.random.key(0), x0.shape)
+    # Of γ in equal steps from ε on: σ/α grows by √10 from one to the next.
+    first = float(setup.sde.gamma(config.training.truncation_time))
+    gammas = [first + n * np.log(10) for n in range(5)]
+    times = [
+        max(float(setup.sde.inverse_gamma(g)), config.training.truncation_time) for g in gammas
+    ]
 
     def loss(dtype: str, t: float, rounded: Callable[[Array], Array]) -> float:
         of_type = config.copy_and_resolve_references()
@@ -116,10 +124,16 @@ def main() -> None:
     logging.getLogger("soft_truncation").setLevel(logging.INFO)  # show the runs' progress
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--config", default="configs/vp/digits_st.py")
+    parser.add_argument("--workdir", help="a trained run, of float32")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--windows", type=int, default=5, help="number of rows of the table")
     parser.add_argument("--nll", action="store_true", help="also compute bits/dim of each run")
     flags = parser.parse_args()
+    if flags.workdir:
+        config = saved.get_config(flags.workdir)
+        workdir, shape = pathlib.Path(flags.workdir), session.set_up(config).state_shape
+        print_small_times(config, checkpointing.restore_latest(config, workdir, shape).ema_params)
+        return
     losses, lines = {}, []
     with tempfile.TemporaryDirectory() as folder:
         for dtype in DTYPES:
@@ -156,8 +170,7 @@ def main() -> None:
         )
         print(f"| {steps[0] + 1} to {steps[-1] + 1} | {numbers} |")
     print("\n".join(lines))
-    first = of_float32.training.truncation_time
-    print_small_times(of_float32, params, [first * 10 ** (n / 2) for n in range(7)])
+    print_small_times(of_float32, params)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ unless stated otherwise. No parameters are updated.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -177,11 +178,15 @@ def _of_objectives(
     truncations: tuple[str, ...],
     num_batches: int,
 ) -> dict[str, dict[str, float]]:
-    """Loss and gradient of training mini-batches for each truncation, at the same parameters."""
+    """Loss and gradient of mini-batches for each truncation, with and without stratified times.
+
+    All are at the same parameters; the names are `soft` and `soft, stratified` and so on.
+    """
     size, found = config.training.batch_size, {}
-    for truncation in truncations:
+    for truncation, stratified in itertools.product(truncations, (False, True)):
+        name = f"{truncation}, stratified" if stratified else truncation
         other = config.copy_and_resolve_references()
-        other.training.truncation = truncation
+        other.training.update(truncation=truncation, stratified_times=stratified)
         objective = losses.get_objective(other, setup.sde)
 
         @jax.jit
@@ -197,8 +202,8 @@ def _of_objectives(
         for step in range(num_batches):
             key = losses.step_key(config.seed, step)
             gradients.add(*grad_fn(params, key, next(batches)["image"]))
-        log.info("objective with %s truncation: %s", truncation, gradients.summary())
-        found[truncation] = gradients.summary()
+        log.info("objective with %s truncation: %s", name, gradients.summary())
+        found[name] = gradients.summary()
     return found
 
 
@@ -240,7 +245,8 @@ def measure(
       the loss, with variances over images; `grad_norm` and `grad_variance`, the norm of the mean
       gradient of `trained_loss` and its variance between mini-batches; the share of steps with
       τ ≤ t, and the density of log t.
-      `objectives`, loss and gradient of training mini-batches for each truncation.
+      `objectives`, loss and gradient of training mini-batches for each truncation, and for it with
+      stratified times.
       `training`, statistics of the gradient norms that training logged.
 
     Raises:

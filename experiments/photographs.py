@@ -10,6 +10,7 @@ network has about 0.3 M parameters and trains for 2,000 steps.
 
 import argparse
 import pathlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,12 +46,12 @@ def get_sweep() -> Sweep:
         nll_steps=32,
         nelbo_draws=16,
     )
-    priors = {
+    priors: dict[str, dict[str, Any]] = {
         "fixed": {"training.truncation": "fixed"},
         "soft_k1": {"training.truncation": "soft", "training.k": 1.0},
         "sigmoid": {"training.truncation": "soft", "training.prior": "sigmoid"},
     }
-    points = {
+    points: dict[str, dict[str, Any]] = {
         f"{parametrization}_{name}": {"model.parametrization": parametrization, **prior}
         for parametrization in ("noise", "velocity")
         for name, prior in priors.items()
@@ -61,6 +62,18 @@ def get_sweep() -> Sweep:
         "data.dequantization": "lossless",
         "eval.truncated_normal": True,
         "eval.num_draws": 10,
+        "eval.num_test_data": 64,
+    }
+    points["rve_velocity_levels"] = {
+        "data.dequantization": "lossless",
+        "data.centered": False,
+        "training.sde": "reciprocal_vesde",
+        "training.truncation": "fixed",
+        "model.parametrization": "velocity",
+        "model.sigma_data": 0.5,
+        "model.sigma_max": 14.0,  # about the largest distance of two crops (arXiv 2006.09011)
+        "sampling.truncation_time": 1e-5,
+        "eval.truncated_normal": True,
         "eval.num_test_data": 64,
     }
     return Sweep("photographs", config, points, seeds=(0,))

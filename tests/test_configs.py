@@ -207,15 +207,15 @@ def test_recipes_network_can_be_built_at_full_width(name):
     count = full_size(mutils.create_model(config), data.image_size, data.num_channels)
     assert count == PARAMETERS.get(name, count)
     small = config.data.dataset in ("digits", "fashion_mnist", "folder")
-    assert count > (1e5 if small else 5e7)
+    assert count > (1e5 if small else 3e7)
 
 
 def reduced(config):
-    """The recipe with few channels and one or two images of at most 256×256; else as it is."""
+    """The recipe with few channels and one or two images of at most 128×128; else as it is."""
     config.model.update(nf=4, num_res_blocks=1)
     config.training.batch_size = 2 if config.training.mixed else 1
     config.optim.warmup = 0
-    config.data.image_size = min(config.data.image_size, 256)
+    config.data.image_size = min(config.data.image_size, 128)
     if config.data.dataset in ("CelebAHQ", "FFHQ"):
         config.data.tfrecords_path = ""
     return config
@@ -298,6 +298,7 @@ def test_recipes_objective_takes_a_training_step(name):
 # One recipe for each network that the recipes have, at its size of images.
 NETWORKS = (
     "vp/cifar10_st",
+    "vp/cifar10_vdm_st",
     "vp/cifar10_ddpmpp_fid_st_deepest",
     "vp/celeba_uddpmpp_fid_st",
     "vp/imagenet32_ddpmpp_st",

@@ -1,11 +1,13 @@
 """Evaluations as a user starts them; with a sampler of a few steps and a tiny network."""
 
+import csv
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -168,6 +170,41 @@ def test_samples_by_anyone_are_scored(tmp_path, inception):
 
 
 @pytest.mark.slow
+def test_bits_of_given_images_are_a_row_each_in_a_folder_of_their_own(trained, tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    (tmp_path / "few").mkdir()
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f"few/{i}.png")
+    np.savez(tmp_path / "many.npz", samples=rng.integers(0, 256, (7, 8, 8, 1), np.uint8))
+    with zipfile.ZipFile(tmp_path / "zipped.zip", "w") as archive:
+        archive.write(tmp_path / "few" / "0.png", "inside/0.png")
+    shutil.copytree(trained / "run", tmp_path / "run")
+    rows = {}
+    for images, count in (("few", 3), ("many.npz", 7), ("zipped.zip", 1), ("test", 12)):
+        path = images if images == "test" else str(tmp_path / images)
+        config = eval_config(trained, images=path, num_draws=2, truncated_normal=True)
+        config.eval.update(nll_steps=32, nelbo_draws=1)
+        before = set((tmp_path / "run" / "eval").glob("images_*"))
+        report = run_lib.evaluate(config, tmp_path / "run")
+        (folder,) = set((tmp_path / "run" / "eval").glob("images_*")) - before
+        with (folder / "bits_per_dim.csv").open() as file:
+            rows[images] = list(csv.DictReader(file))
+        assert len(rows[images]) == report["num_test_images"] == count
+        assert path in (folder / "report.md").read_text()
+        mean = np.mean([float(row["nll"]) for row in rows[images]])
+        np.testing.assert_allclose(mean, report["nll"], rtol=1e-5)
+        assert float(rows[images][0]["nll_stderr"]) > 0 and report["truncated_normal_r"] > 3
+        assert report["nll_truncated_normal_weighted"] <= report["nll_truncated_normal"]
+    assert [row["image"] for row in rows["few"]] == ["0.png", "1.png", "2.png"]
+    # The same image has the same bits in any company.
+    assert rows["zipped.zip"][0]["image"] == "inside/0.png"
+    assert rows["zipped.zip"][0]["nll"] == rows["few"][0]["nll"]
+    assert not (tmp_path / "run" / "eval" / "report.json").exists()
+    config = eval_config(trained, images=str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"eval\.images: there is no file or folder"):
+        run_lib.evaluate(config, tmp_path / "run")
+
+
 def test_statistics_are_made_once_and_refused_for_other_data(tmp_path, inception):
     path = tmp_path / "stats" / "digits.npz"
     config = eval_config(tmp_path, enable_fid=True, num_reference=100, stats_path=str(path))
