@@ -423,6 +423,7 @@ def test_the_estimate_of_memory_counts_what_is_alive():
     assert memory.needed_bytes(loop, x, kernel) <= 21 * kib  # once, not a hundred times
 
 
+@pytest.mark.slow
 def test_the_estimate_of_memory_is_near_what_xla_says():
     config = tiny_config()
     config.model.update(nf=16, ch_mult=(1, 2))
@@ -438,10 +439,15 @@ def test_the_estimate_of_memory_is_near_what_xla_says():
     [
         ({}, "training needs about"),
         ({"model.dtype": "bfloat16"}, "set --config.model.dtype=bfloat16 (about"),
-        ({"model.dtype": "bfloat16", "model.remat": True}, "and --config.model.remat=True (about"),
-        (
+        pytest.param(
+            {"model.dtype": "bfloat16", "model.remat": True},
+            "and --config.model.remat=True (about",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             {"model.dtype": "bfloat16", "model.remat": True, "optim.num_micro_batch": 4},
             "and --config.optim.num_micro_batch=4 (about",
+            marks=pytest.mark.slow,
         ),
         (None, "too little, whatever is set"),
     ],

@@ -27,6 +27,7 @@ SDES = {
     "vesde": sde_lib.VESDE(),
     "reciprocal_vesde": sde_lib.RVESDE(0.01, 50.0, eps=1e-5),
 }
+SLOW = pytest.mark.slow
 TIMES = np.geomspace(1e-5, 1, 41).astype(np.float32)
 
 
@@ -95,7 +96,7 @@ def test_its_likelihood_is_the_gaussians(name):
     np.testing.assert_allclose(bits, nats / (4 * np.log(2)) + offset, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["vpsde", "vesde"])
+@pytest.mark.parametrize("name", ["vpsde", pytest.param("vesde", marks=SLOW)])
 def test_both_parametrisations_of_a_score_are_the_same_model(name):
     sde, config = SDES[name], velocity_config(name, 0.7)
     noise = config.copy_and_resolve_references()
@@ -157,11 +158,12 @@ def prior_of(sde, name, bias=0.0):
     return losses.get_prior(config)
 
 
+OTHERS = ("subvpsde", "vesde", "reciprocal_vesde")
 PRIORS = [("sigmoid", 0.0), ("sigmoid", -3.0), ("sigmoid", 4.0), ("velocity", 0.0)]
 
 
 @pytest.mark.parametrize(("name", "bias"), PRIORS)
-@pytest.mark.parametrize("sde", SDES)
+@pytest.mark.parametrize("sde", ["vpsde", *(pytest.param(sde, marks=SLOW) for sde in OTHERS)])
 def test_a_weighting_is_the_cdf_of_its_prior(sde, name, bias):
     prior = prior_of(sde, name, bias)
     gamma = np.asarray(SDES[sde].gamma(TIMES), np.float64)
@@ -178,8 +180,14 @@ def test_a_weighting_is_the_cdf_of_its_prior(sde, name, bias):
     losses.check_prior(prior, SDES[sde], 1e-5, name)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "velocity"])
-@pytest.mark.parametrize("sde", SDES)
+@pytest.mark.parametrize(
+    ("sde", "name"),
+    [
+        pytest.param(sde, name, marks=() if (sde, name) == ("vpsde", "sigmoid") else SLOW)
+        for sde in SDES
+        for name in ("sigmoid", "velocity")
+    ],
+)
 def test_drawing_tau_and_its_weight_have_the_same_expectation(sde, name):
     values = {}
     for truncation in ("soft", "equivalent_weight"):
@@ -303,7 +311,7 @@ class Points:
         return -np.log(np.exp(log_p).sum() * area), np.sum(q * (np.log(q) - log_p)) * area
 
 
-@pytest.fixture(scope="module", params=[1.0, 3.0])
+@pytest.fixture(scope="module", params=[1.0, pytest.param(3.0, marks=SLOW)])
 def bounds(request):
     """For r = 1 and 3: the exact numbers of each cell, and many draws of the bounds, in nats."""
     sde = SDES["vpsde"]
