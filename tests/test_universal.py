@@ -79,6 +79,25 @@ def test_a_network_of_zeros_has_the_exact_score_of_a_gaussian(name, sigma_data):
     np.testing.assert_allclose(score_fn(x, TIMES), exact, rtol=1e-6)
 
 
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+@pytest.mark.parametrize("name", SDES)
+def test_the_denoised_image_is_edms_combination(name, sigma_data):
+    sde, config = SDES[name], velocity_config(name, sigma_data)
+    x = np.random.default_rng(0).standard_normal((len(TIMES), 2, 2, 1)).astype(np.float32)
+    score = mutils.get_score_fn(config, sde, Smooth(), None)(x, TIMES)
+    alpha, std = (
+        sde_lib.expand(np.asarray(f(TIMES), np.float64), x) for f in (sde.mean_coeff, sde.std)
+    )
+    alpha, std, x = (np.asarray(value, np.float64) for value in (alpha, std, x))
+    c_in = 1 / np.sqrt(alpha**2 * sigma_data**2 + std**2)
+    labels = mutils._get_labels_fn(config, sde)(TIMES)
+    f = np.asarray(Smooth().apply(None, jnp.asarray(c_in * x, jnp.float32), labels), np.float64)
+    d = alpha * sigma_data**2 * c_in**2 * x + std * sigma_data * c_in * f
+    exact = (alpha * d - x) / std**2
+    scale = np.abs(exact).reshape(len(x), -1).max(axis=1).reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(score / scale, exact / scale, atol=2e-6)
+
+
 @pytest.mark.parametrize("name", SDES)
 def test_its_likelihood_is_the_gaussians(name):
     sde, config = SDES[name], velocity_config(name, 0.5)
@@ -359,6 +378,34 @@ def test_more_draws_close_the_gap(bounds):
     if radius == 1:
         assert means[0] > 0.02 and abs(means[2]) < 0.3 * means[0] and means[1] < 0.5 * means[0]
     assert abs(means[2]) < 0.01
+
+
+@pytest.mark.parametrize("name", ["vpsde", "vesde"])
+def test_the_bound_from_x_eps_has_the_integral_of_its_formula(name):
+    # For s = -κ x with a κ that is nobody's score, E over x_t = a x_ε + b z is known.
+    sde, eps, dims, count = SDES[name], 1e-3, 4, 400_000
+    x_eps = jnp.broadcast_to(jnp.array([0.3, -0.8, 0.1, 0.5]).reshape(1, 2, 2, 1), (count, 2, 2, 1))
+
+    def kappa(t):
+        return 0.6 / (0.2 + sde.std(t) ** 2)
+
+    def score(x, t):
+        return -sde_lib.expand(kappa(t), x) * x
+
+    u = (jnp.arange(count) + 0.5) / count
+    z = jax.random.normal(jax.random.key(0), x_eps.shape)
+    values = np.asarray(likelihood.nelbo_of_x_eps(sde, score, x_eps, eps, u, z), np.float64)
+    gamma = jnp.linspace(sde.gamma(eps), sde.gamma(1.0), 20_001)
+    t = jnp.clip(sde.inverse_gamma(gamma), eps, 1)
+    a, b, k, std = (
+        np.asarray(f, np.float64) for f in (*sde.transition(eps, t), kappa(t), sde.std(t))
+    )
+    square = a**2 * float(jnp.sum(x_eps[0] ** 2)) + b**2 * dims
+    integrand = 0.5 * std**2 * (k**2 * square - 2 * k * dims)
+    exact = np.trapezoid(integrand, np.asarray(gamma, np.float64))
+    error = values.std() / count**0.5
+    assert error < 0.02 * abs(exact)
+    assert abs(values.mean() - exact) < 4 * error + 2e-3 * abs(exact)
 
 
 def test_the_radius_of_a_cell_and_the_epsilon_of_a_radius():
