@@ -29,6 +29,7 @@ from metrics.bits_per_dim import (
     get_bpd_fn,
     network_fields,
     summarize_bits,
+    table_of_images,
 )
 from metrics.distances import (
     frechet_distance,
@@ -128,27 +129,23 @@ def _evaluate_samples(run: _Run, images: Images, folder: pathlib.Path) -> dict[s
     grid = datasets.levels_to_uint8(few, run.setup.num_levels)
     hosts.on_main(lambda: save_grid(grid, folder / "samples.png"))
     levels, test = run.setup.num_levels, run.bits.data.test
-    shares = {
-        "share_at_ends": images.batches(),
-        "share_at_ends_of_test_images": (
-            batch["image"] for batch in datasets.batches(test, 500, 10_000)
-        ),
-    }
+    of_test = (batch["image"] for batch in datasets.batches(test, 500, 10_000))
     report: dict[str, Any] = {
-        name: float(np.average(*_shares_and_counts(batches, levels)))
-        for name, batches in shares.items()
+        "share_at_ends": _share_at_ends(images.batches(), levels),
+        "share_at_ends_of_test_images": _share_at_ends(of_test, levels),
     }
     for scorer in run.scorers:
         report |= score_images(scorer, images, run.results)
     return report
 
 
-def _shares_and_counts(
-    batches: Iterator[np.ndarray], num_levels: int
-) -> tuple[list[float], None, list[int]]:
-    """Arguments of np.average: the share of each batch at the ends of the range, and its size."""
-    found = [(datasets.share_at_ends(batch, num_levels), len(batch)) for batch in batches]
-    return [share for share, _ in found], None, [count for _, count in found]
+def _share_at_ends(batches: Iterator[np.ndarray], num_levels: int) -> float:
+    """The share of all batches' values that are the lowest or highest level."""
+    shares, counts = [], []
+    for batch in batches:
+        shares.append(datasets.share_at_ends(batch, num_levels))
+        counts.append(len(batch))
+    return float(np.average(shares, weights=counts))
 
 
 def _evaluate_checkpoint(
@@ -193,12 +190,15 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
       UserError: the config, data, weights, statistics or checkpoints can't be used.
     """
     workdir = pathlib.Path(workdir)
-    setup, data = set_up(config), load_data(config)
+    setup = set_up(config)
+    if config.eval.images:
+        with contextlib.ExitStack() as stack:
+            steps = hosts.on_main(lambda: _take_hold(config, workdir, stack))
+            return _evaluate_images(config, setup, workdir, steps)
+    data = load_data(config)
     given = _given_samples(config, setup.num_levels) if config.eval.samples else None
     with contextlib.ExitStack() as stack:
         steps = hosts.on_main(lambda: _take_hold(config, workdir, stack))
-        if config.eval.images:
-            return _evaluate_images(config, setup, data, workdir, steps)
         return _evaluate(config, setup, data, workdir, given, steps)
 
 
@@ -211,13 +211,11 @@ def _take_hold(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.Exit
     return steps
 
 
-def _images_to_score(
-    config: ConfigDict, data: Data, num_levels: int
-) -> tuple[datasets.Dataset, list[str]]:
+def _images_to_score(config: ConfigDict, num_levels: int) -> tuple[datasets.Dataset, list[str]]:
     """The images of `eval.images` and their names."""
     if config.eval.images == "test":
-        indices = datasets.subset(data.test, config.eval.num_test_data)
-        return data.test, [str(i) for i in indices]
+        test = datasets.get_dataset(config, "test")
+        return test, [str(i) for i in datasets.subset(test, config.eval.num_test_data)]
     path, size = pathlib.Path(config.eval.images), config.data.image_size
     source, names = load_images(path, size, config.data.num_channels, "eval.images", least=1)
     if num_levels != 256:
@@ -228,27 +226,27 @@ def _images_to_score(
 
 
 def _evaluate_images(
-    config: ConfigDict, setup: Setup, data: Data, workdir: pathlib.Path, steps: list[int]
+    config: ConfigDict, setup: Setup, workdir: pathlib.Path, steps: list[int]
 ) -> dict[str, Any]:
     """Bits/dim of each of the images of `eval.images`, in a folder of their own below eval/."""
     if len(steps) != 1:
         raise UserError(f"eval.images is for one checkpoint; {len(steps)} are chosen")
-    chosen, names = _images_to_score(config, data, setup.num_levels)
+    chosen, names = _images_to_score(config, setup.num_levels)
     config = config.copy_and_resolve_references()
     config.eval.num_test_data = len(names)
     results = PartialResults(workdir / "eval" / "parts")
-    scored = Data(data.train, chosen)
+    scored = Data(chosen, chosen)  # the training images are not needed
     bits = BitsEvaluation(config, setup, scored, results, get_bpd_fn(config, setup))
     advise_on_bits(config, setup, bits.num_test)
     log.info("bits/dim of %d images of %s", len(names), config.eval.images)
     params = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0]).ema_params
     values = bits_of_images(bits, params)
-    digest = short_hash(datasets.fingerprint(chosen), len(names))[:8]
+    digest = short_hash(datasets.fingerprint(chosen), len(names), params, config.eval)[:8]
     folder = workdir / "eval" / f"images_{chosen.name}_{digest}"
     report = {
-        "data": data.train.name,
+        "data": config.data.dataset,
         "step": steps[0],
-        "images": f"images of {config.eval.images}",
+        "images": "test images" if config.eval.images == "test" else config.eval.images,
         "num_levels": setup.num_levels,
         "weights_digest": short_hash(params),
         **summarize_bits(bits, values),
@@ -256,7 +254,7 @@ def _evaluate_images(
 
     def write() -> None:
         write_report(report, folder)
-        write_bits(folder / "bits_per_dim.csv", names, values)
+        write_bits(folder / "bits_per_dim.csv", names, table_of_images(bits, values))
         _finish(results, folder)
 
     hosts.on_main(write)

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 import datasets
 import losses
 from sampling import MakeScoreFn, ScoreFn, fill_time, in_solver_time, probability_flow, solve_ode
-from sde_lib import SDE, expand
+from sde_lib import RVESDE, SDE, expand
 
 
 def ode_log_likelihood(
@@ -211,7 +211,9 @@ def largest_eps(sde: SDE, width: float, radius: float = 3.0) -> float | None:
     """The largest ε at which `cell_radius` is `radius`; None if the SDE has no such time."""
     gamma = 2 * np.log(0.5 * width / radius)
     t = float(sde.inverse_gamma(gamma))
-    return t if 0 < t < sde.T and abs(float(sde.gamma(t)) - gamma) < 0.01 else None
+    # RVE's σ at its smallest time is the same whatever that time is.
+    lowest = sde.eps if isinstance(sde, RVESDE) else 0.0
+    return t if lowest < t < sde.T and abs(float(sde.gamma(t)) - gamma) < 0.01 else None
 
 
 def truncated_normal(key: Array, shape: tuple[int, ...], radius: Array) -> tuple[Array, Array]:
@@ -226,7 +228,9 @@ def _draw_in_cells(
     sde: SDE, eps: float, width: float, keys: Array, x: Array
 ) -> tuple[Array, Array]:
     """x_ε (N, ...) in the cells of scaled levels x, and log q(x_ε) in nats, (N,)."""
-    radius, dims = cell_radius(sde, eps, width), int(np.prod(x.shape[1:]))
+    # Beyond 5 nothing is cut off, and in float32 some draws would be -r exactly.
+    radius = jnp.minimum(cell_radius(sde, eps, width), 5.0)
+    dims = int(np.prod(x.shape[1:]))
     z, log_density = jax.vmap(lambda key: truncated_normal(key, x.shape[1:], radius))(keys)
     return losses.perturb(sde, x, fill_time(eps, x), z), log_density - dims * jnp.log(sde.std(eps))
 

@@ -174,7 +174,7 @@ def _sigmoid_prior(config: ConfigDict) -> Prior:
 
 
 def _velocity_prior(config: ConfigDict) -> Prior:
-    """w = e^{γ/2}, that of flow matching and of the velocity's plain error (arXiv 2303.00848)."""
+    """w = e^{γ/2}, that of flow matching (arXiv 2303.00848)."""
 
     def weight(gamma: Array) -> Array:
         return jnp.exp(0.5 * gamma)

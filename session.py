@@ -170,8 +170,9 @@ def advise_on_training(config: ConfigDict) -> None:
     if can_remat and not config.model.remat:
         remedies.append({"model.dtype": "bfloat16", "model.remat": True})
     images = config.training.batch_size // jax.device_count()
-    for parts in (4, 16):
-        if images % parts == 0 and parts > config.optim.num_micro_batch:
+    pair = 2 if config.training.mixed else 1
+    for parts in () if config.training.balanced else (4, 16):  # which needs the whole batch
+        if images % (parts * pair) == 0 and parts > config.optim.num_micro_batch:
             kept = {"model.remat": True} if can_remat else {}
             remedies.append({"model.dtype": "bfloat16", **kept, "optim.num_micro_batch": parts})
     memory.advise("training", needed, remedies)

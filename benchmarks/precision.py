@@ -92,12 +92,12 @@ def print_small_times(config: ConfigDict, params: Any) -> None:
     def loss(dtype: str, t: float, rounded: Callable[[Array], Array]) -> float:
         of_type = config.copy_and_resolve_references()
         of_type.model.dtype = dtype
+        score_fn = session.set_up(of_type).make_score_fn(params)
         at = jnp.full(len(x0), t, jnp.float32)
 
         @jax.jit
         def mean_loss(x0: Array, z: Array) -> Array:
             x_t = expand(setup.sde.mean_coeff(at), x0) * x0 + expand(setup.sde.std(at), x0) * z
-            score_fn = session.set_up(of_type).make_score_fn(params)
             return jnp.mean((expand(setup.sde.std(at), x0) * score_fn(rounded(x_t), at) + z) ** 2)
 
         return float(mean_loss(x0, z))

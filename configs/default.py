@@ -83,8 +83,8 @@ def get_default_config() -> ConfigDict:
     training.batch_size = 128  # the global batch, over all devices
     training.n_iters = 1_300_001
     training.truncation = "soft"  # fixed, soft or equivalent_weight
-    # The prior on the truncation, a name in losses.PRIORS: power, P(τ) ∝ τ^-k; sigmoid or velocity,
-    # for which soft truncation weighs the noise's error so.
+    # The prior on the truncation, a name in losses.PRIORS: power, P(τ) ∝ τ^-k; or sigmoid or
+    # velocity, for which soft truncation equals that weighting of the noise's error.
     training.prior = "power"
     training.k = 1.0  # the exponent of the power prior
     training.sigmoid_bias = 0.0  # b in the sigmoid prior's weighting sigmoid(γ + b)

@@ -182,6 +182,8 @@ def _problems(
     yield from _sampling_problems(config)
     if config.training.balanced and not config.training.mixed:
         yield "training.balanced is for training.mixed: it brings the halves of a batch to one size"
+    if config.training.balanced and config.training.stratified_times:
+        yield "training.balanced compares independent times; stratified_times must be False"
     if config.training.balanced and config.optim.num_micro_batch > 1:
         yield "training.balanced needs optim.num_micro_batch=1: its ratio is of the whole batch"
     if config.training.truncation == "equivalent_weight" and (

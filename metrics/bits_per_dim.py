@@ -25,6 +25,8 @@ from session import Setup, init_state, smaller_batches
 
 log = logging.getLogger("soft_truncation")
 
+WEIGHTED = "nll_truncated_normal_weighted"
+
 
 def get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Array]]:
     """A function (params, keys, image_keys, x, levels) → NLL, NELBO and NFE of a solve, (N,) each.
@@ -46,8 +48,8 @@ def get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Arra
         if config.data.dequantization == "lossless":
             values |= nelbo_fn(params, nelbo_keys, levels, lossless=True)
         if config.eval.truncated_normal:
-            # All draws of an image have one probe: then its noise is a common term, which does not
-            # bias the bound of several draws.
+            # All draws of an image have one probe: then its noise is nearly a common term, which
+            # does not bias the bound of several draws.
             probe = jax.vmap(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))
             values |= nll_fn(
                 params, nll_keys, levels, probe=probe(image_keys), truncated_normal=True
@@ -129,7 +131,8 @@ def _bits_per_dim(
     solver = {k: config.eval[k] for k in options}
     if config.eval.truncated_normal:
         solver["truncated_normal"] = True
-    name_of_work = short_hash(params, *network_fields(config), solver, datasets.fingerprint(test))
+    data = datasets.fingerprint(test), count  # the images of a batch depend on both
+    name_of_work = short_hash(params, *network_fields(config), solver, *data)
     progress, drawn = Progress(f"bits/dim, {name}", count * num_draws), []
 
     indices = datasets.subset(test, count)
@@ -199,23 +202,45 @@ def summarize_bits(evaluation: BitsEvaluation, values: dict[str, np.ndarray]) ->
     report: dict[str, Any] = {"num_test_images": count, "num_draws": draws}
     report |= {name: config.eval[name] for name in ("nelbo_draws", "nll_steps", "rtol", "atol")}
     report["nll_nfe"] = float(values["nfe"].mean())
+    report["dequantization"] = config.data.dequantization
     scores = {name: values[name] for name in sorted(values) if name != "nfe"}
     if config.eval.truncated_normal:
         eps, width = config.training.truncation_time, setup.preprocessing.cell_width
         report["truncated_normal_r"] = float(likelihood.cell_radius(setup.sde, eps, width))
         report["truncated_normal_largest_eps"] = likelihood.largest_eps(setup.sde, width)
         if draws > 1:
-            dims = config.data.image_size**2 * config.data.num_channels
-            weighted = likelihood.importance_weighted(values["nll_truncated_normal"], dims)
-            scores["nll_truncated_normal_weighted"] = weighted[None]
+            scores[WEIGHTED] = weighted_draws(config, values)[None]
     for name, of_images in scores.items():
         mean, stderr, of_draws = likelihood.mean_and_errors(of_images)
         report[name] = mean
         if count > 1:
             report[f"{name}_stderr"] = stderr
-        if of_draws is not None:
+        if of_draws is not None and name != "nll_truncated_normal":  # its draws share a probe
             report[f"{name}_stderr_of_draws"] = of_draws
     return report
+
+
+def weighted_draws(config: ConfigDict, values: dict[str, np.ndarray]) -> np.ndarray:
+    """The importance-weighted bound of the draws in `bits_of_images`, (number of images,)."""
+    dims = config.data.image_size**2 * config.data.num_channels
+    return likelihood.importance_weighted(values["nll_truncated_normal"], dims)
+
+
+def table_of_images(
+    evaluation: BitsEvaluation, values: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Columns of a table with a row for each image: scores, and their errors over the draws."""
+    columns: dict[str, np.ndarray] = {}
+    for name in sorted(values):
+        of_draws = values[name]
+        if name != "nfe":
+            columns[name] = of_draws.mean(axis=0)
+        if name not in ("nfe", "nll_truncated_normal") and len(of_draws) > 1:
+            columns[f"{name}_stderr"] = of_draws.std(axis=0, ddof=1) / len(of_draws) ** 0.5
+    config = evaluation.config
+    if config.eval.truncated_normal and config.eval.num_draws > 1:
+        columns[WEIGHTED] = weighted_draws(config, values)
+    return columns
 
 
 def evaluate_bits(evaluation: BitsEvaluation, params: Any) -> dict[str, Any]:

@@ -67,14 +67,16 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
                 "(NLL with residual)."
             )
     if "nll" in report:
-        draws, but = report["num_draws"], ", but for the lossless"
+        draws, but = report["num_draws"], " but for the scores of levels"
+        on_levels = "nelbo_lossless" in report or "nelbo_truncated_normal" in report
         solver = f"rtol {report['rtol']:g}, atol {report['atol']:g}"
         if report["nll_steps"]:
             solver = f"{report['nll_steps']} steps of a fixed size"
         what = report.get("images", "test images")
+        what = what if what == "test images" else f"images of {what}"
         yield (
-            f"Bits/dim: {report['num_test_images']} {what} of {report['num_levels']} levels, "
-            f"uniformly dequantised{but if 'nelbo_lossless' in report else ''}, "
+            f"Bits/dim: {report['num_test_images']} {what}, {report['num_levels']} levels, "
+            f"uniformly dequantised{but if on_levels else ''}, "
             f"{draws} draw{'s' if draws > 1 else ''} each; {report['nll_nfe']:.0f} score "
             f"evaluations a solve ({solver}), "
             f"{report['nelbo_draws']} times an image for NELBO. "
@@ -82,11 +84,17 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
         )
     if "truncated_normal_r" in report:
         r, eps = report["truncated_normal_r"], report["truncated_normal_largest_eps"]
-        most = f"an ε of {eps:.2g} or less has 3" if eps else "no ε of this SDE has 3"
+        most = f"a network trained with an ε of {eps:.2g} or less has 3" if eps else ""
+        most = most or "this SDE has no time with 3"
         yield (
             f"Truncated-normal noise: r = {r:.3g} standard deviations are in a level's cell"
             + (f"; **below 3 the bound is loose: {most}**." if r < 3 else ".")
         )
+        if report["dequantization"] == "uniform":
+            yield (
+                "**The network was trained on uniformly dequantised data, so that the bounds by "
+                "truncated-normal noise are loose.**"
+            )
     if "samples" in report:
         yield f"Samples: {report['num_samples']} of {report['samples']}."
     elif "num_samples" in report:
@@ -182,20 +190,8 @@ def _plot_sweep(reports: list[dict[str, Any]], names: list[str], path: pathlib.P
     figure.savefig(path, dpi=120)
 
 
-def write_bits(path: pathlib.Path, names: list[str], values: dict[str, np.ndarray]) -> None:
-    """Write a row for each image: its name, and of each score the mean and its standard error.
-
-    Args:
-      path: the CSV file.
-      names: of the images.
-      values: scores, (draws, number of images) each; with one draw there is no error.
-    """
-    scores = {name: values[name] for name in sorted(values) if name != "nfe"}
-    columns: dict[str, np.ndarray] = {}
-    for name, of_draws in scores.items():
-        columns[name] = of_draws.mean(axis=0)
-        if len(of_draws) > 1:
-            columns[f"{name}_stderr"] = of_draws.std(axis=0, ddof=1) / len(of_draws) ** 0.5
+def write_bits(path: pathlib.Path, names: list[str], columns: dict[str, np.ndarray]) -> None:
+    """Write a CSV file with a row for each image: its name and the `columns` (N,)."""
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["image", *columns])

@@ -145,7 +145,7 @@ class NCSNpp(nn.Module):
         x = x if self.centered else 2 * x - 1
         in_pyramid = x
         x = layers.fourier_features(x) if self.fourier_feature else x
-        # In float32 whatever the others compute in: bfloat16 has steps of 2^-9 near 1, larger than
+        # In float32 whatever the others compute in: bfloat16 has steps of 2^-8 below 1, larger than
         # the noise at small t.
         h = layers.Conv(self.nf, precision="highest")(x).astype(self.dtype)
         skips = [h]

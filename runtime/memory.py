@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 log = logging.getLogger("soft_truncation")
 
-_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the share of a GPU's memory that JAX takes
+# The share of a GPU's memory that JAX takes, and the variable's old name; both must not be set.
+_FRACTION, _OLD_FRACTION = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _MARGIN = 0.95  # the share of the memory that estimates may fill
 
 
@@ -201,7 +202,8 @@ def advise(
         return
     whole = limit
     if jax.default_backend() == "gpu":
-        whole = round(limit / float(os.environ.get(_FRACTION, 0.75)) * 0.95)
+        fraction = os.environ.get(_FRACTION) or os.environ.get(_OLD_FRACTION) or 0.75
+        whole = round(limit / float(fraction) * 0.95)
     need = needed({})
     text = f"{what} needs about {_gib(need)} GiB of a device's memory, of which JAX may use"
     if need <= _MARGIN * limit:
