@@ -375,7 +375,7 @@ def test_a_field_of_ones_own_is_compared_when_a_run_goes_on(tmp_path):
     [
         ("--config.training.sde=cosin", "vpsde, subvpsde, vesde, reciprocal_vesde, cosine"),
         ("--config.training.weighting=min_snr", "likelihood, variance, min_snr_5"),
-        ("--config.training.prior=lognormal", "power, log_normal"),
+        ("--config.training.prior=lognormal", "velocity, log_normal"),
         ("--config.sampling.method=edm", "pc, ode, heun, dpm_solver, edm_stochastic"),
         ("--config.sampling.predictor=DDIM", "ancestral_sampling, ddim"),
     ],
@@ -397,7 +397,7 @@ def test_mistakes_in_a_config_file_are_one_line(folder):
     (folder / "mine" / "broken.py").write_text("import losses\n\nlosses.WEIGHTS['a'] = None\n")
     broken = main("--config=mine/broken.py", cwd=folder)
     for result, line in (
-        (misspelt, "training.prior is 'lognormal'; it must be one of power, log_normal\n"),
+        (misspelt, "training.prior is 'lognormal'; it must be one of velocity, log_normal\n"),
         (broken, "no attribute 'WEIGHTS' (mine/broken.py, line 3)\n"),
     ):
         assert result.returncode == 2 and result.stderr.endswith(line), result.stderr

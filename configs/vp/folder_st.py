@@ -1,7 +1,8 @@
 """Your own images: any below `data.path`, of any size, as squares of `data.image_size` pixels.
 
 A DDPM++ of 7.0 M parameters for one GPU. Larger images: `data.image_size` and a `model.ch_mult` of
-one more level each time that it doubles.
+one more level each time that it doubles. The network predicts the velocity, since the noise
+parametrisation gives saturated samples for a long time (results/photographs.md).
 """
 
 from ml_collections import ConfigDict
@@ -14,6 +15,7 @@ def get_config() -> ConfigDict:
     config = get_default_config()
     config.data.dataset = "folder"
     config.model.update(nf=64, ch_mult=(1, 2, 2), num_res_blocks=2, ema_rate=0.999)
+    config.model.parametrization = "velocity"
     config.optim.warmup = 1000
     config.training.update(
         batch_size=64,
