@@ -2,7 +2,7 @@
 
 A DDPM++ of 7.0 M parameters for one GPU. Larger images: `data.image_size` and a `model.ch_mult` of
 one more level each time that it doubles. The network predicts the velocity, since the noise
-parametrisation gives saturated samples for a long time (results/photographs.md).
+parametrisation gives saturated samples for a long time (results/parametrisations.md).
 """
 
 from ml_collections import ConfigDict
