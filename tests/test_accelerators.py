@@ -472,16 +472,6 @@ def test_a_recipe_that_does_not_fit_says_what_to_set(monkeypatch, caplog, fields
     assert (caplog.records[0].levelname == "INFO") == (fields == {})
 
 
-@pytest.mark.slow
-def test_what_256_pixels_need_on_one_card_is_said(monkeypatch, caplog):
-    config = church_uncsn.get_config()
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(memory, "limit_bytes", lambda: int(59.3 * 2**30))
-    session.advise_on_training(config)
-    assert "training needs about 103 GiB" in caplog.text
-    assert "set --config.model.dtype=bfloat16" in caplog.text
-
-
 def test_a_batch_that_does_not_fit_says_which_does(monkeypatch, caplog):
     config = tiny_config()
     config.sampling.update(method="dpm_solver", num_steps=3)

@@ -203,8 +203,7 @@ def test_a_weighting_is_the_cdf_of_its_prior(sde, name, bias):
     ("sde", "name"),
     [
         pytest.param(sde, name, marks=() if (sde, name) == ("vpsde", "sigmoid") else SLOW)
-        for sde in SDES
-        for name in ("sigmoid", "velocity")
+        for sde, name in [*((sde, "sigmoid") for sde in SDES), ("vesde", "velocity")]
     ],
 )
 def test_drawing_tau_and_its_weight_have_the_same_expectation(sde, name):
