@@ -397,7 +397,11 @@ def test_mistakes_in_a_config_file_are_one_line(folder):
     (folder / "mine" / "broken.py").write_text("import losses\n\nlosses.WEIGHTS['a'] = None\n")
     broken = main("--config=mine/broken.py", cwd=folder)
     for result, line in (
-        (misspelt, "training.prior is 'lognormal'; it must be one of power, sigmoid, velocity, log_normal\n"),
+        (
+            misspelt,
+            "training.prior is 'lognormal'; it must be one of power, sigmoid, velocity, "
+            "log_normal\n",
+        ),
         (broken, "no attribute 'WEIGHTS' (mine/broken.py, line 3)\n"),
     ):
         assert result.returncode == 2 and result.stderr.endswith(line), result.stderr
