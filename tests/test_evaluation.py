@@ -178,7 +178,8 @@ def test_bits_of_given_images_are_a_row_each_in_a_folder_of_their_own(trained, t
     np.savez(tmp_path / "many.npz", samples=rng.integers(0, 256, (7, 8, 8, 1), np.uint8))
     with zipfile.ZipFile(tmp_path / "zipped.zip", "w") as archive:
         archive.write(tmp_path / "few" / "0.png", "inside/0.png")
-    shutil.copytree(trained / "run", tmp_path / "run")
+    no_reports = shutil.ignore_patterns("eval")
+    shutil.copytree(trained / "run", tmp_path / "run", ignore=no_reports)
     rows = {}
     for images, count in (("few", 3), ("many.npz", 7), ("zipped.zip", 1), ("test", 12)):
         path = images if images == "test" else str(tmp_path / images)
