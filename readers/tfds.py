@@ -12,12 +12,14 @@ from configs.default import UserError
 from readers import download, tfrecords
 from readers.containers import file_identity
 from readers.layout import Found, Item, Opened, Records
+from runtime import environment
 
 log = logging.getLogger("soft_truncation")
 
 
 def _import() -> Any:
     try:
+        environment.hide_gpus_from_tensorflow()
         import tensorflow_datasets
     except ImportError as error:
         raise UserError(

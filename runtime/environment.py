@@ -1,5 +1,6 @@
 """Settings that main.py and the experiments make before JAX starts."""
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -52,6 +53,21 @@ def _show_unless_of_orbax(unraisable: "sys.UnraisableHookArgs") -> None:
     # Orbax's event loop can be closed while a failed save still reports to it.
     if not any(name in where for name in ("orbax", "tensorstore", "Event loop is closed")):
         sys.__unraisablehook__(unraisable)
+
+
+def hide_gpus_from_tensorflow() -> None:
+    """Keep TensorFlow, which writes TensorBoard's files and prepares data sets, off the GPUs.
+
+    It would take the memory that JAX left. Call it before TensorFlow is used.
+
+    Raises:
+      ImportError: TensorFlow is not installed.
+    """
+    import tensorflow as tf
+
+    # It can't be told any more if it has started on a GPU already.
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], "GPU")
 
 
 def prepare() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from runtime import environment
 from runtime.workdir import first_line
 
 log = logging.getLogger("soft_truncation")
@@ -54,9 +55,8 @@ class Metrics:
         self._waiting = b""
         try:
             with _quiet_stderr():  # TensorFlow's C++ code prints a greeting at any log level
-                import tensorflow as tf
+                environment.hide_gpus_from_tensorflow()
                 from clu import metric_writers
-            tf.config.set_visible_devices([], "GPU")  # or it takes the memory that JAX left
 
             self._writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
         except ImportError:

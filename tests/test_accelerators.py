@@ -25,6 +25,7 @@ from configs import saved
 from configs.default import UserError
 from configs.rve import celebahq_256_uncsn, church_uncsn, ffhq_1024_uncsn
 from models import layers, ncsnpp, norm_kernels
+from readers import tfds
 from runtime import hosts, memory
 from runtime.metrics_log import Metrics, read_metrics
 from tests.helpers import tiny_config
@@ -146,7 +147,14 @@ def test_tensorflow_is_told_to_leave_the_gpus_alone(tmp_path, monkeypatch):
     tensorflow, told = pytest.importorskip("tensorflow"), []
     monkeypatch.setattr(tensorflow.config, "set_visible_devices", lambda *given: told.append(given))
     Metrics(tmp_path, 0).close()
-    assert told == [([], "GPU")]
+    tfds._import()  # which prepares data sets, before there are metrics
+    assert told == [([], "GPU")] * 2
+
+    def started(*_):
+        raise RuntimeError("Visible devices cannot be modified after being initialized")
+
+    monkeypatch.setattr(tensorflow.config, "set_visible_devices", started)
+    Metrics(tmp_path, 0).close()
 
 
 @pytest.mark.parametrize("t", [1e-5, 3e-5, 1e-4])
