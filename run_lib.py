@@ -13,6 +13,7 @@ from typing import Any, NoReturn, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu.parameter_overview import count_parameters
 from jax import Array
 from ml_collections import ConfigDict
 
@@ -22,7 +23,6 @@ from configs.default import UserError
 from controllable_generation import PER_IMAGE, complete_test_images, completion_rows
 from datasets import Data, load_data
 from evaluation import evaluate, make_statistics
-from models import utils as mutils
 from official import import_checkpoint
 from runtime import checkpointing, hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
@@ -161,7 +161,7 @@ def _log_start(config: ConfigDict, setup: Setup, data: Data, workdir: pathlib.Pa
     log.info(
         "model %s: %s parameters, compute in %s",
         config.model.name,
-        f"{mutils.count_params(setup.state_shape.params):,}",
+        f"{count_parameters(setup.state_shape.params):,}",
         config.model.dtype,
     )
     log.info(
@@ -452,7 +452,7 @@ def import_official(
         "imported %s: %s, %s parameters, step %d, into %s",
         path,
         config.model.name,
-        f"{mutils.count_params(setup.state_shape.params):,}",
+        f"{count_parameters(setup.state_shape.params):,}",
         int(state.step),
         workdir,
     )

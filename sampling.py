@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import diffrax
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -304,6 +303,8 @@ def solve_ode(
     Returns:
       (y at t1, number of evaluations of the vector field). If the solver fails, y is NaN.
     """
+    import diffrax  # takes half a second
+
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(vector_field),
         diffrax.Dopri5(),

@@ -14,10 +14,10 @@ import time
 
 import jax
 import numpy as np
+from clu.parameter_overview import count_parameters
 
 import session
 from configs.vp import cifar10_st
-from models import utils as mutils
 from runtime import checkpointing
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(s.dtype), setup.state_shape)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    print(f"{mutils.count_params(state.params):,} parameters, {size / 2**20:.0f} MiB of state")
+    print(f"{count_parameters(state.params):,} parameters, {size / 2**20:.0f} MiB of state")
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder)
         with checkpointing.checkpoints(config, workdir) as manager:

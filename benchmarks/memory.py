@@ -26,6 +26,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from clu.parameter_overview import count_parameters
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -34,7 +35,6 @@ import session
 from benchmarks.measure import Table
 from metrics import bits_per_dim
 from models import norm_kernels
-from models import utils as mutils
 from runtime import environment, memory
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def main() -> None:
             )
             table.add(
                 ", ".join(name for name, _ in group),
-                f"{mutils.count_params(setup.state_shape.params) / 1e6:.1f}",
+                f"{count_parameters(setup.state_shape.params) / 1e6:.1f}",
                 f"{state / 2**30:.2f}",
                 " / ".join(map(str, batches)),
                 *(cells.get(column, "") for column in flags.columns),

@@ -22,6 +22,7 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 import run_lib
 from configs.default import UserError
@@ -80,11 +81,36 @@ def _versions() -> dict[str, str | None]:
     return found | {"python": platform.python_version(), "commit": _git_commit()}
 
 
+def _evaluate_prepared(
+    config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path
+) -> dict[str, Any]:
+    """Evaluate a run with the folders of `experiments.make_data`.
+
+    Returns:
+      The report: bits/dim of the test images; scores of samples, on features of a classifier of the
+      folder `features`; and `validation_nll` and `validation_nelbo` with their errors.
+    """
+    config.eval.enable_sampling = False
+    report = run_lib.evaluate(config, workdir)
+    config.eval.update(enable_sampling=True, enable_bpd=False)
+    config.data.path = str(folder / "features")
+    report |= run_lib.evaluate(config, workdir)
+    config.eval.update(enable_bpd=True, truncated_normal=False, images=str(folder / "validation"))
+    validation = run_lib.evaluate(config, workdir)
+    for score in ("nll", "nelbo"):
+        for name in (score, f"{score}_stderr"):
+            report[f"validation_{name}"] = validation[name]
+    return report
+
+
 def _compute_row(
     run: Run, workdir: pathlib.Path, machine_paths: dict[str, str], versions: dict[str, str | None]
 ) -> dict[str, Any]:
     """Train and evaluate a run; returns its row."""
     config, whole = run.config(machine_paths), not (workdir / "checkpoints").exists()
+    folder = pathlib.Path(config.data.path)
+    if run.sweep.prepared:
+        config.data.path = str(folder / "training")
     start = time.time()
     step = int(run_lib.train(config, workdir).step)
     trained = time.time()
@@ -92,7 +118,10 @@ def _compute_row(
         raise Stopped
     if step > config.training.n_iters:
         raise UserError(f"{workdir} is at step {step}, beyond the sweep's; choose other --workdirs")
-    report = run_lib.evaluate(config, workdir)
+    if run.sweep.prepared:
+        report = _evaluate_prepared(config, workdir, folder)
+    else:
+        report = run_lib.evaluate(config, workdir)
     if report["step"] != step:
         raise UserError(f"{workdir} has no checkpoint of its last step, {step}")
     rates = [row.get("images_per_second") for row in read_metrics(workdir / "metrics.jsonl")]

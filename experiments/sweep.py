@@ -29,17 +29,24 @@ class Sweep:
       config: the base config; its seed is not used.
       points: {name of a point: {dotted field: value}}.
       seeds: the seeds that each point is run with.
+      deciding: the points that are run with all seeds, the others only with the first; empty: all.
+      prepared: whether `data.path` is a folder of `experiments.make_data`.
     """
 
     name: str
     config: ConfigDict
     points: dict[str, dict[str, Any]]
     seeds: tuple[int, ...]
+    deciding: tuple[str, ...] = ()
+    prepared: bool = False
 
     @property
     def runs(self) -> list["Run"]:
         """All runs, seed by seed: an interrupted sweep has complete tables of fewer seeds."""
-        return [Run(self, point, seed) for seed in self.seeds for point in self.points]
+        first, *others = self.seeds
+        runs = [Run(self, point, first) for point in self.points]
+        deciding = self.deciding or tuple(self.points)
+        return runs + [Run(self, point, seed) for seed in others for point in deciding]
 
 
 @dataclasses.dataclass(frozen=True)

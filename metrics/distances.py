@@ -6,7 +6,6 @@ They take arrays of features from any extractor, and compute in float64.
 import dataclasses
 
 import numpy as np
-from sklearn.metrics.pairwise import euclidean_distances
 
 
 class Moments:
@@ -156,6 +155,8 @@ def split_kernel_distance(a: np.ndarray, b: np.ndarray, size: int = 1000) -> Est
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    from sklearn.metrics.pairwise import euclidean_distances  # takes a second
+
     squared = euclidean_distances(a, b, squared=True)
     # They are computed from scalar products: a distance below the rounding error is a zero.
     squared[squared < 1e-12 * max(np.mean(a**2), np.mean(b**2)) * a.shape[1]] = 0

@@ -67,11 +67,6 @@ def init_params(config: ConfigDict, model: Model, key: Array) -> Any:
     return init(key)["params"]
 
 
-def count_params(params: Any) -> int:
-    """The number of parameters, which may be given as shapes (`jax.eval_shape`)."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
 def _get_labels_fn(config: ConfigDict, sde: SDE) -> Callable[[Array], Array]:
     """A function from t to the network's labels."""
     if not sde.exploding:

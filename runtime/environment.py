@@ -56,7 +56,7 @@ def _show_unless_of_orbax(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def hide_gpus_from_tensorflow() -> None:
-    """Keep TensorFlow, which writes TensorBoard's files and prepares data sets, off the GPUs.
+    """Keep TensorFlow, which prepares data sets, off the GPUs.
 
     It would take the memory that JAX left. Call it before TensorFlow is used.
 

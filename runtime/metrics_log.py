@@ -1,15 +1,15 @@
 """Metrics of training, written to metrics.jsonl (one JSON object per line) and TensorBoard."""
 
-import contextlib
 import json
 import logging
-import os
 import pathlib
-import sys
-from collections.abc import Iterator
+import time
 from typing import Any
 
-from runtime import environment
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
+
 from runtime.workdir import first_line
 
 log = logging.getLogger("soft_truncation")
@@ -26,22 +26,8 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Discard what is written to the process's stderr, by C++ code too; exceptions are raised."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
 class Metrics:
-    """Writes metrics to metrics.jsonl, and to TensorBoard if TensorFlow is installed."""
+    """Writes metrics to metrics.jsonl, and for TensorBoard."""
 
     def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
         """Continue after `first_step`; rows of later steps are deleted."""
@@ -53,26 +39,26 @@ class Metrics:
             partial.replace(path)
         self._file, self._full = path.open("ab", buffering=0), False
         self._waiting = b""
-        try:
-            with _quiet_stderr():  # TensorFlow's C++ code prints a greeting at any log level
-                environment.hide_gpus_from_tensorflow()
-                from clu import metric_writers
-
-            self._writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
-        except ImportError:
-            log.info("TensorFlow is not installed: metrics are only written to %s", path)
-            self._writer = None
+        # TensorFlow's writer would take four seconds to import, and tensorboardX's SummaryWriter
+        # waits forever when its disk is full.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._events: EventsWriter | None = EventsWriter(str(workdir / "tensorboard" / "events"))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one row; while the disk is full, rows are kept in memory."""
         self._waiting += json.dumps({"step": step, **values}).encode() + b"\n"
         self._flush()
-        if self._writer is not None:
+        if self._events is not None:
             try:
-                self._writer.write_scalars(step, values)
-            except Exception as error:  # TensorFlow's own errors
+                for name, value in values.items():
+                    summary = scalar(name, value)
+                    self._events.write_event(
+                        Event(wall_time=time.time(), step=step, summary=summary)
+                    )
+                self._events.flush()
+            except OSError as error:
                 log.warning("TensorBoard's file can't be written (%s)", first_line(error))
-                self._writer = None
+                self._events = None
 
     def _flush(self) -> None:
         try:
@@ -88,5 +74,5 @@ class Metrics:
         """Write the rows that are still in memory, and close all files."""
         self._flush()
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()

@@ -3,7 +3,9 @@
 import ast
 import functools
 import json
+import os
 import pathlib
+import re
 import zlib
 
 import jax
@@ -27,6 +29,13 @@ GOLDEN_MODELS = (
     "ve_ncsnpp_skip",
     "rve_uncsnpp",
 )
+
+
+def environment_of(devices):
+    """The environment of a process with so many CPU devices, and this one's other flags."""
+    count = f"--xla_force_host_platform_device_count={devices}"
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", count, os.environ["XLA_FLAGS"])
+    return dict(os.environ, XLA_FLAGS=flags)
 
 
 def nhwc(array):

@@ -27,8 +27,8 @@ from configs.rve import celebahq_256_uncsn, church_uncsn, ffhq_1024_uncsn
 from models import layers, ncsnpp, norm_kernels
 from readers import tfds
 from runtime import hosts, memory
-from runtime.metrics_log import Metrics, read_metrics
-from tests.helpers import tiny_config
+from runtime.metrics_log import read_metrics
+from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, assert_identical, state_of
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -47,12 +47,7 @@ def start(*args, processes=2, devices=4):
     """main.py in several processes over loopback; the last one's lines are not shown."""
     port = 20_000 + (os.getpid() * 7 + start.count) % 20_000
     start.count += 1
-    env = dict(
-        os.environ,
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}"
-        " --xla_backend_optimization_level=0",
-        PYTHONPATH=str(ROOT),
-    )
+    env = environment_of(devices) | {"PYTHONPATH": str(ROOT)}
     of_many = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
     return [
         subprocess.Popen(
@@ -143,18 +138,28 @@ def test_no_samples_are_drawn_if_nothing_can_score_them(tmp_path, monkeypatch, c
         run_lib.evaluate(config, tmp_path / "run")
 
 
-def test_tensorflow_is_told_to_leave_the_gpus_alone(tmp_path, monkeypatch):
+def test_tensorflow_is_told_to_leave_the_gpus_alone(monkeypatch):
     tensorflow, told = pytest.importorskip("tensorflow"), []
     monkeypatch.setattr(tensorflow.config, "set_visible_devices", lambda *given: told.append(given))
-    Metrics(tmp_path, 0).close()
-    tfds._import()  # which prepares data sets, before there are metrics
-    assert told == [([], "GPU")] * 2
+    tfds._import()
+    assert told == [([], "GPU")]
 
     def started(*_):
         raise RuntimeError("Visible devices cannot be modified after being initialized")
 
     monkeypatch.setattr(tensorflow.config, "set_visible_devices", started)
-    Metrics(tmp_path, 0).close()
+    tfds._import()
+
+
+def test_training_imports_no_more_than_it_needs(tmp_path):
+    lines = (
+        "import sys, run_lib",
+        "from tests.helpers import tiny_config",
+        f"run_lib.train(tiny_config(n_iters=1), {str(tmp_path)!r})",
+        "assert not {'tensorflow', 'sklearn.metrics', 'diffrax'} & set(sys.modules)",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
+    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 @pytest.mark.parametrize("t", [1e-5, 3e-5, 1e-4])

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clu.parameter_overview import count_parameters
 
 import datasets
+import losses
 import sde_lib
 import train_step
 from configs.default import get_default_config
@@ -200,7 +202,7 @@ def full_size(model, size, channels):
     """The number of parameters of a network, built once for all recipes that have it."""
     image = jnp.zeros((1, size, size, channels))
     variables = jax.eval_shape(model.init, jax.random.key(0), image, jnp.ones(1))
-    return mutils.count_params(variables["params"])
+    return count_parameters(variables["params"])
 
 
 @pytest.mark.slow
@@ -287,12 +289,24 @@ def training_step(config, model):
     return functools.partial(mapped, jnp.zeros(1)), params, arguments
 
 
+def objectives():
+    """(name, config) of the first recipe with each objective and optimiser, at a small size."""
+    found = {}
+    for name in RECIPES:
+        config = reduced(get_recipe(name))
+        config.data.image_size = 8
+        objective = losses.get_objective(
+            config, sde_lib.get_sde(config), datasets.get_num_levels(config)
+        )
+        what = objective, config.optim, config.data.num_channels, config.model.scale_by_sigma
+        found.setdefault(repr(what), (name, config))
+    return found.values()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_objective_takes_a_training_step(name):
-    # Of every recipe, with a stand-in for the network; each network is trained below.
-    config = reduced(get_recipe(name))
-    config.data.image_size = 8
+@pytest.mark.parametrize("name, config", objectives())
+def test_recipes_objective_takes_a_training_step(name, config):
+    # With a stand-in for the network; each network is trained below.
     step, params, arguments = training_step(config, StandIn())
     state, metrics = step(*arguments)
     assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import run_lib
 from configs.default import UserError
 from metrics import scorers
 from metrics.features import Extractor
-from tests.helpers import tiny_config
+from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, command, run_main
 
 
@@ -43,12 +42,12 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def inception(monkeypatch):
-    """Stands in for Inception, whose real weights are not here: 2,048 features of the pixels."""
-    projection = np.random.default_rng(0).standard_normal((64, 2048)).astype(np.float32)
+    """Stands in for Inception, whose real weights are not here: 256 features of the pixels."""
+    projection = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
 
     def fn(levels):
         rows = np.tanh(levels.reshape(len(levels), -1).astype(np.float32) / 16 @ projection)
-        return {"features": rows, "logits": rows[:, :1008]}
+        return {"features": rows, "logits": rows[:, :100]}
 
     extractor = Extractor("inception", "abc", fn, 7)
     monkeypatch.setattr(evaluation, "get_inception", lambda *_: extractor)
@@ -276,10 +275,9 @@ def test_a_killed_evaluation_ends_with_the_same_report(trained, tmp_path):
     ]
     recipe = "vp/digits_st.py"
     eval_folder = tmp_path / "run" / "eval"
-    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=1")
     for kind, count in (("bpd", 3), ("samples", 30)):
         process = subprocess.Popen(
-            command(recipe, *args, "--mode=eval"), env=env, stderr=subprocess.DEVNULL
+            command(recipe, *args, "--mode=eval"), env=environment_of(1), stderr=subprocess.DEVNULL
         )
         while len(list(eval_folder.rglob(f"{kind}_*.npz"))) < count:
             assert process.poll() is None, "the evaluation ended before it could be killed"

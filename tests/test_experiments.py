@@ -10,7 +10,7 @@ import run_lib
 import sde_lib
 from configs.default import UserError
 from configs.validate import validate
-from experiments import digits, fashion_mnist, loss_by_time, tables
+from experiments import claim_fashion_mnist, claim_photographs, digits, loss_by_time, tables
 from experiments import run as runner
 from experiments.grid import TABLES
 from experiments.sweep import load_sweep, parse_machine_paths, select
@@ -205,14 +205,19 @@ def test_gradients_are_told_from_their_noise():
     assert found["loss_variance"] == pytest.approx(1, rel=0.2)
 
 
-@pytest.mark.parametrize("module", [digits, fashion_mnist])
-def test_all_points_are_valid_and_none_is_there_twice(module):
+@pytest.mark.parametrize(
+    "module, count", [(digits, 60), (claim_photographs, 43), (claim_fashion_mnist, 43)]
+)
+def test_all_points_are_valid_and_none_is_there_twice(module, count):
     sweep = module.get_sweep()
     for run in sweep.runs:
         validate(run.config(), 1, REGISTRIES)
-    assert len({run.config_hash for run in sweep.runs}) == len(sweep.runs) == 60
+    assert len({run.config_hash for run in sweep.runs}) == len(sweep.runs) == count
+
+
+def test_the_tables_of_digits_have_all_its_points():
     in_tables = {point for entries in TABLES.values() for _, point in entries}
-    assert in_tables == set(sweep.points)
+    assert in_tables == set(digits.get_sweep().points)
 
 
 def test_shards_share_all_runs_and_places_are_no_part_of_a_run(folder):

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import os
 import pathlib
 import re
 import subprocess
@@ -25,7 +24,7 @@ from configs.validate import validate
 from experiments.sweep import load_sweep
 from models import utils as mutils
 from runtime.workdir import claim_workdir
-from tests.helpers import loss_fn_of, times_of_step, tiny_config
+from tests.helpers import environment_of, loss_fn_of, times_of_step, tiny_config
 from tests.test_losses import LinearModel, step_losses_and_grads, toy_config
 from tests.test_sampling import COUNT, DATA, check_moments, exact_flow, sampling_config
 
@@ -336,10 +335,14 @@ def test_a_sweep_file_can_define_things_itself(folder):
 
 
 def main(*args, cwd):
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=1"
-    env = dict(os.environ, XLA_FLAGS=flags)
-    command = [sys.executable, str(ROOT / "main.py"), *args]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *args],
+        cwd=cwd,
+        env=environment_of(1),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.slow

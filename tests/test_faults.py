@@ -22,7 +22,7 @@ import session
 from configs.default import UserError
 from runtime import hosts
 from runtime.metrics_log import Metrics
-from tests.helpers import tiny_config
+from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
 
 
@@ -166,7 +166,7 @@ def start():
 
 
 def launch(*args, **kwargs):
-    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=1")
+    env = environment_of(1)
     env.pop("JAX_COMPILATION_CACHE_DIR")  # its files would be cut as well
     return subprocess.Popen(
         command("vp/digits_st.py", *TINY, *args),
@@ -264,11 +264,10 @@ def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
     args = [*TINY, f"--workdir={tmp_path}/run", "--config.training.n_iters=10"]
     args += [f"--coordinator_address=127.0.0.1:{20_000 + os.getpid() % 20_000}"]
     args += ["--num_processes=2", "--config.optim.warmup=3"]
-    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=2")
     processes = [
         subprocess.Popen(
             command("vp/digits_st.py", *args, f"--process_id={i}"),
-            env=env,
+            env=environment_of(2),
             stderr=subprocess.PIPE,
             text=True,
         )

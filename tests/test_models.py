@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clu.parameter_overview import count_parameters
 
 import sde_lib
 from configs.ve import cifar10_ncsnpp_st
@@ -21,7 +22,7 @@ from tests.helpers import (
 
 
 def num_params(config):
-    return mutils.count_params(param_shapes(config))
+    return count_parameters(param_shapes(config))
 
 
 def test_cifar10_network_has_the_official_size():
@@ -109,7 +110,7 @@ def test_options_make_another_network_that_learns(option):
     model, sde = mutils.create_model(config), sde_lib.get_sde(config)
     params = random_params(config)
     changes_no_shape = option == "Fourier embedding"  # but has frequencies
-    assert mutils.count_params(params) != plain or changes_no_shape
+    assert count_parameters(params) != plain or changes_no_shape
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
 
     def loss(params):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from tests.helpers import environment_of
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
@@ -190,8 +191,7 @@ def test_every_notebook_is_run():
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     # One device, as a person's machine has: it compiles faster than conftest.py's four.
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
-    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("XLA_FLAGS", environment_of(1)["XLA_FLAGS"])
     path, run = FOLDER / f"{name}.ipynb", RUNS[name]
     notebook = nbformat.read(path, as_version=4)
     with_parameters(notebook, run.parameters(tmp_path))

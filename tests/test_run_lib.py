@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -27,7 +26,7 @@ from metrics.classifier import get_classifier
 from runtime import checkpointing, workdir
 from runtime.workdir import check_network, claim_workdir
 from session import REGISTRIES
-from tests.helpers import GOLDEN, tiny_config
+from tests.helpers import GOLDEN, environment_of, tiny_config
 from tests.make_folder import make_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -48,9 +47,13 @@ def command(config, *args):
 
 
 def run_main(config, *args, cwd=ROOT, devices=1):
-    env = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
     return subprocess.run(
-        command(config, *args), cwd=cwd, env=env, capture_output=True, text=True, check=False
+        command(config, *args),
+        cwd=cwd,
+        env=environment_of(devices),
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -100,9 +103,10 @@ def test_a_killed_run_continues_and_ends_bit_identical(tmp_path):
     assert "60/60" in whole.stderr and "images/s" in whole.stderr and "left" in whole.stderr
 
     cut = tmp_path / "cut"
-    env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=1")
     process = subprocess.Popen(
-        command("vp/digits_st.py", *args, f"--workdir={cut}"), env=env, stderr=subprocess.DEVNULL
+        command("vp/digits_st.py", *args, f"--workdir={cut}"),
+        env=environment_of(1),
+        stderr=subprocess.DEVNULL,
     )
     metrics = cut / "metrics.jsonl"
     while not ((cut / "checkpoints" / "5").exists() and metrics.read_text().count("loss") > 13):
