@@ -59,9 +59,8 @@ def get_claim(name: str, base: ConfigDict, best: dict[str, str], num_images: int
         sampling_batch_size=500,
         num_samples=10_000,
         num_test_data=num_images,
-        nll_steps=32,
+        nll_steps=24,
         nelbo_draws=16,
-        truncated_normal=True,
     )
     points = {
         f"{parametrization}_{truncation}": {"model.parametrization": parametrization, **overrides}

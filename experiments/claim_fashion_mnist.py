@@ -27,4 +27,4 @@ def get_sweep() -> Sweep:
         ema_rate=0.995,
         dtype="bfloat16" if gpu else "float32",
     )
-    return get_claim("claim_fashion_mnist", config, _BEST, num_images=384)
+    return get_claim("claim_fashion_mnist", config, _BEST, num_images=256)

@@ -19,4 +19,4 @@ def get_sweep() -> Sweep:
         dropout=0.0,
         ema_rate=0.995,
     )
-    return get_claim("claim_photographs", config, _BEST, num_images=384)
+    return get_claim("claim_photographs", config, _BEST, num_images=256)

@@ -61,7 +61,7 @@ def make_photographs(out: pathlib.Path, photographs: list[pathlib.Path], size: i
     }
     totals = {
         "train": {"training/train": 12_000, "features/train": 6000, "features/test": 2000},
-        "validation": {"validation": 1000},
+        "validation": {"validation": 192},
         "test": {"training/test": 1000},
     }
     for group, chosen in groups.items():
@@ -81,7 +81,7 @@ def make_fashion_mnist(out: pathlib.Path, size: int, path: str = "") -> None:
     """Write Fashion-MNIST, padded to 32 pixels and averaged to `size`.
 
     Of its training images 40,000 are for training, 10,000 and 5000 for the classifier's training
-    and testing, and 5000 for validation.
+    and testing, and 192 of the others for validation.
     """
     config = fashion_mnist_st.get_config()
     config.data.path = path
@@ -94,7 +94,7 @@ def make_fashion_mnist(out: pathlib.Path, size: int, path: str = "") -> None:
                 "training/train": range(40_000),
                 "features/train": range(40_000, 50_000),
                 "features/test": range(50_000, 55_000),
-                "validation": range(55_000, 60_000),
+                "validation": range(55_000, 55_192),
             },
         ),
         (data.test, {"training/test": range(10_000)}),

@@ -95,7 +95,7 @@ def _evaluate_prepared(
     config.eval.update(enable_sampling=True, enable_bpd=False)
     config.data.path = str(folder / "features")
     report |= run_lib.evaluate(config, workdir)
-    config.eval.update(enable_bpd=True, truncated_normal=False, images=str(folder / "validation"))
+    config.eval.update(enable_bpd=True, images=str(folder / "validation"))
     validation = run_lib.evaluate(config, workdir)
     for score in ("nll", "nelbo"):
         for name in (score, f"{score}_stderr"):
