@@ -11,8 +11,9 @@ from experiments.sweep import Sweep
 def get_sweep() -> Sweep:
     """The sweep on digits."""
     config = digits_st.get_config()
-    config.model.nf = 16
+    config.model.update(nf=16, parametrization="noise")
     config.training.update(
+        stratified_times=False,
         n_iters=1000,
         log_freq=20,
         eval_freq=1000,

@@ -73,6 +73,7 @@ def get_sweep() -> Sweep:
         "model.sigma_data": 0.5,
         "model.sigma_max": 14.0,  # about the largest distance of two crops (arXiv 2006.09011)
         "sampling.truncation_time": 1e-5,
+        "training.n_iters": 600,
         "eval.truncated_normal": True,
         "eval.num_test_data": 64,
     }

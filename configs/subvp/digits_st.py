@@ -8,5 +8,6 @@ from configs.vp import digits_st
 def get_config() -> ConfigDict:
     """The recipe."""
     config = digits_st.get_config()
-    config.training.sde = "subvpsde"
+    config.model.parametrization = "noise"
+    config.training.update(sde="subvpsde", stratified_times=False)
     return config

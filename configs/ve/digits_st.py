@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config = digits_st.get_config()
     config.data.centered = False
     config.model.update(
+        parametrization="noise",
         embedding_type="fourier",
         # With the release's 16, a fifth of RVE's samples are still noise after so few steps.
         fourier_scale=1.0,
@@ -18,5 +19,5 @@ def get_config() -> ConfigDict:
         scale_by_sigma=True,
         sigma_max=5.0,
     )
-    config.training.update(sde="vesde", k=2.0)
+    config.training.update(sde="vesde", k=2.0, stratified_times=False)
     return config
