@@ -23,11 +23,12 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "sample", "stats", "import"], "What to do."
+    "mode", "train", ["train", "eval", "sample", "stats", "import", "export"], "What to do."
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "For --mode import: the path of an official .pth file."
 )
+_TO = flags.DEFINE_string("to", None, "For --mode export: the new folder of the model.")
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -156,6 +157,8 @@ def main(argv: list[str]) -> None:
             raise UserError("--checkpoint is for --mode import")
         if _OVERRIDE.value and _MODE.value != "train":
             raise UserError("--override is for --mode train")
+        if _TO.value and _MODE.value != "export":
+            raise UserError("--to is for --mode export")
         if _MODE.value == "train":
             run_lib.train(config, workdir, _OVERRIDE.value, _config_file())
         elif _MODE.value == "eval":
@@ -164,6 +167,10 @@ def main(argv: list[str]) -> None:
             run_lib.sample(config, workdir)
         elif _MODE.value == "stats":
             run_lib.make_statistics(config)
+        elif _MODE.value == "export":
+            if not _TO.value:
+                raise UserError("--mode export needs --to, a new folder for the model")
+            run_lib.export(config, workdir, _TO.value)
         elif not _CHECKPOINT.value:
             raise UserError("--mode import needs --checkpoint, an official .pth file")
         else:

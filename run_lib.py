@@ -23,14 +23,15 @@ from configs.default import UserError
 from controllable_generation import PER_IMAGE, complete_test_images, completion_rows
 from datasets import Data, load_data
 from evaluation import evaluate, make_statistics
+from metrics.report import model_card
 from official import import_checkpoint
-from runtime import checkpointing, hosts
+from runtime import checkpointing, exported, hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.locking import locked
 from runtime.metrics_log import Metrics
 from runtime.pictures import plot_training, save_grid
 from runtime.progress import Progress, clock
-from runtime.workdir import claim_workdir, make_folder
+from runtime.workdir import claim_workdir, make_folder, without_machine_paths
 from session import (
     Setup,
     advise_on_sampling,
@@ -51,7 +52,7 @@ from train_step import (
     unpack_state,
 )
 
-__all__ = ["evaluate", "import_official", "make_statistics", "sample", "train"]
+__all__ = ["evaluate", "export", "import_official", "make_statistics", "sample", "train"]
 
 log = logging.getLogger("soft_truncation")
 
@@ -207,6 +208,11 @@ class _Files:
     def open(self, shape: TrainState, override: bool, config_file: str) -> TrainState | None:
         """Lock the workdir, and return the newest state, or None if there is none."""
         config, workdir = self._config, self._workdir
+        if exported.is_exported(workdir):
+            raise UserError(
+                f"{workdir} is an exported model, without the state of training; choose another "
+                "--workdir"
+            )
         claim_workdir(config, workdir, record=False, override=override)
         make_folder(workdir, "--workdir")
         self._stack.enter_context(locked(workdir))
@@ -457,3 +463,70 @@ def import_official(
         workdir,
     )
     return state
+
+
+def _model_card(
+    config: ConfigDict, workdir: pathlib.Path, name: str, step: int, params: Any
+) -> str:
+    report, path = None, workdir / "eval" / "report.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        report = found if found.get("step") == step else None
+    data, training = config.data, config.training
+    about = {
+        "name": name,
+        "data": f"{pathlib.Path(data.path).stem if data.dataset == 'folder' else data.dataset}, "
+        f"{data.image_size}×{data.image_size}×{data.num_channels}",
+        "licence of the data": "not known here: see where they come from",
+        "network": f"{config.model.name}, {count_parameters(params):,} parameters, "
+        f"predicts the {config.model.parametrization}",
+        "objective": f"{training.sde}, {training.truncation.replace('_', ' ')} truncation, "
+        f"ε = {training.truncation_time:g}",
+        "training": f"{step:,} steps of {training.batch_size} images",
+    }
+    return model_card(about, report)
+
+
+def export(
+    config: ConfigDict, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
+) -> pathlib.Path:
+    """Write the EMA weights of a checkpoint to a folder of their own, to keep or to share.
+
+    The folder gets model.safetensors, config.json without this machine's paths, and README.md, a
+    model card with the scores of the run's report if that is of the same step. It evaluates and
+    samples as a run does, by --workdir.
+
+    Args:
+      config: the run's config.
+      workdir: the run; the checkpoint is the newest, or the one that eval.begin_ckpt and end_ckpt
+        choose.
+      to: the folder, which must be new or empty.
+
+    Returns:
+      The path of model.safetensors.
+
+    Raises:
+      UserError: the checkpoint can't be read, or the folder has files.
+    """
+    workdir, folder = pathlib.Path(workdir), pathlib.Path(to)
+    setup = set_up(config)
+    steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
+    if len(steps) > 1:
+        raise UserError(f"eval.begin_ckpt and end_ckpt choose {len(steps)} checkpoints, not one")
+    params = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0]).ema_params
+
+    def write() -> pathlib.Path:
+        make_folder(folder, "--to")
+        if any(folder.iterdir()):
+            raise UserError(f"--to: {folder} is not empty; name a new folder")
+        portable = without_machine_paths(config)
+        (folder / "config.json").write_text(portable.to_json_best_effort(indent=1) + "\n")
+        (folder / "README.md").write_text(
+            _model_card(config, workdir, folder.name, steps[0], params)
+        )
+        return exported.write(folder, params, steps[0])
+
+    path = hosts.on_main(write)
+    size = path.stat().st_size / 2**20
+    log.info("step %d of %s in %s (%.1f MiB), with a model card", steps[0], workdir, path, size)
+    return path

@@ -121,6 +121,26 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def model_card(about: dict[str, str], report: dict[str, Any] | None) -> str:
+    """The README of an exported model.
+
+    Args:
+      about: what it is, by heading.
+      report: the scores of its step; None if there are none.
+    """
+    text = [f"# {about['name']}", "", "EMA weights of a score-based diffusion model with soft "]
+    text[-1] += "truncation, in `model.safetensors`; the recipe in `config.json`."
+    text += ["", "| | |", "|---|---|"]
+    text += [f"| {name} | {value} |" for name, value in about.items() if name != "name"]
+    text += ["", "```sh", "python main.py --workdir FOLDER --mode sample"]
+    text += ["python main.py --workdir FOLDER --mode eval    # --config.data.path=… for a folder's"]
+    text += ["```", "", "## Scores", ""]
+    if report is None:
+        return "\n".join([*text, "Not evaluated at this step."]) + "\n"
+    text += [table(report), "", *(f"- {remark}" for remark in _remarks(report))]
+    return "\n".join(text) + "\n"
+
+
 def clear_pictures(folder: pathlib.Path) -> None:
     """Delete an earlier report's pictures, so that a new report does not show them."""
     for name in ("samples", "training", "scores"):

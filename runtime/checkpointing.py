@@ -1,5 +1,6 @@
 """Saving checkpoints in the background during training, and restoring the newest readable one."""
 
+import dataclasses
 import logging
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from configs.default import UserError
-from runtime import hosts
+from runtime import exported, hosts
 from runtime.workdir import check_network, first_line
 
 log = logging.getLogger("soft_truncation")
@@ -155,6 +156,10 @@ def steps_to_evaluate(config: ConfigDict, workdir: pathlib.Path) -> list[int]:
     Raises:
       UserError: there are no such checkpoints.
     """
+    if exported.is_exported(workdir):
+        if config.eval.end_ckpt:
+            raise UserError(f"{workdir} is an exported model of one step; eval.end_ckpt must be 0")
+        return [exported.read_step(workdir)]
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} has no checkpoint; run --mode train first")
     with checkpoints(config, workdir, read_only=True) as manager:
@@ -175,10 +180,17 @@ def steps_to_evaluate(config: ConfigDict, workdir: pathlib.Path) -> list[int]:
 
 
 def restore_step(config: ConfigDict, workdir: pathlib.Path, shape: State, step: int) -> State:
-    """The state of a checkpoint as NumPy arrays on every process, for evaluation and sampling."""
+    """The state of a checkpoint as NumPy arrays on every process, for evaluation and sampling.
+
+    An exported model has EMA weights alone: they are its `params` too, without an `opt_state`.
+    """
 
     def read() -> State:
         check_network(config, workdir)
+        if exported.is_exported(workdir):
+            params = exported.read(workdir, shape.ema_params)
+            weights = {"params": params, "ema_params": params, "opt_state": None}
+            return dataclasses.replace(shape, step=np.int32(step), **weights)
         return jax.tree.map(np.asarray, restore(workdir / "checkpoints", shape, step))
 
     return hosts.on_main(read)

@@ -69,6 +69,21 @@ def _first_difference(old: dict[str, Any], new: dict[str, Any], train: bool) -> 
     return None
 
 
+# Paths of data, caches and weights on a machine.
+_MACHINE_PATHS = {
+    "data": ("path", "tfds_dir", "tfrecords_path"),
+    "eval": ("cache_dir", "inception_path", "stats_path", "samples", "images"),
+}
+
+
+def without_machine_paths(config: ConfigDict) -> ConfigDict:
+    """A copy of a config without the paths of this machine, which are empty in it."""
+    config = config.copy_and_resolve_references()
+    for section, names in _MACHINE_PATHS.items():
+        config[section].update(dict.fromkeys(names, ""))
+    return config
+
+
 def make_folder(folder: pathlib.Path, option: str) -> None:
     """Make a writable folder; if that fails, raise a UserError that names the `option`."""
     try:

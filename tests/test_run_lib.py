@@ -23,7 +23,7 @@ from configs.default import UserError, get_default_config
 from configs.validate import validate
 from metrics import scorers
 from metrics.classifier import get_classifier
-from runtime import checkpointing, workdir
+from runtime import checkpointing, exported, workdir
 from runtime.workdir import check_network, claim_workdir
 from session import REGISTRIES
 from tests.helpers import GOLDEN, environment_of, tiny_config
@@ -378,6 +378,8 @@ def test_a_strangers_folder_trains_with_the_command_of_the_readme(tmp_path):
         (["--mode=sample"], "has no checkpoint"),
         (["digits"], "is not a flag"),
         (["--mode=import"], "needs --checkpoint"),
+        (["--mode=export"], "needs --to"),
+        (["--to=here"], "--to is for --mode export"),
         (["--mode=import", "--checkpoint=/none.pth"], "No such file"),
         (["--mode=import", f"--checkpoint={GOLDEN}/vp_ddpmpp.pth"], "AttnBlock_0"),
     ],
@@ -529,3 +531,60 @@ def test_skipped_steps_are_counted_over_calls_of_several():
         last = sums.read()
         assert last["streak"] == {1: 1, 4: 4, 6: 1}[last["skipped"]]
     assert (last["loss"], last["steps"], last["skipped"]) == (6.0, 3, 6)
+
+
+@pytest.fixture(scope="module")
+def exported_run(tmp_path_factory):
+    """(config, run, exported model)."""
+    folder = tmp_path_factory.mktemp("exported")
+    config = tiny_config(n_iters=3)
+    config.sampling.update(method="dpm_solver", num_steps=2, n_images=4)
+    config.data.path = "/somewhere/here"
+    run_lib.train(config, folder / "run")
+    run_lib.export(config, folder / "run", folder / "model")
+    return config, folder / "run", folder / "model"
+
+
+def test_an_exported_model_samples_as_its_run_does(exported_run):
+    config, run, model = exported_run
+    assert {path.name for path in model.iterdir()} == {exported.WEIGHTS, "config.json", "README.md"}
+    shape = session.set_up(config).state_shape
+    state = checkpointing.restore_latest(config, model, shape)
+    assert int(state.step) == 3
+    assert_identical(state.ema_params, checkpointing.restore_latest(config, run, shape).ema_params)
+    own = saved.get_config(model)
+    assert own.data.path == "" and own.training == config.training
+    samples = []
+    for folder in (run, model):
+        run_lib.sample(config, folder)
+        samples.append(np.load(folder / "samples" / "samples.npz")["samples"])
+    np.testing.assert_array_equal(*samples)
+    card = (model / "README.md").read_text()
+    assert (
+        "3 steps of 8 images" in card and "10,593 parameters" in card and "/somewhere" not in card
+    )
+
+
+def test_an_exported_model_is_not_trained_in_or_written_over(exported_run):
+    config, run, model = exported_run
+    before = (model / exported.WEIGHTS).read_bytes()
+    with pytest.raises(UserError, match="is an exported model, without the state of training"):
+        run_lib.train(config, model)
+    with pytest.raises(UserError, match=r"--to: .* is not empty"):
+        run_lib.export(config, run, model)
+    assert (model / exported.WEIGHTS).read_bytes() == before
+
+
+def test_weights_that_do_not_belong_to_the_config_are_one_line(exported_run, tmp_path):
+    config, _, model = exported_run
+    path = tmp_path / exported.WEIGHTS
+    other = config.copy_and_resolve_references()
+    other.model.nf = 16
+    shutil.copy(model / exported.WEIGHTS, path)
+    with pytest.raises(UserError, match=r"of another network: Conv_0/bias is \(8,\) there, and"):
+        checkpointing.restore_latest(other, tmp_path, session.set_up(other).state_shape)
+    shape = session.set_up(config).state_shape
+    for damaged in (path.read_bytes()[:-100], (10**12).to_bytes(8, "little") + b"{}", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="can't be read"):
+            checkpointing.restore_latest(config, tmp_path, shape)
