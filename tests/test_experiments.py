@@ -10,7 +10,14 @@ import run_lib
 import sde_lib
 from configs.default import UserError
 from configs.validate import validate
-from experiments import claim_fashion_mnist, claim_photographs, digits, loss_by_time, tables
+from experiments import (
+    claim_fashion_mnist,
+    claim_photographs,
+    claim_tables,
+    digits,
+    loss_by_time,
+    tables,
+)
 from experiments import run as runner
 from experiments.grid import TABLES
 from experiments.sweep import load_sweep, parse_machine_paths, select
@@ -291,3 +298,24 @@ def test_scores_of_an_earlier_checkpoint_make_no_row(folder, stand_ins, monkeypa
     monkeypatch.setattr(run_lib, "evaluate", lambda config, workdir: {"step": 1, "nll": 1.0})
     assert sweep_main(folder, "earlier") == 1
     assert not (folder / "earlier" / "rows").exists()
+
+
+def test_the_claims_tables_compare_with_the_best_fixed_truncation_of_validation(tmp_path):
+    common = {"num_test_images": 8, "num_samples": 9, "sampling_nfe": 13}
+    common |= {"fd_classifier_of_test_images": 0.5, "nll_steps": 24, "nll_nfe": 25.0}
+    for seed in (0, 1):
+        for point, validation, nll in (
+            ("noise_fixed_1e-4", 2.0, 2.5),
+            ("noise_fixed_1e-5", 2.1, 2.4),  # better on test images, which do not choose
+            ("noise_soft_k1", 2.2, 2.3 + 0.1 * seed),
+        ):
+            scores = {"nll": nll, "validation_nll": validation, "fd_classifier": 3.0}
+            synthetic(tmp_path, point, seed, **scores, **common)
+            path = tmp_path / "rows" / f"{point}_seed{seed}.json"
+            row = json.loads(path.read_text()) | {"steps": 7, "versions": {"commit": "abc"}}
+            path.write_text(json.dumps(row))
+    claim_tables.write_tables(tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert "Less fixed, ε = 1e-4, the best fixed ε by validation NLL" in text
+    assert "| soft, k = 1 | -0.1500 ± 0.0500 |  | 0.0000 ± 0.0000 |  |  | 2 |" in text
+    assert (tmp_path / "tradeoff.png").stat().st_size > 10_000

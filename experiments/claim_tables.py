@@ -1,0 +1,169 @@
+"""Make the tables and the figure of the claim from the rows of its sweep.
+
+    python -m experiments.claim_tables results/claim_photographs
+
+reads results/claim_photographs/rows, and writes tables.md and tradeoff.png beside them.
+"""
+
+import argparse
+import logging
+import pathlib
+import sys
+
+from configs.default import UserError
+from experiments import figures
+from experiments.tables import Rows, get_difference, get_score, load_rows
+from runtime import environment
+
+log = logging.getLogger("soft_truncation")
+
+_SCORES = (
+    ("nll", "NLL"),
+    ("nelbo", "NELBO"),
+    ("fd_classifier", "distance"),
+    ("precision_classifier", "precision"),
+    ("recall_classifier", "recall"),
+)
+_NAMES = {
+    "fixed_1e-2": "fixed, ε = 1e-2",
+    "fixed_1e-3": "fixed, ε = 1e-3",
+    "fixed_1e-4": "fixed, ε = 1e-4",
+    "fixed_1e-5": "fixed, ε = 1e-5",
+    "soft_k0.8": "soft, k = 0.8",
+    "soft_k1": "soft, k = 1",
+    "soft_k1.2": "soft, k = 1.2",
+    "soft_k1_from_1e-4": "soft, k = 1, from ε = 1e-4",
+    "soft_k1_from_1e-3": "soft, k = 1, from ε = 1e-3",
+    "soft_k1_from_1e-2": "soft, k = 1, from ε = 1e-2",
+    "weight_k1": "equivalent weight, k = 1",
+    "sigmoid": "soft, sigmoid prior",
+    "soft_k1_independent": "soft, k = 1, independent times",
+}
+_NOTES = """Less is better but for precision and recall. NLL and NELBO are in bits/dim, with
+residual, each at the run's own ε. *distance* is a Fréchet distance between features of a classifier
+of the data's labels, no FID. ± is the standard error over seeds; one seed is marked *, and its
+error is of the evaluation alone (images or samples), which all runs share. Differences are within
+seeds."""
+
+
+def best_fixed(rows: Rows, parametrization: str) -> str | None:
+    """The fixed truncation with the least NLL on validation images in seed 0; None without rows."""
+    found = {}
+    for name in _NAMES:
+        of_point = rows.get(f"{parametrization}_{name}", [])
+        if name.startswith("fixed") and of_point and of_point[0]["seed"] == 0:
+            found[name] = of_point[0]["scores"]["validation_nll"]
+    return min(found, key=lambda name: found[name]) if found else None
+
+
+def _line(*cells: object) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def _table(rows: Rows, parametrization: str) -> list[str]:
+    heads = ("", "NLL, validation", *(head for _, head in _SCORES), "seeds")
+    lines = [_line(*heads), "|" + "---|" * len(heads)]
+    for name, label in _NAMES.items():
+        of_point = rows.get(f"{parametrization}_{name}", [])
+        if of_point:
+            names = ("validation_nll", *(score for score, _ in _SCORES))
+            scores = [get_score(of_point, score) for score in names]
+            lines.append(_line(label, *(s or "" for s in scores), len(of_point)))
+    return lines
+
+
+def _differences(rows: Rows, pairs: list[tuple[str, str, str]]) -> list[str]:
+    """A line for each (label, point, what it is compared with)."""
+    heads = ("", *(head for _, head in _SCORES), "seeds")
+    lines = [_line(*heads), "|" + "---|" * len(heads)]
+    for label, point, other in pairs:
+        both = rows.get(other, []), rows.get(point, [])
+        scores = [get_difference(*both, name) for name, _ in _SCORES]
+        count = max((s.num_seeds for s in scores if s is not None), default=0)
+        if count:
+            lines.append(_line(label, *("" if s is None else f"{s}" for s in scores), count))
+    return lines
+
+
+def _points(rows: Rows, names: dict[str, str]) -> list[figures.Point]:
+    return [
+        (label, get_score(rows[point], "nll"), get_score(rows[point], "fd_classifier"))
+        for point, label in names.items()
+        if point in rows
+    ]
+
+
+def write_tables(folder: pathlib.Path) -> None:
+    """Write tables.md and tradeoff.png; UserError if there are no rows or they don't compare."""
+    rows = load_rows(folder)
+    every = [row for of_point in rows.values() for row in of_point]
+    first = every[0]
+    text = [f"# {first['sweep']}", ""]
+    text += [
+        f"{len(every)} runs of {first['steps']} steps; {first['scores']['num_test_images']} test "
+        f"images; {first['scores']['num_samples']} samples of {first['scores']['sampling_nfe']} "
+        "evaluations (distance of real images: "
+        f"{first['scores']['fd_classifier_of_test_images']:.2f}). Commits "
+        f"{', '.join(sorted({row['versions']['commit'][:10] for row in every}))}.",
+        "",
+        _NOTES,
+    ]
+    series = {}
+    for parametrization in ("noise", "velocity"):
+        best = best_fixed(rows, parametrization)
+        text += ["", f"## The network predicts the {parametrization}", ""]
+        text += _table(rows, parametrization)
+        if best:
+            point = f"{parametrization}_{best}"
+            text += ["", f"Less {_NAMES[best]}, the best fixed ε by validation NLL:", ""]
+            others = [name for name in _NAMES if name != best]
+            text += _differences(
+                rows, [(_NAMES[n], f"{parametrization}_{n}", point) for n in others]
+            )
+        for kind in ("fixed", "soft"):
+            ends = {n: label for n, label in _NAMES.items() if label.startswith(f"{kind}, ")}
+            short = {
+                f"{parametrization}_{n}": label.split(", ")[1]
+                for n, label in ends.items()
+                if "from" not in label and " = " in label and "independent" not in label
+            }
+            series[f"{parametrization}, {kind}"] = _points(rows, short)
+    text += ["", "## Velocity less noise", ""]
+    text += _differences(
+        rows, [(label, f"velocity_{n}", f"noise_{n}") for n, label in _NAMES.items()]
+    )
+    pairs = [("soft, k = 1, less its equivalent weight", "soft_k1", "weight_k1")]
+    pairs += [("stratified times less independent", "soft_k1", "soft_k1_independent")]
+    text += ["", "## Drawing or weighing, stratified or not", ""]
+    text += _differences(
+        rows,
+        [
+            (f"{parametrization}: {label}", f"{parametrization}_{a}", f"{parametrization}_{b}")
+            for parametrization in ("noise", "velocity")
+            for label, a, b in pairs
+        ],
+    )
+    if any(series.values()):
+        figures.draw_tradeoff("Likelihood against samples", series, folder / "tradeoff.png")
+        text += ["", "![Likelihood against samples](tradeoff.png)"]
+    (folder / "tables.md").write_text("\n".join(text) + "\n")
+
+
+def main() -> int:
+    """Make the tables of the folder that the command line names; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="experiments.claim_tables")
+    parser.add_argument("folder", type=pathlib.Path, help="the --out of experiments.run")
+    options = parser.parse_args()
+    environment.prepare()
+    log.setLevel(logging.INFO)
+    try:
+        write_tables(options.folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    log.info("wrote %s", options.folder / "tables.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
