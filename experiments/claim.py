@@ -59,7 +59,7 @@ def get_claim(name: str, base: ConfigDict, best: dict[str, str], num_images: int
         sampling_batch_size=500,
         num_samples=10_000,
         num_test_data=num_images,
-        nll_steps=24,
+        nll_steps=32,
         nelbo_draws=16,
     )
     points = {
