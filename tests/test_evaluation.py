@@ -40,10 +40,9 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def inception(monkeypatch):
-    """Stands in for Inception, whose real weights are not here: 256 features of the pixels."""
-    projection = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+def stand_in_for_inception(monkeypatch, dims):
+    """Instead of Inception, whose real weights are not here: features of the pixels."""
+    projection = np.random.default_rng(0).standard_normal((64, dims)).astype(np.float32)
 
     def fn(levels):
         rows = np.tanh(levels.reshape(len(levels), -1).astype(np.float32) / 16 @ projection)
@@ -53,6 +52,11 @@ def inception(monkeypatch):
     monkeypatch.setattr(evaluation, "get_inception", lambda *_: extractor)
     monkeypatch.setattr(scorers, "get_inception", lambda *_: extractor)
     return extractor
+
+
+@pytest.fixture
+def inception(monkeypatch):
+    return stand_in_for_inception(monkeypatch, 256)  # whose distances are sooner computed
 
 
 class Cut(Exception):
@@ -209,7 +213,8 @@ def test_bits_of_given_images_are_a_row_each_in_a_folder_of_their_own(trained, t
 
 
 @pytest.mark.slow
-def test_statistics_are_made_once_and_refused_for_other_data(tmp_path, inception):
+def test_statistics_are_made_once_and_refused_for_other_data(tmp_path, monkeypatch):
+    stand_in_for_inception(monkeypatch, 2048)
     path = tmp_path / "stats" / "digits.npz"
     config = eval_config(tmp_path, enable_fid=True, num_reference=100, stats_path=str(path))
     np.savez(tmp_path / "x.npz", np.zeros((9, 8, 8, 1), np.uint8))
