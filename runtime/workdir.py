@@ -77,10 +77,12 @@ _MACHINE_PATHS = {
 
 
 def without_machine_paths(config: ConfigDict) -> ConfigDict:
-    """A copy of a config without the paths of this machine, which are empty in it."""
+    """A copy of a config without the paths of this machine: data.path is a name, others empty."""
     config = config.copy_and_resolve_references()
+    name = pathlib.Path(config.data.path).name
     for section, names in _MACHINE_PATHS.items():
         config[section].update(dict.fromkeys(names, ""))
+    config.data.path = name  # a folder's data need one, though sampling does not read it
     return config
 
 

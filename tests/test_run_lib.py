@@ -30,6 +30,7 @@ from tests.helpers import GOLDEN, environment_of, tiny_config
 from tests.make_folder import make_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
+NOISE = "--config.model.parametrization=noise"  # as official networks do
 TINY = (
     "--config.model.nf=8",
     "--config.model.ch_mult=(1,)",
@@ -380,8 +381,8 @@ def test_a_strangers_folder_trains_with_the_command_of_the_readme(tmp_path):
         (["--mode=import"], "needs --checkpoint"),
         (["--mode=export"], "needs --to"),
         (["--to=here"], "--to is for --mode export"),
-        (["--mode=import", "--checkpoint=/none.pth"], "No such file"),
-        (["--mode=import", f"--checkpoint={GOLDEN}/vp_ddpmpp.pth"], "AttnBlock_0"),
+        (["--mode=import", "--checkpoint=/none.pth", NOISE], "No such file"),
+        (["--mode=import", f"--checkpoint={GOLDEN}/vp_ddpmpp.pth", NOISE], "AttnBlock_0"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, args, line):
@@ -539,7 +540,7 @@ def exported_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     config = tiny_config(n_iters=3)
     config.sampling.update(method="dpm_solver", num_steps=2, n_images=4)
-    config.data.path = "/somewhere/here"
+    config.eval.cache_dir = "/somewhere/here"
     run_lib.train(config, folder / "run")
     run_lib.export(config, folder / "run", folder / "model")
     return config, folder / "run", folder / "model"
@@ -553,7 +554,7 @@ def test_an_exported_model_samples_as_its_run_does(exported_run):
     assert int(state.step) == 3
     assert_identical(state.ema_params, checkpointing.restore_latest(config, run, shape).ema_params)
     own = saved.get_config(model)
-    assert own.data.path == "" and own.training == config.training
+    assert own.eval.cache_dir == "" and own.training == config.training
     samples = []
     for folder in (run, model):
         run_lib.sample(config, folder)
@@ -581,7 +582,9 @@ def test_weights_that_do_not_belong_to_the_config_are_one_line(exported_run, tmp
     other = config.copy_and_resolve_references()
     other.model.nf = 16
     shutil.copy(model / exported.WEIGHTS, path)
-    with pytest.raises(UserError, match=r"of another network: Conv_0/bias is \(8,\) there, and"):
+    with pytest.raises(
+        UserError, match=r"of another network: AttnBlock_0/Dense_0/bias is \(8,\) there, and"
+    ):
         checkpointing.restore_latest(other, tmp_path, session.set_up(other).state_shape)
     shape = session.set_up(config).state_shape
     for damaged in (path.read_bytes()[:-100], (10**12).to_bytes(8, "little") + b"{}", b""):
