@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pathlib
 import time
 from typing import Any
@@ -41,8 +42,9 @@ class Metrics:
         self._waiting = b""
         # TensorFlow's writer would take four seconds to import, and tensorboardX's SummaryWriter
         # waits forever when its disk is full.
-        (workdir / "tensorboard").mkdir(exist_ok=True)
-        self._events: EventsWriter | None = EventsWriter(str(workdir / "tensorboard" / "events"))
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._events: EventsWriter | None = EventsWriter(f"{folder}/events", f".{os.getpid()}")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one row; while the disk is full, rows are kept in memory."""

@@ -1,6 +1,8 @@
 """Fashion-MNIST, padded to 32×32, with a network for one GPU or a patient CPU.
 
 Reads the files of Debian's package dataset-fashion-mnist if it is installed, else downloads them.
+The network predicts the velocity: after 2,000 steps at 16×16 a noise network has the better NLL by
+0.02 bits/dim, but a seventh of its samples are saturated noise (results/parametrisations.md).
 """
 
 from ml_collections import ConfigDict
@@ -12,9 +14,12 @@ def get_config() -> ConfigDict:
     """The recipe."""
     config = get_default_config()
     config.data.update(dataset="fashion_mnist", image_size=32, num_channels=1)
-    config.model.update(nf=32, ch_mult=(1, 2, 2), num_res_blocks=1, ema_rate=0.999)
+    config.model.update(
+        nf=32, ch_mult=(1, 2, 2), num_res_blocks=1, ema_rate=0.999, parametrization="velocity"
+    )
     config.optim.warmup = 1000
     config.training.update(
+        stratified_times=True,
         batch_size=64,
         n_iters=100_000,
         log_freq=100,
