@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, cast
@@ -23,7 +24,7 @@ from configs.default import UserError
 from controllable_generation import PER_IMAGE, complete_test_images, completion_rows
 from datasets import Data, load_data
 from evaluation import evaluate, make_statistics
-from metrics.report import model_card
+from metrics.card import model_card
 from official import import_checkpoint
 from runtime import checkpointing, exported, hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
@@ -31,7 +32,7 @@ from runtime.locking import locked
 from runtime.metrics_log import Metrics
 from runtime.pictures import plot_training, save_grid
 from runtime.progress import Progress, clock
-from runtime.workdir import claim_workdir, make_folder, without_machine_paths
+from runtime.workdir import claim_workdir, make_folder, portable_config
 from session import (
     Setup,
     advise_on_sampling,
@@ -39,6 +40,7 @@ from session import (
     get_sampler,
     get_train_call,
     init_state,
+    objective_in_words,
     sample_batches,
     set_up,
 )
@@ -174,19 +176,7 @@ def _log_start(config: ConfigDict, setup: Setup, data: Data, workdir: pathlib.Pa
         len(data.train) / batch,
     )
     training = config.training
-    flag = "likelihood (g²)" if training.likelihood_weighting else "variance (σ²)"
-    weight = training.weighting or flag
-    drawn = "importance-sampled" if training.importance_sampling else "uniform"
-    prior = f"k = {training.k:g}" if training.prior == "power" else f"{training.prior} prior"
-    log.info(
-        "objective: %s, %s weighting, %s time, %s truncation%s, ε = %g",
-        training.sde,
-        weight,
-        drawn,
-        training.truncation.replace("_", " "),
-        "" if training.truncation == "fixed" else f", {prior}",
-        training.truncation_time,
-    )
+    log.info("objective: %s", objective_in_words(config))
     if training.mixed:
         log.info(
             "mixed: half of a batch has variance weighting and uniform time, with weight %g%s",
@@ -208,11 +198,7 @@ class _Files:
     def open(self, shape: TrainState, override: bool, config_file: str) -> TrainState | None:
         """Lock the workdir, and return the newest state, or None if there is none."""
         config, workdir = self._config, self._workdir
-        if exported.is_exported(workdir):
-            raise UserError(
-                f"{workdir} is an exported model, without the state of training; choose another "
-                "--workdir"
-            )
+        exported.refuse(workdir)
         claim_workdir(config, workdir, record=False, override=override)
         make_folder(workdir, "--workdir")
         self._stack.enter_context(locked(workdir))
@@ -447,6 +433,7 @@ def import_official(
     workdir = pathlib.Path(workdir)
     setup = set_up(config)
     state = import_checkpoint.load_state(path, config)
+    exported.refuse(workdir)
     if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
         raise UserError(f"{workdir} has checkpoints already; choose another --workdir")
     claim_workdir(config, workdir, record=True, config_file=config_file)
@@ -465,35 +452,13 @@ def import_official(
     return state
 
 
-def _model_card(
-    config: ConfigDict, workdir: pathlib.Path, name: str, step: int, params: Any
-) -> str:
-    report, path = None, workdir / "eval" / "report.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        report = found if found.get("step") == step else None
-    data, training = config.data, config.training
-    about = {
-        "name": name,
-        "data": f"{pathlib.Path(data.path).stem if data.dataset == 'folder' else data.dataset}, "
-        f"{data.image_size}×{data.image_size}×{data.num_channels}",
-        "licence of the data": "not known here: see where they come from",
-        "network": f"{config.model.name}, {count_parameters(params):,} parameters, "
-        f"predicts the {config.model.parametrization}",
-        "objective": f"{training.sde}, {training.truncation.replace('_', ' ')} truncation, "
-        f"ε = {training.truncation_time:g}",
-        "training": f"{step:,} steps of {training.batch_size} images",
-    }
-    return model_card(about, report)
-
-
 def export(
     config: ConfigDict, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
 ) -> pathlib.Path:
     """Write the EMA weights of a checkpoint to a folder of their own, to keep or to share.
 
     The folder gets model.safetensors, config.json without this machine's paths, and README.md, a
-    model card with the scores of the run's report if that is of the same step. It evaluates and
+    model card with the scores of the run's report if that is of these weights. It evaluates and
     samples as a run does, by --workdir.
 
     Args:
@@ -503,30 +468,38 @@ def export(
       to: the folder, which must be new or empty.
 
     Returns:
-      The path of model.safetensors.
+      The folder.
 
     Raises:
-      UserError: the checkpoint can't be read, or the folder has files.
+      UserError: the checkpoint can't be read, or the folder has files or can't be written to.
     """
-    workdir, folder = pathlib.Path(workdir), pathlib.Path(to)
+    workdir, folder = pathlib.Path(workdir), pathlib.Path(to).absolute()
     setup = set_up(config)
     steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
     if len(steps) > 1:
         raise UserError(f"eval.begin_ckpt and end_ckpt choose {len(steps)} checkpoints, not one")
     params = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0]).ema_params
 
-    def write() -> pathlib.Path:
-        make_folder(folder, "--to")
-        if any(folder.iterdir()):
+    def write() -> None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--to: {folder} is not empty; name a new folder")
-        portable = without_machine_paths(config)
-        (folder / "config.json").write_text(portable.to_json_best_effort(indent=1) + "\n")
-        (folder / "README.md").write_text(
-            _model_card(config, workdir, folder.name, steps[0], params)
-        )
-        return exported.write(folder, params, steps[0])
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        own = portable_config(config, workdir)
+        try:
+            partial.mkdir(parents=True)
+            (partial / "config.json").write_text(own.to_json_best_effort(indent=1) + "\n")
+            card = model_card(folder.name, own, workdir, steps[0], params)
+            (partial / "README.md").write_text(card)
+            exported.write(partial, params, steps[0])
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+        except OSError as error:
+            raise UserError(f"--to: {folder} can't be written to: {error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        size = (folder / exported.WEIGHTS).stat().st_size / 2**20
+        log.info("step %d of %s in %s (%.1f MiB), with a card", steps[0], workdir, folder, size)
 
-    path = hosts.on_main(write)
-    size = path.stat().st_size / 2**20
-    log.info("step %d of %s in %s (%.1f MiB), with a model card", steps[0], workdir, path, size)
-    return path
+    hosts.on_main(write)
+    return folder

@@ -196,6 +196,19 @@ def smaller_batches(field: str, batch_size: int) -> list[dict[str, Any]]:
     return [{field: size} for size in sizes]
 
 
+def objective_in_words(config: ConfigDict) -> str:
+    """What a config trains by: SDE, weighting, times, truncation and prior."""
+    training = config.training
+    flag = "likelihood (g²)" if training.likelihood_weighting else "variance (σ²)"
+    drawn = "importance-sampled" if training.importance_sampling else "uniform"
+    prior = f", k = {training.k:g}" if training.prior == "power" else f", {training.prior} prior"
+    return (
+        f"{training.sde}, {training.weighting or flag} weighting, {drawn} time, "
+        f"{training.truncation.replace('_', ' ')} truncation"
+        f"{'' if training.truncation == 'fixed' else prior}, ε = {training.truncation_time:g}"
+    )
+
+
 class Samples(NamedTuple):
     """A batch of samples."""
 

@@ -12,7 +12,7 @@ import sys
 
 from configs.default import UserError
 from experiments import figures
-from experiments.tables import Rows, get_difference, get_score, load_rows
+from experiments.tables import Rows, get_difference, get_score, line, load_rows, origin
 from runtime import environment
 
 log = logging.getLogger("soft_truncation")
@@ -56,32 +56,28 @@ def best_fixed(rows: Rows, parametrization: str) -> str | None:
     return min(found, key=lambda name: found[name]) if found else None
 
 
-def _line(*cells: object) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
-
-
 def _table(rows: Rows, parametrization: str) -> list[str]:
     heads = ("", "NLL, validation", *(head for _, head in _SCORES), "seeds")
-    lines = [_line(*heads), "|" + "---|" * len(heads)]
+    lines = [line(*heads), "|" + "---|" * len(heads)]
     for name, label in _NAMES.items():
         of_point = rows.get(f"{parametrization}_{name}", [])
         if of_point:
             names = ("validation_nll", *(score for score, _ in _SCORES))
             scores = [get_score(of_point, score) for score in names]
-            lines.append(_line(label, *(s or "" for s in scores), len(of_point)))
+            lines.append(line(label, *(s or "" for s in scores), len(of_point)))
     return lines
 
 
 def _differences(rows: Rows, pairs: list[tuple[str, str, str]]) -> list[str]:
     """A line for each (label, point, what it is compared with)."""
     heads = ("", *(head for _, head in _SCORES), "seeds")
-    lines = [_line(*heads), "|" + "---|" * len(heads)]
+    lines = [line(*heads), "|" + "---|" * len(heads)]
     for label, point, other in pairs:
         both = rows.get(other, []), rows.get(point, [])
         scores = [get_difference(*both, name) for name, _ in _SCORES]
         count = max((s.num_seeds for s in scores if s is not None), default=0)
         if count:
-            lines.append(_line(label, *("" if s is None else f"{s}" for s in scores), count))
+            lines.append(line(label, *("" if s is None else f"{s}" for s in scores), count))
     return lines
 
 
@@ -99,12 +95,10 @@ def write_tables(folder: pathlib.Path) -> None:
     every = [row for of_point in rows.values() for row in of_point]
     first = every[0]
     text = [f"# {first['sweep']}", ""]
+    if not any(point.split("_", 1)[-1] in _NAMES for point in rows):
+        raise UserError(f"{folder}/rows has no row of a point of experiments.claim")
     text += [
-        f"{len(every)} runs of {first['steps']} steps; {first['scores']['num_test_images']} test "
-        f"images; {first['scores']['num_samples']} samples of {first['scores']['sampling_nfe']} "
-        "evaluations (distance of real images: "
-        f"{first['scores']['fd_classifier_of_test_images']:.2f}). Commits "
-        f"{', '.join(sorted({row['versions']['commit'][:10] for row in every}))}.",
+        origin(rows),
         "",
         _NOTES,
     ]

@@ -252,7 +252,7 @@ def measure(
     Raises:
       UserError: there is no checkpoint, or there are too few test images.
     """
-    config = run.config(machine_paths)
+    config = run.training_config(machine_paths)
     setup, data = set_up(config), datasets.load_data(config)
     state = checkpointing.restore_latest(config, workdir, setup.state_shape)
     num_batches = min(num_batches, len(data.test) // config.training.batch_size)

@@ -23,6 +23,13 @@ from configs.default import UserError
 from configs.vp import fashion_mnist_st
 from runtime import environment
 
+# The numbers of crops, by the group of photographs that they are of.
+CROPS = {
+    "train": {"training/train": 12_000, "features/train": 6000, "features/test": 2000},
+    "validation": {"validation": 192},
+    "test": {"training/test": 1000},
+}
+
 
 def _save(folder: pathlib.Path, images: Iterable[np.ndarray]) -> int:
     """Write images as numbered PNG files, and return their number."""
@@ -59,22 +66,17 @@ def make_photographs(out: pathlib.Path, photographs: list[pathlib.Path], size: i
         "validation": photographs[3::5],
         "test": photographs[4::5],
     }
-    totals = {
-        "train": {"training/train": 12_000, "features/train": 6000, "features/test": 2000},
-        "validation": {"validation": 192},
-        "test": {"training/test": 1000},
-    }
     for group, chosen in groups.items():
         for number, path in enumerate(chosen):
             with Image.open(path) as image:
                 scale = 320 / min(image.size)
                 shape = (round(image.width * scale), round(image.height * scale))
                 small = image.convert("RGB").resize(shape, Image.Resampling.BOX)
-            for name, total in totals[group].items():
+            for name, total in CROPS[group].items():
                 each = -(-total // len(chosen))
                 crops = _crops(np.asarray(small), each, size, rng)
                 _save(out / name / f"{number:02}", crops)
-        print(f"{group}: {len(chosen)} photographs, {totals[group]} crops")
+        print(f"{group}: {len(chosen)} photographs")
 
 
 def make_fashion_mnist(out: pathlib.Path, size: int, path: str = "") -> None:

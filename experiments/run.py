@@ -81,22 +81,23 @@ def _versions() -> dict[str, str | None]:
     return found | {"python": platform.python_version(), "commit": _git_commit()}
 
 
-def _evaluate_prepared(
-    config: ConfigDict, workdir: pathlib.Path, folder: pathlib.Path
-) -> dict[str, Any]:
+def _evaluate_prepared(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Evaluate a run with the folders of `experiments.make_data`.
 
     Returns:
-      The report: bits/dim of the test images; scores of samples, on features of a classifier of the
-      folder `features`; and `validation_nll` and `validation_nelbo` with their errors.
+      The report of bits/dim of the test images; with it the scores of samples, on features of a
+      classifier of the folder `features`, and `validation_nll` and `validation_nelbo` with their
+      standard errors.
     """
-    config.eval.enable_sampling = False
-    report = run_lib.evaluate(config, workdir)
-    config.eval.update(enable_sampling=True, enable_bpd=False)
-    config.data.path = str(folder / "features")
-    report |= run_lib.evaluate(config, workdir)
-    config.eval.update(enable_bpd=True, images=str(folder / "validation"))
-    validation = run_lib.evaluate(config, workdir)
+    folder = pathlib.Path(config.data.path).parent
+    of_samples, of_validation, of_test = (config.copy_and_resolve_references() for _ in range(3))
+    of_samples.data.path = str(folder / "features")
+    of_samples.eval.enable_bpd = False
+    of_validation.eval.images = str(folder / "validation")
+    of_test.eval.enable_sampling = False
+    samples = run_lib.evaluate(of_samples, workdir)
+    validation = run_lib.evaluate(of_validation, workdir)
+    report = samples | run_lib.evaluate(of_test, workdir)
     for score in ("nll", "nelbo"):
         for name in (score, f"{score}_stderr"):
             report[f"validation_{name}"] = validation[name]
@@ -107,10 +108,8 @@ def _compute_row(
     run: Run, workdir: pathlib.Path, machine_paths: dict[str, str], versions: dict[str, str | None]
 ) -> dict[str, Any]:
     """Train and evaluate a run; returns its row."""
-    config, whole = run.config(machine_paths), not (workdir / "checkpoints").exists()
-    folder = pathlib.Path(config.data.path)
-    if run.sweep.prepared:
-        config.data.path = str(folder / "training")
+    config = run.training_config(machine_paths)
+    whole = not (workdir / "checkpoints").exists()
     start = time.time()
     step = int(run_lib.train(config, workdir).step)
     trained = time.time()
@@ -119,7 +118,7 @@ def _compute_row(
     if step > config.training.n_iters:
         raise UserError(f"{workdir} is at step {step}, beyond the sweep's; choose other --workdirs")
     if run.sweep.prepared:
-        report = _evaluate_prepared(config, workdir, folder)
+        report = _evaluate_prepared(config, workdir)
     else:
         report = run_lib.evaluate(config, workdir)
     if report["step"] != step:

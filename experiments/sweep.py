@@ -85,6 +85,23 @@ class Run:
                 ) from error
         return config
 
+    def training_config(self, places: dict[str, str] | None = None) -> ConfigDict:
+        """The config to train with: `config`, or that with the images of `training`.
+
+        Raises:
+          UserError: a prepared sweep has no folder of `experiments.make_data`.
+        """
+        config = self.config(places)
+        if self.sweep.prepared:
+            folder = pathlib.Path(config.data.path or "nowhere") / "training"
+            if not folder.is_dir():
+                raise UserError(
+                    f"{self.sweep.name} needs --set data.path=DIR, a folder that "
+                    "experiments.make_data made"
+                )
+            config.data.path = str(folder)
+        return config
+
     @property
     def config_hash(self) -> str:
         """A hash of its config, without the paths of a machine."""

@@ -118,22 +118,23 @@ def get_difference(
     )
 
 
-def _line(*cells: Any) -> str:
+def line(*cells: Any) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
 def _table(rows: Rows, letter: str) -> list[str]:
-    lines = [_line("", *(head for _, head in SCORES), "seeds"), "|" + "---|" * (len(SCORES) + 2)]
+    lines = [line("", *(head for _, head in SCORES), "seeds"), "|" + "---|" * (len(SCORES) + 2)]
     for label, point in TABLES[letter]:
         of_point = rows.get(point, [])
         scores = [get_score(of_point, name) for name, _ in SCORES]
-        lines.append(_line(label, *("not run" if s is None else s for s in scores), len(of_point)))
+        lines.append(line(label, *("not run" if s is None else s for s in scores), len(of_point)))
     return lines
 
 
 def _differences(rows: Rows, letter: str) -> list[str]:
     """The differences of a table's pairs, second minus first."""
-    lines = [_line("second less first", *(head for _, head in SCORES), "seeds")]
+    lines = [line("second less first", *(head for _, head in SCORES), "seeds")]
     lines.append("|" + "---|" * (len(SCORES) + 2))
     entries = TABLES[letter]
     for (label, first), (other, second) in zip(entries[::2], entries[1::2], strict=True):
@@ -141,11 +142,11 @@ def _differences(rows: Rows, letter: str) -> list[str]:
         scores = [get_difference(*pair, name) for name, _ in SCORES]
         count = max((s.num_seeds for s in scores if s is not None), default=0)
         name = f"{label.split(': ')[0]}: {other.split(': ')[1]} less {label.split(': ')[1]}"
-        lines.append(_line(name, *("not run" if s is None else s for s in scores), count))
+        lines.append(line(name, *("not run" if s is None else s for s in scores), count))
     return lines
 
 
-def _origin(rows: Rows) -> str:
+def origin(rows: Rows) -> str:
     """What the rows are of, and what made them."""
     every = [row for of_point in rows.values() for row in of_point]
 
@@ -177,13 +178,13 @@ def load_curves(folder: pathlib.Path) -> list[dict[str, Any]]:
 def _gradients(curves: list[dict[str, Any]]) -> list[str]:
     """A table of the losses and gradients for each truncation, at each run's parameters."""
     heads = ("loss", "its variance", "norm of the mean gradient", "gradient's variance", "batches")
-    lines = [_line("parameters of", "truncation", *heads), "|" + "---|" * (len(heads) + 2)]
+    lines = [line("parameters of", "truncation", *heads), "|" + "---|" * (len(heads) + 2)]
     for curve in curves:
         for truncation, of in curve["objectives"].items():
             names = ("loss", "loss_variance", "grad_norm", "grad_variance")
             cells = (f"{of[name]:.4g}" for name in names)
             lines.append(
-                _line(curve["run"], truncation.replace("_", " "), *cells, of["num_batches"])
+                line(curve["run"], truncation.replace("_", " "), *cells, of["num_batches"])
             )
     return lines
 
@@ -223,7 +224,7 @@ def write_tables(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     """
     rows, curves, drawn = load_rows(folder), load_curves(folder), []
     out.mkdir(parents=True, exist_ok=True)
-    text = [f"# {next(iter(rows.values()))[0]['sweep']}", "", _origin(rows), "", _NOTES]
+    text = [f"# {next(iter(rows.values()))[0]['sweep']}", "", origin(rows), "", _NOTES]
     points = {letter: _points(rows, entries) for letter, entries in TABLES.items()}
     series = _tradeoff(points)
     if all(series.values()):

@@ -52,7 +52,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _remarks(report: dict[str, Any]) -> Iterator[str]:
+def remarks(report: dict[str, Any]) -> Iterator[str]:
     """Sentences about how each score was computed."""
     for note in report.get("data_notes", ()):
         yield f"**{note[0].upper()}{note[1:]}.**"
@@ -121,26 +121,6 @@ def _remarks(report: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def model_card(about: dict[str, str], report: dict[str, Any] | None) -> str:
-    """The README of an exported model.
-
-    Args:
-      about: what it is, by heading.
-      report: the scores of its step; None if there are none.
-    """
-    text = [f"# {about['name']}", "", "EMA weights of a score-based diffusion model with soft "]
-    text[-1] += "truncation, in `model.safetensors`; the recipe in `config.json`."
-    text += ["", "| | |", "|---|---|"]
-    text += [f"| {name} | {value} |" for name, value in about.items() if name != "name"]
-    text += ["", "```sh", "python main.py --workdir FOLDER --mode sample"]
-    text += ["python main.py --workdir FOLDER --mode eval    # --config.data.path=… for a folder's"]
-    text += ["```", "", "## Scores", ""]
-    if report is None:
-        return "\n".join([*text, "Not evaluated at this step."]) + "\n"
-    text += [table(report), "", *(f"- {remark}" for remark in _remarks(report))]
-    return "\n".join(text) + "\n"
-
-
 def clear_pictures(folder: pathlib.Path) -> None:
     """Delete an earlier report's pictures, so that a new report does not show them."""
     for name in ("samples", "training", "scores"):
@@ -151,7 +131,7 @@ def write_report(report: dict[str, Any], folder: pathlib.Path) -> None:
     """Write report.json and report.md to `folder`; the report shows the pictures in the folder."""
     title = f"{report['data']}, step {report['step']}" if "step" in report else report["data"]
     text = [f"# {title}", "", table(report), ""]
-    text += [f"- {remark}" for remark in _remarks(report)]
+    text += [f"- {remark}" for remark in remarks(report)]
     for name in ("samples", "training"):
         if (folder / f"{name}.png").exists():
             text += ["", f"![{name}]({name}.png)"]
@@ -180,7 +160,7 @@ def write_sweep(reports: list[dict[str, Any]], folder: pathlib.Path) -> dict[str
             cells.append(f"**{value}**" if best[name] == report["step"] else value)
         text.append(f"| {' | '.join(cells)} |")
     text += ["", "The best value of each score is bold. Of the last of them:", ""]
-    text += [f"- {remark}" for remark in _remarks(reports[-1])]
+    text += [f"- {remark}" for remark in remarks(reports[-1])]
     text += ["", "The scores:", ""]
     text += [f"- `{name}`: {label}{f' [{unit}]' if unit else ''}." for name, label, unit, _ in rows]
     if rows:

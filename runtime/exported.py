@@ -4,10 +4,11 @@
 the step among its metadata; config.json is the run's.
 """
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from flax import traverse_util
 
@@ -22,25 +23,40 @@ def is_exported(workdir: pathlib.Path) -> bool:
     return (workdir / WEIGHTS).is_file()
 
 
-def write(folder: pathlib.Path, params: Any, step: int) -> pathlib.Path:
-    """Write parameters, a tree of arrays, to `folder`; returns the file's path."""
+def refuse(workdir: pathlib.Path) -> None:
+    """Raise a UserError if a folder that should take a run has an exported model."""
+    if is_exported(workdir):
+        raise UserError(
+            f"{workdir} is an exported model, without the state of training; choose another "
+            "--workdir"
+        )
+
+
+def write(folder: pathlib.Path, params: Any, step: int) -> None:
+    """Write parameters, a tree of arrays, to `folder`; OSError if the disk fails."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    named = traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/")
-    path = folder / WEIGHTS
-    partial = path.with_suffix(".partial")
-    save_file(named, partial, metadata={"step": str(step)})
-    partial.replace(path)
-    return path
+    # The library writes an array's memory as it lies, so that it must be in C's order.
+    named = traverse_util.flatten_dict(params, sep="/")
+    named = {name: np.asarray(x, np.float32, order="C") for name, x in named.items()}
+    try:
+        save_file(named, folder / WEIGHTS, metadata={"step": str(step)})
+    except SafetensorError as error:
+        raise OSError(first_line(error)) from error
 
 
 def read_step(workdir: pathlib.Path) -> int:
     """The step of an exported model; UserError if the file can't be read."""
-    return _read(workdir / WEIGHTS)[1]
+    with _opened(workdir / WEIGHTS) as file:
+        step = (file.metadata() or {}).get("step", "")
+        if not step.isdecimal() or int(step) >= 2**31:
+            raise ValueError(f"its step is {step!r}; --mode export writes a number")
+        return int(step)
 
 
 def read(workdir: pathlib.Path, shape: Any) -> Any:
-    """The parameters of an exported model.
+    """The parameters of an exported model, NumPy arrays of float32.
 
     Args:
       workdir: its folder.
@@ -50,29 +66,33 @@ def read(workdir: pathlib.Path, shape: Any) -> Any:
       UserError: the file can't be read, or has the weights of another network.
     """
     path = workdir / WEIGHTS
-    named, _ = _read(path)
-    expected = traverse_util.flatten_dict(shape, sep="/")
-    for name in sorted(expected.keys() | named.keys()):
-        ours, theirs = expected.get(name), named.get(name)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
-            has, wants = ("none" if x is None else str(x.shape) for x in (theirs, ours))
-            raise UserError(
-                f"{path} is of another network: {name} is {has} there, and the config's is {wants}"
-            )
+    expected = {
+        name: list(x.shape) for name, x in traverse_util.flatten_dict(shape, sep="/").items()
+    }
+    named = {}
+    with _opened(path) as file:
+        there = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        for name in sorted(expected.keys() | there.keys()):
+            has = there[name].get_shape() if name in there else "none"
+            wants = expected.get(name, "none")
+            if has != wants:
+                raise UserError(
+                    f"{path} is of another network: {name} is {has} there, and the config's is "
+                    f"{wants}"
+                )
+            if there[name].get_dtype() != "F32":
+                raise ValueError(f"{name} is {there[name].get_dtype()}, not F32")
+            named[name] = file.get_tensor(name)
     return traverse_util.unflatten_dict(named, sep="/")
 
 
-def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], int]:
-    """The arrays of a safetensors file by their names, and its step."""
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+    """An open safetensors file; what is wrong with it is a UserError."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            step = int((file.metadata() or {})["step"])
-            return {name: file.get_tensor(name) for name in file.keys()}, step  # noqa: SIM118
-    except KeyError as error:
-        raise UserError(
-            f"{path} has no step among its metadata: --mode export wrote none"
-        ) from error
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({first_line(error)})") from error

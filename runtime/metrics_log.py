@@ -1,5 +1,6 @@
 """Metrics of training, written to metrics.jsonl (one JSON object per line) and TensorBoard."""
 
+import contextlib
 import json
 import logging
 import os
@@ -60,7 +61,7 @@ class Metrics:
                 self._events.flush()
             except OSError as error:
                 log.warning("TensorBoard's file can't be written (%s)", first_line(error))
-                self._events = None
+                self._close_events()
 
     def _flush(self) -> None:
         try:
@@ -76,5 +77,10 @@ class Metrics:
         """Write the rows that are still in memory, and close all files."""
         self._flush()
         self._file.close()
+        self._close_events()
+
+    def _close_events(self) -> None:
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):  # a failing disk has been told of
+                self._events.close()
+            self._events = None

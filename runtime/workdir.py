@@ -69,21 +69,28 @@ def _first_difference(old: dict[str, Any], new: dict[str, Any], train: bool) -> 
     return None
 
 
-# Paths of data, caches and weights on a machine.
-_MACHINE_PATHS = {
-    "data": ("path", "tfds_dir", "tfrecords_path"),
-    "eval": ("cache_dir", "inception_path", "stats_path", "samples", "images"),
-}
+def portable_config(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+    """The config of a run, without the paths of this machine.
 
-
-def without_machine_paths(config: ConfigDict) -> ConfigDict:
-    """A copy of a config without the paths of this machine: data.path is a name, others empty."""
-    config = config.copy_and_resolve_references()
-    name = pathlib.Path(config.data.path).name
-    for section, names in _MACHINE_PATHS.items():
-        config[section].update(dict.fromkeys(names, ""))
-    config.data.path = name  # a folder's data need one, though sampling does not read it
-    return config
+    The sections eval and sampling are those of `config`, the others of the run in `workdir`.
+    """
+    portable = config.copy_and_resolve_references()
+    if (workdir / "config.json").exists():
+        own = saved.get_config(workdir)
+        for section in ("data", "model", "optim", "training"):
+            portable[section] = own[section]
+    # A folder's data need a name, which the report has, though sampling does not read them.
+    folder = portable.data.dataset == "folder"
+    name = pathlib.Path(portable.data.path).resolve().name if folder else ""
+    portable.data.update(path=name, tfds_dir="", tfrecords_path="")
+    portable.eval.update(
+        begin_ckpt=0,
+        end_ckpt=0,
+        **dict.fromkeys(("cache_dir", "inception_path", "stats_path", "samples", "images"), ""),
+    )
+    if pathlib.Path(portable.sampling.mask).suffix:
+        portable.sampling.mask = get_default_config().sampling.mask
+    return portable
 
 
 def make_folder(folder: pathlib.Path, option: str) -> None:

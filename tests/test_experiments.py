@@ -1,10 +1,12 @@
 import json
+import pathlib
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import run_lib
 import sde_lib
@@ -16,6 +18,7 @@ from experiments import (
     claim_tables,
     digits,
     loss_by_time,
+    make_data,
     tables,
 )
 from experiments import run as runner
@@ -312,10 +315,47 @@ def test_the_claims_tables_compare_with_the_best_fixed_truncation_of_validation(
             scores = {"nll": nll, "validation_nll": validation, "fd_classifier": 3.0}
             synthetic(tmp_path, point, seed, **scores, **common)
             path = tmp_path / "rows" / f"{point}_seed{seed}.json"
-            row = json.loads(path.read_text()) | {"steps": 7, "versions": {"commit": "abc"}}
+            row = json.loads(path.read_text()) | {"steps": 7, "device": "cpu"}
             path.write_text(json.dumps(row))
     claim_tables.write_tables(tmp_path)
     text = (tmp_path / "tables.md").read_text()
     assert "Less fixed, ε = 1e-4, the best fixed ε by validation NLL" in text
     assert "| soft, k = 1 | -0.1500 ± 0.0500 |  | 0.0000 ± 0.0000 |  |  | 2 |" in text
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
+
+
+def test_crops_of_a_photograph_are_in_one_split(tmp_path, monkeypatch):
+    few = {group: dict.fromkeys(parts, 10) for group, parts in make_data.CROPS.items()}
+    monkeypatch.setattr(make_data, "CROPS", few)
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, path in enumerate(paths):  # each of one grey of its own
+        Image.new("RGB", (40, 50), (40 * i,) * 3).save(path)
+    make_data.make_photographs(tmp_path / "out", paths, 16)
+    greys = {}
+    for part in ("training/train", "training/test", "features/train", "validation"):
+        images = [np.asarray(Image.open(p)) for p in (tmp_path / "out" / part).rglob("*.png")]
+        assert {image.shape for image in images} == {(16, 16, 3)}
+        greys[part] = {int(image.mean()) for image in images}
+    assert greys["training/train"] == greys["features/train"] == {0, 40, 80}
+    assert greys["validation"] == {120} and greys["training/test"] == {160}
+    with pytest.raises(UserError, match="5 or more"):
+        make_data.make_photographs(tmp_path / "few", paths[:4], 16)
+
+
+def test_a_prepared_sweep_is_scored_on_folders_of_its_own(tmp_path, stand_ins, monkeypatch):
+    def evaluate(config, workdir):
+        parts = config.eval.enable_bpd, config.eval.enable_sampling, config.eval.images
+        names = ("nll", "nll_stderr", "nelbo", "nelbo_stderr")
+        value = {"training": 1.0, "features": 2.0}[pathlib.Path(config.data.path).name]
+        scores = dict.fromkeys(names, 3.0 if parts[2] else value) if parts[0] else {}
+        if parts[1] and not parts[2]:
+            scores["fd_classifier"] = value
+        return {"step": config.training.n_iters, **scores}
+
+    monkeypatch.setattr(run_lib, "evaluate", evaluate)
+    run, paths = claim_photographs.get_sweep().runs[0], {"data.path": str(tmp_path)}
+    with pytest.raises(UserError, match=r"needs --set data\.path=DIR, a folder that"):
+        runner._compute_row(run, tmp_path / "run", paths, {})
+    (tmp_path / "training").mkdir()
+    scores = runner._compute_row(run, tmp_path / "run", paths, {})["scores"]
+    assert (scores["nll"], scores["validation_nll"], scores["fd_classifier"]) == (1.0, 3.0, 2.0)

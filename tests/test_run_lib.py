@@ -540,9 +540,11 @@ def exported_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     config = tiny_config(n_iters=3)
     config.sampling.update(method="dpm_solver", num_steps=2, n_images=4)
-    config.eval.cache_dir = "/somewhere/here"
+    config.eval.update(cache_dir="/somewhere/here", begin_ckpt=1, end_ckpt=1)
+    config.training.snapshot_freq = 3
     run_lib.train(config, folder / "run")
     run_lib.export(config, folder / "run", folder / "model")
+    config.eval.update(begin_ckpt=0, end_ckpt=0)
     return config, folder / "run", folder / "model"
 
 
@@ -555,15 +557,15 @@ def test_an_exported_model_samples_as_its_run_does(exported_run):
     assert_identical(state.ema_params, checkpointing.restore_latest(config, run, shape).ema_params)
     own = saved.get_config(model)
     assert own.eval.cache_dir == "" and own.training == config.training
+    assert "/somewhere" not in (model / "config.json").read_text()
     samples = []
-    for folder in (run, model):
-        run_lib.sample(config, folder)
+    for folder, of_folder in ((run, config), (model, own)):
+        run_lib.sample(of_folder, folder)
         samples.append(np.load(folder / "samples" / "samples.npz")["samples"])
     np.testing.assert_array_equal(*samples)
     card = (model / "README.md").read_text()
-    assert (
-        "3 steps of 8 images" in card and "10,593 parameters" in card and "/somewhere" not in card
-    )
+    assert "3 steps of 8 images" in card and "10,593 parameters" in card
+    assert "soft truncation, k = 1" in card and "have not been evaluated" in card
 
 
 def test_an_exported_model_is_not_trained_in_or_written_over(exported_run):
@@ -576,6 +578,30 @@ def test_an_exported_model_is_not_trained_in_or_written_over(exported_run):
     assert (model / exported.WEIGHTS).read_bytes() == before
 
 
+def test_a_models_card_has_the_report_of_its_own_weights(exported_run, tmp_path):
+    config, run, model = exported_run
+    params = checkpointing.restore_latest(config, model, session.set_up(config).state_shape).params
+    shutil.copytree(run, tmp_path / "run")
+    report = {"fd_classifier": 0.125, "classifier_accuracy": 0.5, "classifier_weights": "a"}
+    report |= {"num_reference_classifier": 9, "num_test_images_for_scale": 3}
+    for name, digest in (("of_others", "another"), ("of_these", workdir.short_hash(params))):
+        (tmp_path / "run" / "eval").mkdir(exist_ok=True)
+        text = json.dumps(report | {"weights_digest": digest})
+        (tmp_path / "run" / "eval" / "report.json").write_text(text)
+        run_lib.export(config, tmp_path / "run", tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("0.1250" in card) == (name == "of_these")
+
+
+def test_a_folders_name_is_all_that_is_left_of_its_path(tmp_path):
+    config = get_default_config()
+    config.sampling.mask = "/mine/mask.png"
+    for dataset, name in (("folder", "pictures"), ("CIFAR10", "")):
+        config.data.update(dataset=dataset, path="/mine/pictures/")
+        own = workdir.portable_config(config, tmp_path)
+        assert own.data.path == name and "/mine" not in own.to_json_best_effort()
+
+
 def test_weights_that_do_not_belong_to_the_config_are_one_line(exported_run, tmp_path):
     config, _, model = exported_run
     path = tmp_path / exported.WEIGHTS
@@ -583,7 +609,7 @@ def test_weights_that_do_not_belong_to_the_config_are_one_line(exported_run, tmp
     other.model.nf = 16
     shutil.copy(model / exported.WEIGHTS, path)
     with pytest.raises(
-        UserError, match=r"of another network: AttnBlock_0/Dense_0/bias is \(8,\) there, and"
+        UserError, match=r"of another network: AttnBlock_0/Dense_0/bias is \[8\] there, and"
     ):
         checkpointing.restore_latest(other, tmp_path, session.set_up(other).state_shape)
     shape = session.set_up(config).state_shape

@@ -1,0 +1,54 @@
+"""The model card of an exported model."""
+
+import json
+import pathlib
+from typing import Any
+
+from clu.parameter_overview import count_parameters
+from ml_collections import ConfigDict
+
+from metrics.report import remarks, table
+from runtime.workdir import short_hash
+from session import objective_in_words
+
+
+def _report_of(workdir: pathlib.Path, step: int, params: Any) -> dict[str, Any] | None:
+    """The report of these weights in a run's eval/, if there is one."""
+    digest = short_hash(params)
+    for folder in (workdir / "eval", workdir / "eval" / f"step_{step:08}"):
+        path = folder / "report.json"
+        report = json.loads(path.read_text()) if path.exists() else {}
+        if report.get("weights_digest") == digest:
+            return report
+    return None
+
+
+def model_card(name: str, config: ConfigDict, workdir: pathlib.Path, step: int, params: Any) -> str:
+    """The README.md of an exported model.
+
+    Args:
+      name: the model's name.
+      config: the run's config.
+      workdir: the run, whose report is quoted if it is of these weights.
+      step: the step of the weights.
+      params: the weights.
+    """
+    data, training = config.data, config.training
+    what = data.path if data.dataset == "folder" else data.dataset
+    about = {
+        "data": f"{what}, {data.image_size}×{data.image_size}×{data.num_channels}",
+        "licence of the data": "not known to this program: see where they come from",
+        "network": f"{config.model.name}, {count_parameters(params):,} parameters, predicts the "
+        f"{config.model.parametrization}",
+        "objective": objective_in_words(config),
+        "training": f"{step:,} steps of {training.batch_size} images",
+    }
+    lines = [f"# {name}", "", "The EMA weights of a score-based diffusion model are in "]
+    lines[-1] += "`model.safetensors`, the recipe is in `config.json`."
+    lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in about.items())]
+    lines += ["", "```sh", "python main.py --workdir FOLDER --mode sample"]
+    lines += ["python main.py --workdir FOLDER --mode eval", "```", "", "## Scores", ""]
+    report = _report_of(workdir, step, params)
+    if report is None:
+        return "\n".join([*lines, "These weights have not been evaluated."]) + "\n"
+    return "\n".join([*lines, table(report), "", *(f"- {x}" for x in remarks(report))]) + "\n"
