@@ -1,8 +1,8 @@
 """Fashion-MNIST, padded to 32×32, with a network for one GPU or a patient CPU.
 
 Reads the files of Debian's package dataset-fashion-mnist if it is installed, else downloads them.
-The network predicts the velocity: after 2,000 steps at 16×16 a noise network has the better NLL by
-0.02 bits/dim, but a seventh of its samples are saturated noise (results/parametrisations.md).
+The network predicts the velocity: after 2,000 steps at 16×16 likelihoods are equal within their
+errors, but some of a noise network's samples are saturated noise (results/parametrisations.md).
 """
 
 from ml_collections import ConfigDict
