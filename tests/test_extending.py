@@ -175,7 +175,7 @@ def test_an_sde_says_itself_whether_it_is_of_ves_kind(monkeypatch):
     monkeypatch.setitem(sde_lib.SDES, "mine", lambda config: Exploding(0.01, 5.0))
     config = tiny_config(sde="mine")
     config.data.centered = False
-    config.model.update(scale_by_sigma=True, embedding_type="fourier")
+    config.model.update(parametrization="noise", scale_by_sigma=True, embedding_type="fourier")
     validate(config, 1, session.REGISTRIES)
     t = jnp.array([0.2, 0.7])
     np.testing.assert_array_equal(

@@ -71,7 +71,9 @@ def official_names(config):
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
     config = tiny_config()
-    config.model.update(name="ddpm", nf=8, ch_mult=(1, 2), attn_resolutions=(4,))
+    config.model.update(
+        name="ddpm", parametrization="noise", nf=8, ch_mult=(1, 2), attn_resolutions=(4,)
+    )
     rng = np.random.default_rng(0)
 
     def draw(shape):
