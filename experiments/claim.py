@@ -17,7 +17,7 @@ _DECIDING = ("soft_k1", "weight_k1", "sigmoid")
 _EPSILONS = {"1e-2": 1e-2, "1e-3": 1e-3, "1e-4": 1e-4, "1e-5": 1e-5}
 
 
-def get_truncations() -> dict[str, dict[str, Any]]:
+def _get_truncations() -> dict[str, dict[str, Any]]:
     """{name: overrides} of the truncations, for a base config with ε = 1e-5."""
     points: dict[str, dict[str, Any]] = {}
     for name, eps in _EPSILONS.items():
@@ -64,7 +64,7 @@ def get_claim(name: str, base: ConfigDict, best: dict[str, str], num_images: int
     )
     points = {
         f"{parametrization}_{truncation}": {"model.parametrization": parametrization, **overrides}
-        for truncation, overrides in get_truncations().items()
+        for truncation, overrides in _get_truncations().items()
         for parametrization in ("noise", "velocity")
     }
     # Against velocity_soft_k1, what stratified times give.

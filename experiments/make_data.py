@@ -31,13 +31,11 @@ CROPS = {
 }
 
 
-def _save(folder: pathlib.Path, images: Iterable[np.ndarray]) -> int:
-    """Write images as numbered PNG files, and return their number."""
+def _save(folder: pathlib.Path, images: Iterable[np.ndarray]) -> None:
+    """Write images as numbered PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
-    count = 0
-    for count, image in enumerate(images, 1):
-        Image.fromarray(image).save(folder / f"{count - 1:05}.png")
-    return count
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:05}.png")
 
 
 def _crops(pixels: np.ndarray, count: int, size: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -126,6 +124,10 @@ def main() -> int:
         if flags.out.exists() and any(flags.out.iterdir()):
             raise UserError(f"{flags.out} is not empty; name a new folder")
         if flags.data == "fashion_mnist":
+            if flags.photographs:
+                raise UserError(
+                    "photographs are not read for fashion_mnist; --path says where it is"
+                )
             make_fashion_mnist(flags.out, flags.size, flags.path)
         else:
             paths: list[pathlib.Path] = []
@@ -133,7 +135,7 @@ def main() -> int:
                 found = [given] if given.is_file() else sorted(given.rglob("*.jpg"))
                 paths += [path for path in found if not path.is_symlink()]
             make_photographs(flags.out, paths, flags.size)
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError: no image, or no room
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

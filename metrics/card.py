@@ -16,8 +16,10 @@ def _report_of(workdir: pathlib.Path, step: int, params: Any) -> dict[str, Any] 
     """The report of these weights in a run's eval/, if there is one."""
     digest = short_hash(params)
     for folder in (workdir / "eval", workdir / "eval" / f"step_{step:08}"):
-        path = folder / "report.json"
-        report = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            report = json.loads((folder / "report.json").read_text())
+        except (OSError, ValueError):  # there is none, or it is damaged
+            continue
         if report.get("weights_digest") == digest:
             return report
     return None
@@ -34,7 +36,8 @@ def model_card(name: str, config: ConfigDict, workdir: pathlib.Path, step: int, 
       params: the weights.
     """
     data, training = config.data, config.training
-    what = data.path if data.dataset == "folder" else data.dataset
+    own = data.dataset == "folder"  # which only their owner has
+    what, where = (data.path, " --config.data.path=IMAGES") if own else (data.dataset, "")
     about = {
         "data": f"{what}, {data.image_size}×{data.image_size}×{data.num_channels}",
         "licence of the data": "not known to this program: see where they come from",
@@ -47,7 +50,7 @@ def model_card(name: str, config: ConfigDict, workdir: pathlib.Path, step: int, 
     lines[-1] += "`model.safetensors`, the recipe is in `config.json`."
     lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in about.items())]
     lines += ["", "```sh", "python main.py --workdir FOLDER --mode sample"]
-    lines += ["python main.py --workdir FOLDER --mode eval", "```", "", "## Scores", ""]
+    lines += [f"python main.py --workdir FOLDER --mode eval{where}", "```", "", "## Scores", ""]
     report = _report_of(workdir, step, params)
     if report is None:
         return "\n".join([*lines, "These weights have not been evaluated."]) + "\n"

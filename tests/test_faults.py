@@ -14,13 +14,15 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 import datasets
 import losses
 import run_lib
 import session
 from configs.default import UserError
-from runtime import hosts
+from readers import tfrecords
+from runtime import exported, hosts
 from runtime.metrics_log import Metrics
 from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
@@ -230,6 +232,27 @@ def test_while_the_disk_is_full_metrics_wait(tmp_path):
     assert list(losses_of(tmp_path)) == list(range(1, 1000))
 
 
+def test_tensorboards_file_has_the_metrics_and_a_failing_one_is_told_once(tmp_path, caplog):
+    metrics = Metrics(tmp_path, 0)
+    metrics.write(50, {"loss": 0.5, "images_per_second": 100.0})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, events = path.read_bytes(), []
+    for start, size in tfrecords.index(path):
+        events.append(Event.FromString(data[start : start + size]))
+    values = {value.tag: value.simple_value for event in events for value in event.summary.value}
+    assert values == {"loss": 0.5, "images_per_second": 100.0} and events[-1].step == 50
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    metrics._events.write_event = full
+    for step in (100, 150):
+        metrics.write(step, {"loss": 0.25})
+    metrics.close()
+    assert caplog.text.count("TensorBoard's file can't be written") == 1
+    assert list(losses_of(tmp_path)) == [50, 100, 150]
+
+
 def test_a_broken_image_is_named_at_the_start_or_left_out(tmp_path, caplog):
     for i in range(20):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
@@ -259,25 +282,43 @@ def test_signals_ask_for_a_stop_and_are_given_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
-    args = [*TINY, f"--workdir={tmp_path}/run", "--config.training.n_iters=10"]
-    args += [f"--coordinator_address=127.0.0.1:{20_000 + os.getpid() % 20_000}"]
-    args += ["--num_processes=2", "--config.optim.warmup=3"]
-    processes = [
+def start_two(number, *args):
+    """main.py in two processes of two devices; `number` keeps the ports of a test apart."""
+    port = 20_000 + (2 * os.getpid() + number) % 20_000
+    args = [*args, "--num_processes=2", f"--coordinator_address=127.0.0.1:{port}"]
+    return [
         subprocess.Popen(
-            command("vp/digits_st.py", *args, f"--process_id={i}"),
+            command("vp/digits_st.py", *TINY, *args, f"--process_id={i}"),
             env=environment_of(2),
             stderr=subprocess.PIPE,
             text=True,
         )
         for i in range(2)
     ]
+
+
+def errors_of(processes, returncode):
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [returncode] * 2, errors
+    return errors
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
+    args = [f"--workdir={tmp_path}/run", "--config.training.n_iters=10"]
+    processes = start_two(0, *args, "--config.optim.warmup=3")
     config = tiny_config(n_iters=20, snapshot_freq=1000, snapshot_freq_for_preemption=1000)
     one = run_lib.train(config, tmp_path / "one")  # on four devices
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    errors = errors_of(processes, 0)
     assert "10/10" in errors[0] and "10/10" not in errors[1]
+
+    # Both export what they trained; again into the same folder, both refuse.
+    export = ["--mode=export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/model"]
+    errors_of(start_two(1, *export), 0)
+    assert exported.read_step(tmp_path / "model") == 10
+    for error in errors_of(start_two(0, *export), 2):
+        assert "is not empty; name a new folder" in error and "Traceback" not in error
+
     other = run_lib.train(config, tmp_path / "run")
     # Sums over devices are made in another order across processes.
     for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):

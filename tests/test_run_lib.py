@@ -584,9 +584,16 @@ def test_a_models_card_has_the_report_of_its_own_weights(exported_run, tmp_path)
     shutil.copytree(run, tmp_path / "run")
     report = {"fd_classifier": 0.125, "classifier_accuracy": 0.5, "classifier_weights": "a"}
     report |= {"num_reference_classifier": 9, "num_test_images_for_scale": 3}
-    for name, digest in (("of_others", "another"), ("of_these", workdir.short_hash(params))):
-        (tmp_path / "run" / "eval").mkdir(exist_ok=True)
-        text = json.dumps(report | {"weights_digest": digest})
+    (tmp_path / "run" / "eval").mkdir()
+    of_others, of_these = (
+        json.dumps(report | {"weights_digest": digest})
+        for digest in ("another", workdir.short_hash(params))
+    )
+    for name, text in (
+        ("of_others", of_others),
+        ("damaged", of_these[:-9]),
+        ("of_these", of_these),
+    ):
         (tmp_path / "run" / "eval" / "report.json").write_text(text)
         run_lib.export(config, tmp_path / "run", tmp_path / name)
         card = (tmp_path / name / "README.md").read_text()
