@@ -185,6 +185,7 @@ def test_fir_convolutions_are_a_filter_and_a_convolution(kernel):
 @pytest.mark.parametrize("name", ncsnv2.NAMES)
 def test_ncsnv2_is_a_score_of_any_noise_level(name):
     config = tiny_config(sde="vesde")
+    config.model.parametrization = "noise"
     config.data.update(image_size=16, num_channels=3, centered=False)
     config.model.update(name=name, nf=8)
     model, sde = mutils.create_model(config), sde_lib.get_sde(config)
@@ -224,6 +225,7 @@ def test_aligned_corners():
 @pytest.mark.slow
 def test_a_ve_score_is_divided_by_sigma_in_either_embedding():
     config = tiny_config(sde="vesde")
+    config.model.parametrization = "noise"
     config.data.centered = False
     config.model.update(scale_by_sigma=True, init_scale=1.0)
     sde, x, t = sde_lib.get_sde(config), jnp.ones((2, 8, 8, 1)), jnp.array([0.2, 0.9])
@@ -241,6 +243,7 @@ def test_a_ve_score_is_divided_by_sigma_in_either_embedding():
 
 def test_labels_of_the_positional_embedding_follow_the_clock_of_ve_and_rve():
     config = tiny_config(sde="vesde")
+    config.model.parametrization = "noise"
     for name in ("vesde", "reciprocal_vesde"):
         config.training.sde = name
         sde = sde_lib.get_sde(config)
