@@ -1,17 +1,44 @@
 """Common parts of the speed benchmarks: timing, counts of operations, and tables."""
 
+import fcntl
+import functools
 import importlib.util
 import json
 import math
+import os
+import pathlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+# "DIR NAMES": the processes of benchmarks/gpu.sh, this one's name first. They compile side by side.
+_TURNS = "BENCHMARK_TURNS"
+
+
+@functools.cache
+def take_turn() -> TextIO | None:
+    """Wait until all processes of benchmarks/gpu.sh have compiled, and then for the others' timing.
+
+    Returns:
+      A lock that is held to the end of the process; None outside gpu.sh, where nothing waits.
+    """
+    if _TURNS not in os.environ:
+        return None
+    folder, *names = os.environ.pop(_TURNS).split()
+    for name in names[:1]:
+        (pathlib.Path(folder) / name).touch()
+    while not all((pathlib.Path(folder) / name).exists() for name in names):
+        time.sleep(0.1)
+    lock = (pathlib.Path(folder) / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 def seconds_a_call(call: Callable[[], Any], at_least: float = 3.0) -> float:
@@ -37,6 +64,7 @@ def seconds_a_call(call: Callable[[], Any], at_least: float = 3.0) -> float:
 
 def product_rate(dtype: str, precision: Any = None) -> float:
     """Measure and print the TFLOP/s of a large square matrix product, the reference of `share`."""
+    take_turn()
     size = 8192 if jax.default_backend() != "cpu" else 2048
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))

@@ -1,4 +1,4 @@
-"""Speed of the sampling methods.
+"""Speed of the sampling methods and of bits/dim.
 
 python -m benchmarks.sample                                          # CIFAR-10's DDPM++, for a GPU
 python -m benchmarks.sample --nf 32 --num_res_blocks 1 --batch 16    # for a CPU
@@ -6,7 +6,8 @@ python -m benchmarks.sample --config configs/vp/digits_st.py --workdir RUN   # a
 
 Methods are compiled as in `--mode sample`, for one device. The share is relative to the speed of
 one large matrix product. Memory is the process's peak on the device so far, so give batch sizes in
-increasing order.
+increasing order. The likelihood's evaluations are Jacobian-vector products, which count as two
+forward passes.
 
 The output of an untrained network is close to 0, so the score of Gaussian images, N(0, ¼), is added
 to keep x in the range of images. Only the number of evaluations of `ode` depends on the score: it
@@ -27,6 +28,7 @@ from absl import logging
 from jax import Array
 from ml_collections import ConfigDict
 
+import likelihood
 import sampling
 import session
 from benchmarks.measure import Table, gflop_a_call, peak_gib, product_rate, seconds_a_call
@@ -64,6 +66,25 @@ def score_of(
     return make_score_fn
 
 
+def likelihood_of(
+    setup: session.Setup,
+    make_score_fn: Callable[[Any], sampling.ScoreFn],
+    shape: tuple[int, ...],
+    num_steps: int,
+) -> Callable[[Any, Array], tuple[Array, Array]]:
+    """A function (params, key) → (log-likelihoods (N,) of Gaussian images, evaluations)."""
+
+    def evaluate(params: Any, key: Array) -> tuple[Array, Array]:
+        x = 0.5 * jax.random.normal(key, shape)
+        probe = jax.random.rademacher(jax.random.fold_in(key, 1), shape, dtype=jnp.float32)
+        logp, _, nfe = likelihood.ode_log_likelihood(
+            setup.sde, make_score_fn(params), x, probe, eps=1e-5, num_steps=num_steps
+        )
+        return logp, nfe
+
+    return evaluate
+
+
 def main() -> None:
     """Measure all methods and batch sizes, and print the table."""
     environment.prepare()
@@ -78,6 +99,7 @@ def main() -> None:
     parser.add_argument("--num_res_blocks", type=int, help="replaces model.num_res_blocks")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="rtol and atol of ode")
     parser.add_argument("--pc_steps", type=int, default=20 if on_cpu else 1000)
+    parser.add_argument("--nll_steps", type=int, default=64, help="steps of the likelihood")
     flags = parser.parse_args()
     sizes = {"nf": flags.nf, "num_res_blocks": flags.num_res_blocks}
     sizes = {name: size for name, size in sizes.items() if size}
@@ -95,25 +117,34 @@ def main() -> None:
     config.model.update(dtype=flags.dtype, num_scales=flags.pc_steps)
     setup = session.set_up(config)
     make_score_fn = score_of(config, setup, bool(flags.workdir))
-    rate = product_rate(flags.dtype)
     shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
     one = jnp.zeros((1, *shape)), jnp.zeros(1)
     gflop = gflop_a_call(setup.model.apply, {"params": params}, *one)
     columns = ("evaluations", "images/s", "ms an evaluation", "TFLOP/s", "share", "peak GiB")
     table = Table("", "batch", *columns, "compilation s")
     for batch in flags.batch:
+        samplers: dict[str, Any] = {}
         for name, fields in methods(config, flags.tolerance).items():
             config.sampling.update(fields)
-            sampler = sampling.get_sampling_fn(config, setup.sde, make_score_fn, batch)
+            samplers[name] = sampling.get_sampling_fn(config, setup.sde, make_score_fn, batch)
+        likelihood_name = f"likelihood, {flags.nll_steps} steps"
+        samplers[likelihood_name] = likelihood_of(
+            setup, make_score_fn, (batch, *shape), flags.nll_steps
+        )
+        calls = {}
+        for name, sampler in samplers.items():
             start = time.perf_counter()
             compiled = jax.jit(sampler).lower(params, jax.random.key(0)).compile()
             compilation = time.perf_counter() - start
-            sample = functools.partial(compiled, params, jax.random.key(0))
-            x, nfe = sample()
+            calls[name] = functools.partial(compiled, params, jax.random.key(0)), compilation
+        rate = product_rate(flags.dtype)
+        for name, (call, compilation) in calls.items():
+            x, nfe = call()
             if not jnp.isfinite(x).all():
-                raise SystemExit(f"{name} gives samples that are not finite")
-            seconds = seconds_a_call(sample)
-            speed = batch * gflop * int(nfe) / seconds / 1e3
+                raise SystemExit(f"{name} gives values that are not finite")
+            seconds = seconds_a_call(call)
+            passes = 2 if name == likelihood_name else 1
+            speed = batch * gflop * passes * int(nfe) / seconds / 1e3
             rates = batch / seconds, 1e3 * seconds / int(nfe), speed
             cells = (f"{speed / rate:.0%}", peak_gib(), f"{compilation:.0f}")
             table.add(name, batch, int(nfe), *rates, *cells)

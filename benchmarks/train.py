@@ -1,10 +1,12 @@
 """Speed and memory of training and of the network's forward pass.
 
 python -m benchmarks.train                                 # CIFAR-10's DDPM++, for a GPU
-python -m benchmarks.train --peer                          # also in PyTorch, if it is installed
+python -m benchmarks.train --peer torch edm                # also in PyTorch, if it is installed
 python -m benchmarks.train --peer --nf 32 --num_res_blocks 1 --batch 64 --dtype float32   # a CPU
 
 Trains on noise with the objective of configs/vp/cifar10_st.py, by the same calls as `--mode train`.
+The peers are the same network in PyTorch, compiled on a GPU, and the one of EDM (55.7 M parameters),
+which has no level of half the channels; --only_peer leaves ours out.
 The operations of a training step are counted as those of three forward passes. The share is
 relative to the speed of one large matrix product. Memory is the process's peak on the device so
 far, so give batch sizes in increasing order. `--profile` lists the kernels that take the most time.
@@ -16,7 +18,7 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,8 +37,10 @@ from benchmarks.measure import (
     peer_rows,
     product_rate,
     seconds_a_call,
+    take_turn,
 )
 from configs.vp import cifar10_st
+from models import utils as mutils
 from readers.source import ArraySource
 from runtime import environment
 
@@ -81,36 +85,50 @@ def ours(config: ConfigDict, profile: int) -> Iterator[dict[str, Any]]:
         packed, values = train_call(packed, steps)
         return values
 
-    start = time.perf_counter()
-    jax.block_until_ready(train())
-    first = time.perf_counter() - start
+    def timed(call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - start
+
+    first = timed(train)
     x, labels = jnp.zeros((batch, *shape)), jnp.linspace(0, 999, batch)
     params = train_step.unpack_state(train_step.first_copy(packed)).params
     gflop = gflop_a_call(setup.model.apply, {"params": params}, x[:1], labels[:1])
-    seconds = seconds_a_call(train) / steps
-    yield {"": f"training, {name}", "first": first, "gflop": 3 * gflop, "seconds": seconds}
-    if profile:
-        print_profile(train, steps, profile)
-    del packed
     apply = jax.jit(setup.model.apply)  # as arguments, since XLA would fold constants
 
     def forward() -> Any:
         return apply({"params": params}, x, labels)
 
-    start = time.perf_counter()
-    jax.block_until_ready(forward())
-    first = time.perf_counter() - start
-    seconds = seconds_a_call(forward)
-    yield {"": f"forward, {name}", "first": first, "gflop": gflop, "seconds": seconds}
+    first_forward = timed(forward)
+    take_turn()
+    seconds = seconds_a_call(train) / steps
+    row = {"first": first, "gflop": 3 * gflop, "seconds": seconds, "peak": peak_gib()}
+    yield {"": f"training, {name}", **row}
+    if profile:
+        print_profile(train, steps, profile)
+    del packed
+    row = {"first": first_forward, "gflop": gflop, "seconds": seconds_a_call(forward)}
+    yield {"": f"forward, {name}", **row}
 
 
-def peers(config: ConfigDict) -> list[dict[str, Any]]:
-    """The rows of `ours`, measured in PyTorch."""
-    model, data = config.model, config.data
-    sizes = (model.nf, tuple(model.ch_mult), model.num_res_blocks, tuple(model.attn_resolutions))
-    network = (*sizes, model.dropout, data.image_size, data.num_channels)
-    batch = config.training.batch_size
-    return peer_rows({"network": network, "batch": batch, "dtype": model.dtype})
+def peers(config: ConfigDict, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of `ours`, measured in PyTorch, for the networks `names`: torch, edm."""
+    for name in names:
+        if name == "edm":
+            config.model.update(ch_mult=(2, 2, 2), dropout=0.13)
+        model, data, batch = config.model, config.data, config.training.batch_size
+        attention = tuple(model.attn_resolutions)
+        network = (model.nf, tuple(model.ch_mult), model.num_res_blocks, attention)
+        shape = (data.image_size, data.image_size, data.num_channels)
+        ours = mutils.create_model(config)
+        one = jnp.zeros((1, *shape)), jnp.zeros(1)
+        params = jax.eval_shape(ours.init, jax.random.key(0), *one)
+        gflop = gflop_a_call(ours.apply, params, *one)
+        job = {"network": (*network, model.dropout, *shape[1:]), "batch": batch}
+        for row in peer_rows({**job, "dtype": model.dtype}):
+            training = row[""].startswith("training")
+            whose = "EDM's network in PyTorch, " if name == "edm" else "PyTorch's "
+            yield {**row, "": whose + row[""], "gflop": gflop * (3 if training else 1)}
 
 
 def main() -> None:
@@ -122,30 +140,28 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--nf", type=int, default=128)
     parser.add_argument("--num_res_blocks", type=int, default=4)
-    parser.add_argument("--peer", action="store_true", help="also measure PyTorch")
+    parser.add_argument(
+        "--peer", nargs="*", choices=("torch", "edm"), help="also measure PyTorch (torch)"
+    )
+    parser.add_argument("--only_peer", action="store_true", help="not ours")
     parser.add_argument("--profile", type=int, default=0, help="number of kernels to list")
     flags = parser.parse_args()
-    if flags.peer:
+    networks = ["torch"] if flags.peer == [] else flags.peer or []
+    if networks:
         need("torch")
-    rate = product_rate(flags.dtype)
     columns = ("images/s", "ms", "TFLOP/s", "share", "peak GiB", "first call s")
     table = Table("", "batch", *columns)
     for batch in flags.batch:
         config = cifar10_st.get_config()
         config.model.update(nf=flags.nf, num_res_blocks=flags.num_res_blocks, dtype=flags.dtype)
         config.training.batch_size = batch
-        rows = list(ours(config, flags.profile))
-        gflop = {row[""].split(",")[0]: row["gflop"] for row in rows}
-        for row in rows:
-            row["peak"] = peak_gib()
-        for row in peers(config) if flags.peer else ():
-            row["gflop"] = gflop[row[""].split(",")[0]]
-            row[""] = "PyTorch's " + row[""]
-            rows.append(row)
+        rows = [] if flags.only_peer else list(ours(config, flags.profile))
+        rows += peers(config, networks)
+        rate = product_rate(flags.dtype)
         for row in rows:
             rates = batch / row["seconds"], row["seconds"] * 1e3
             speed = batch * row["gflop"] / row["seconds"] / 1e3
-            cells = (*rates, speed, f"{speed / rate:.0%}", row["peak"], f"{row['first']:.0f}")
+            cells = (*rates, speed, f"{speed / rate:.0%}", row.get("peak"), f"{row['first']:.0f}")
             table.add(row[""], batch, *cells)
     table.show()
 

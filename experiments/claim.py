@@ -32,7 +32,14 @@ def _get_truncations() -> dict[str, dict[str, Any]]:
     return points
 
 
-def get_claim(name: str, base: ConfigDict, best: dict[str, str], num_images: int) -> Sweep:
+def get_claim(
+    name: str,
+    base: ConfigDict,
+    best: dict[str, str],
+    num_images: int,
+    batch_size: int = 32,
+    n_iters: int = 2000,
+) -> Sweep:
     """The sweep of the claim.
 
     Args:
@@ -40,15 +47,16 @@ def get_claim(name: str, base: ConfigDict, best: dict[str, str], num_images: int
       base: the data and the size of the network.
       best: the best fixed truncation by validation NLL, for each parametrization.
       num_images: the number of images for NLL and NELBO.
+      batch_size, n_iters: of training.
     """
     base.optim.update(lr=2e-3, warmup=100)
     base.training.update(
         stratified_times=True,
-        batch_size=32,
-        n_iters=2000,
+        batch_size=batch_size,
+        n_iters=n_iters,
         log_freq=50,
         eval_freq=500,
-        snapshot_freq=2000,
+        snapshot_freq=n_iters,
         snapshot_freq_for_preemption=500,
         snapshot_sampling=False,
     )

@@ -25,6 +25,8 @@ def get_sweep() -> Sweep:
         attn_resolutions=(8,),
         dropout=0.0,
         ema_rate=0.995,
-        dtype="bfloat16" if gpu else "float32",
     )
-    return get_claim("claim_fashion_mnist", config, _BEST, num_images=256)
+    if not gpu:
+        return get_claim("claim_fashion_mnist", config, _BEST, num_images=256)
+    name = "claim_fashion_mnist_32"
+    return get_claim(name, config, _BEST, num_images=2048, batch_size=128, n_iters=4000)
