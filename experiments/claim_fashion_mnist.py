@@ -29,4 +29,4 @@ def get_sweep() -> Sweep:
     if not gpu:
         return get_claim("claim_fashion_mnist", config, _BEST, num_images=256)
     name = "claim_fashion_mnist_32"
-    return get_claim(name, config, _BEST, num_images=2048, batch_size=128, n_iters=4000)
+    return get_claim(name, config, _BEST, num_images=2048, batch_size=128, n_iters=2000)
