@@ -119,7 +119,9 @@ def peer_rows(job: dict[str, Any]) -> list[dict[str, Any]]:
 def _shown(cell: Any) -> str:
     if cell is None:
         return ""
-    return f"{cell:,.4g}" if isinstance(cell, float) else str(cell)
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
+    return str(cell)
 
 
 class Table:
