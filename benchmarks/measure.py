@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 # "DIR NAMES": the processes of benchmarks/gpu.sh, this one's name first. They compile side by side.
 _TURNS = "BENCHMARK_TURNS"
 

@@ -5,8 +5,8 @@ python -m benchmarks.train --peer torch edm                # also in PyTorch, if
 python -m benchmarks.train --peer --nf 32 --num_res_blocks 1 --batch 64 --dtype float32   # a CPU
 
 Trains on noise with the objective of configs/vp/cifar10_st.py, by the same calls as `--mode train`.
-The peers are the same network in PyTorch, compiled on a GPU, and the one of EDM (55.7 M parameters),
-which has no level of half the channels; --only_peer leaves ours out.
+The peers are the same network in PyTorch, compiled on a GPU, and the one of EDM, which has no level
+of half the channels (55.7 M parameters); --only_peer leaves ours out.
 The operations of a training step are counted as those of three forward passes. The share is
 relative to the speed of one large matrix product. Memory is the process's peak on the device so
 far, so give batch sizes in increasing order. `--profile` lists the kernels that take the most time.

@@ -1,9 +1,11 @@
 """Each notebook runs from top to bottom with small parameters, and finds what its text says."""
 
 import dataclasses
+import importlib.metadata
 import json
 import pathlib
 import re
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.helpers import environment_of
+import run_lib
+from runtime import colab
+from tests.helpers import environment_of, tiny_config
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
@@ -33,20 +37,14 @@ class Run:
 
 
 def sampling_parameters(folder):
-    recipe = folder / "tiny.py"
-    recipe.write_text(
-        "from tests.helpers import tiny_config\n\n\n"
-        "def get_config():\n"
-        "    config = tiny_config(n_iters=120, batch_size=32, snapshot_freq=120)\n"
-        "    config.training.snapshot_freq_for_preemption = 120\n"
-        "    config.optim.lr = 1e-2\n"
-        "    config.model.ema_rate = 0.9\n"
-        "    # Fewer networks to compile.\n"
-        "    config.sampling.update(method='dpm_solver', noise_removal=False)\n"
-        "    return config\n"
-    )
+    config = tiny_config(n_iters=120, batch_size=32, snapshot_freq=120)
+    config.training.snapshot_freq_for_preemption = 120
+    config.optim.lr = 1e-2
+    config.model.ema_rate = 0.9
+    # Fewer networks to compile.
+    config.sampling.update(method="dpm_solver", noise_removal=False)
+    run_lib.train(config, folder / "run")
     return {
-        "CONFIG": str(recipe),
         "WORKDIR": str(folder / "run"),
         "NUM_IMAGES": 8,
         "NUM_COMPARED": 4,
@@ -60,7 +58,7 @@ def sampling_parameters(folder):
 
 
 def check_sampling(found):
-    assert found["step"] == 120  # it has trained the recipe
+    assert found["step"] == 120
     lowest, highest, kinds = found["levels"]
     assert 0 <= lowest < highest <= 16 and kinds > 10
     assert found["finite"]
@@ -208,8 +206,55 @@ def test_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
 def test_the_cell_that_finds_the_code_is_the_same_in_all():
     cells = [nbformat.read(path, as_version=4).cells[1] for path in PATHS]
     assert {cell.source.split("\n")[0] for cell in cells} == {"# @title Find the code, or fetch it"}
-    assert len({cell.source for cell in cells}) == 1
+    assert len({re.sub("(?m)^PACKAGES = .*$", "", cell.source) for cell in cells}) == 1
     assert {cell.metadata["cellView"] for cell in cells} == {"form"}
+
+
+def test_each_notebook_has_its_badge_of_the_same_address():
+    texts = [path.read_text() for path in PATHS]
+    addresses = {
+        address for text in texts for address in re.findall(r"github\.com/([\w.-]+/[\w.-]+)", text)
+    }
+    addresses |= {a for text in texts for a in re.findall(r"colab/github/([\w.-]+/[\w.-]+)", text)}
+    assert len(addresses) == 1
+    for path, text in zip(PATHS, texts, strict=True):
+        assert f"/github/{addresses.copy().pop()}/blob/main/notebooks/{path.name})" in text
+
+
+@pytest.fixture
+def fake_pip(monkeypatch):
+    """Record pip's commands, and pretend that NumPy is replaced where a test says so."""
+    commands, versions = [], {}
+
+    def run(command):
+        commands.append(command)
+        versions["numpy"] = "0.1"
+        return subprocess.CompletedProcess(command, 0)
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(colab.importlib.metadata, "version", lambda n: versions.get(n) or real(n))
+    monkeypatch.setattr(colab.subprocess, "run", run)
+    monkeypatch.setattr(colab.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    return commands
+
+
+def test_colab_installs_the_pins_and_asks_for_a_restart(fake_pip):
+    with pytest.raises(SystemExit, match=r"^numpy was replaced: Runtime → Restart session"):
+        colab.install(["jax", "optax"])
+    (command,) = fake_pip
+    pins = [line for line in command if "==" in line]
+    assert [re.sub("==.*", "", pin) for pin in pins] == ["jax[cuda12]", "jax[cuda12]", "optax"]
+    colab.install(["optax"])  # nothing is replaced now
+    with pytest.raises(SystemExit, match="has no torch"):
+        colab.install(["torch"])
+
+
+def test_every_package_that_a_notebook_names_is_pinned():
+    for path in PATHS:
+        source = nbformat.read(path, as_version=4).cells[1].source
+        (names,) = re.findall('(?m)^PACKAGES = "(.*)"', source)
+        text = colab.REQUIREMENTS.read_text()
+        assert all(re.search(f"(?m)^{name}==", text) for name in names.split())
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
