@@ -17,7 +17,7 @@ from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
 from sampling import Constraint, MakeScoreFn, pc_options, pc_sample
 from sde_lib import SDE
-from session import Setup
+from session import Setup, check_labels, with_labels
 
 
 def inpainting(
@@ -125,6 +125,7 @@ def complete_test_images(
     Raises:
       UserError: there are too few test images, or the mask can't be read.
     """
+    check_labels(config, test)
     count, most = config.sampling.n_images, PER_IMAGE * len(test)
     if count > most:
         raise UserError(
@@ -132,7 +133,10 @@ def complete_test_images(
             f"{most}"
         )
     chosen = np.random.default_rng(config.seed).permutation(len(test))[: -(-count // PER_IMAGE)]
-    originals = test.source.fetch(np.sort(chosen))["image"].repeat(PER_IMAGE, axis=0)[:count]
+    examples = test.source.fetch(np.sort(chosen))
+    originals, labels = (
+        examples[name].repeat(PER_IMAGE, axis=0)[:count] for name in ("image", "label")
+    )
     mask = np.zeros(1, np.float32) if config.sampling.task == "colorize" else _read_mask(config)
     rows, everywhere = batch_and_replicated_shardings()
     complete = get_completion_fn(config, setup.sde, setup.make_score_fn)
@@ -144,12 +148,12 @@ def complete_test_images(
         batch = originals[i : i + size]
         kept = len(batch)
         batch = np.pad(batch, ((0, size - kept), (0, 0), (0, 0), (0, 0)), mode="wrap")
+        told = np.pad(labels[i : i + size], (0, size - kept), mode="wrap")
+        given = with_labels(config, params, told, config.sampling.guidance)
         x = setup.preprocessing.to_x0_without_noise(batch)
         key = jax.random.fold_in(jax.random.key(config.seed + 5), i)
         shared = to_devices((key, jnp.asarray(mask)), everywhere)
-        completed = jnp.asarray(
-            to_host(complete(params, shared[0], to_devices(x, rows), shared[1]))
-        )
+        completed = jnp.asarray(to_host(complete(given, shared[0], to_devices(x, rows), shared[1])))
         parts.append(np.asarray(setup.preprocessing.to_levels(completed))[:kept])
         progress.advance(kept)
     if config.sampling.task == "colorize":

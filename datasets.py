@@ -144,11 +144,11 @@ def _epoch_order(seed: int, count: int, epoch: int) -> np.ndarray:
 
 
 def _read_ahead(
-    read: Callable[[np.ndarray], np.ndarray], indices: Iterator[np.ndarray]
-) -> Iterator[np.ndarray]:
+    read: Callable[[np.ndarray], Examples], indices: Iterator[np.ndarray]
+) -> Iterator[Examples]:
     """Apply `read` to each item in four threads, up to eight items ahead."""
     pool = concurrent.futures.ThreadPoolExecutor(4)
-    pending: collections.deque[concurrent.futures.Future[np.ndarray]] = collections.deque()
+    pending: collections.deque[concurrent.futures.Future[Examples]] = collections.deque()
     try:
         for chosen in indices:
             pending.append(pool.submit(read, chosen))
@@ -181,8 +181,8 @@ def train_batches(
       indices_only: yield the images' indices in the data set instead of the images.
 
     Yields:
-      `image` (n, H, W, C) uint8, or (n,) int32, and `index` (n,) int32, each image's index in the
-      global batch, with n = batch_size / process_count.
+      `image` (n, H, W, C) uint8 and `label` (n,) int32, or only `image` (n,) int32; and `index`
+      (n,) int32, each image's index in the global batch, with n = batch_size / process_count.
     """
     share = batch_size // process_count
     index = np.arange(process_index * share, (process_index + 1) * share)
@@ -194,36 +194,37 @@ def train_batches(
         parts = [order(i)[at[epochs == i]] for i in range(epochs[0], epochs[-1] + 1)]
         return np.concatenate(parts)
 
-    def read(chosen: np.ndarray) -> np.ndarray:
-        return chosen.astype(np.int32) if indices_only else dataset.source.fetch(chosen)["image"]
+    def read(chosen: np.ndarray) -> Examples:
+        if indices_only:
+            return {"image": chosen.astype(np.int32)}
+        found = dataset.source.fetch(chosen)
+        return {"image": found["image"], "label": found["label"].astype(np.int32)}
 
     source = dataset.source
     in_memory = isinstance(source, ArraySource) and not isinstance(source.images, np.memmap)
     at_hand = indices_only or in_memory
     steps = map(indices_of, itertools.count(start_step))
-    for images in map(read, steps) if at_hand else _read_ahead(read, steps):
-        yield {"image": images, "index": index.astype(np.int32)}
+    for batch in map(read, steps) if at_hand else _read_ahead(read, steps):
+        yield {**batch, "index": index.astype(np.int32)}
 
 
-def in_memory(dataset: Dataset, limit: int) -> np.ndarray | None:
-    """All images (N, H, W, C) uint8, or None if they take more than `limit` bytes."""
+def in_memory(dataset: Dataset, limit: int) -> Examples | None:
+    """All images (N, H, W, C) uint8 and labels, or None if they take more than `limit` bytes."""
     if isinstance(dataset.source, ArraySource):
         images = dataset.source.images
-        return images if images.nbytes <= limit else None
+        whole = {"image": images, "label": dataset.source.labels}
+        return whole if images.nbytes <= limit else None
     size = dataset.source.fetch(np.arange(1))["image"].nbytes
     if size * len(dataset) > limit:
         return None
     progress = Progress("reading all images", len(dataset))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-
-        def read(chosen: np.ndarray) -> np.ndarray:
-            return dataset.source.fetch(chosen)["image"]
-
         parts = []
-        for part in pool.map(read, np.array_split(np.arange(len(dataset)), len(dataset) // 64 + 1)):
+        chosen = np.array_split(np.arange(len(dataset)), len(dataset) // 64 + 1)
+        for part in pool.map(dataset.source.fetch, chosen):
             parts.append(part)
-            progress.advance(len(part))
-    return np.concatenate(parts)
+            progress.advance(len(part["image"]))
+    return {name: np.concatenate([part[name] for part in parts]) for name in ("image", "label")}
 
 
 def subset(dataset: Dataset, limit: int | None = None) -> np.ndarray:

@@ -56,7 +56,16 @@ from runtime.locking import locked
 from runtime.pictures import plot_training, save_grid
 from runtime.progress import Progress
 from runtime.workdir import PartialResults, check_network, make_folder, short_hash
-from session import Setup, advise_on_sampling, get_sampler, sample_batches, set_up
+from session import (
+    Setup,
+    advise_on_sampling,
+    check_labels,
+    get_sampler,
+    sample_batches,
+    sample_labels,
+    set_up,
+    with_num_classes,
+)
 
 __all__ = [
     "evaluate",
@@ -104,6 +113,8 @@ def _samples_of_network(run: _Run, params: Any) -> tuple[Images, dict[str, Any]]
         note = f"{part.nfe} evaluations"
         progress.advance(len(part.levels), note, fresh=not results.recalled)
     images = Images(count, digest, lambda: (part.levels for part in batches()))
+    if config.model.num_classes:
+        images = dataclasses.replace(images, labels=sample_labels(config, 0, count))
     nfe = round(float(np.mean(evaluations)))
     return images, {"num_samples": count, "sampling_nfe": nfe, "num_broken_samples": broken}
 
@@ -189,13 +200,14 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     Raises:
       UserError: the config, data, weights, statistics or checkpoints can't be used.
     """
-    workdir = pathlib.Path(workdir)
+    config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
     setup = set_up(config)
     if config.eval.images:
         with contextlib.ExitStack() as stack:
             steps = hosts.on_main(lambda: _take_hold(config, workdir, stack))
             return _evaluate_images(config, setup, workdir, steps)
     data = load_data(config)
+    check_labels(config, data.train)
     given = _given_samples(config, setup.num_levels) if config.eval.samples else None
     with contextlib.ExitStack() as stack:
         steps = hosts.on_main(lambda: _take_hold(config, workdir, stack))

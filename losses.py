@@ -408,6 +408,21 @@ def step_key(seed: int, step: ArrayLike) -> Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
+def drop_labels(key: Array, index: Array, classes: Array, rate: float, none: int) -> Array:
+    """Labels of which each is replaced by `none` with a probability.
+
+    Args:
+      key: the key of the step.
+      index: the images' indices in the global batch, (N,).
+      classes: (N,).
+      rate: the probability.
+      none: the number that stands for no label.
+    """
+    key = jax.random.fold_in(key, 2)  # an objective splits the step's key in two
+    dropped = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), rate))(index)
+    return jnp.where(dropped, none, classes)
+
+
 def _split_image_key(image_key: Array, i: Array) -> Array:
     """Five keys of an image: for its data, time, noise, dropout, and noise at the truncation."""
     return jax.random.split(jax.random.fold_in(image_key, i), 5)

@@ -37,12 +37,16 @@ from session import (
     Setup,
     advise_on_sampling,
     advise_on_training,
+    check_labels,
     get_sampler,
     get_train_call,
     init_state,
     objective_in_words,
     sample_batches,
+    sample_labels,
     set_up,
+    with_labels,
+    with_num_classes,
 )
 from train_step import (
     LossSums,
@@ -82,10 +86,12 @@ def train(
       UserError: the config, the data or the workdir can't be used; or the loss is not finite, or
         saving fails, too often in a row.
     """
+    config = with_num_classes(config, workdir)
     workdir, training, num_steps = pathlib.Path(workdir), config.training, config.training.n_iters
 
     # Model, optimiser and objective; data.
     setup, data = set_up(config), load_data(config)
+    check_labels(config, data.train)
 
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(hosts.Preemption())
@@ -324,7 +330,8 @@ def _get_test_loss(
         config.training.truncation = "equivalent_weight"
     # Terms that depend on τ other than by the weight are left out.
     config.training.update(reconstruction_loss=False, balanced=False)
-    images = datasets.in_order(test, min(1000, config.training.batch_size * 4))["image"]
+    chosen = datasets.in_order(test, min(1000, config.training.batch_size * 4))
+    images, labels = chosen["image"], chosen["label"]
     size = min(len(images), config.training.batch_size)
     size = config.training.batch_size = max(size - size % 2, 1)  # `mixed` needs pairs
     objective = losses.get_objective(config, setup.sde)
@@ -337,12 +344,14 @@ def _get_test_loss(
     def test_loss(params: Any) -> float:
         values = []
         rows, everywhere = batch_and_replicated_shardings()
-        rows = everywhere if size % jax.device_count() else rows  # a handful of images
+        whole = size % jax.device_count() > 0  # a handful of images
+        rows = everywhere if whole else rows
         params = to_devices(params, everywhere)
         for start in range(0, len(images) - size + 1, size):
             key = to_devices(losses.step_key(config.seed + 1, start), everywhere)
             batch = to_devices((images[start : start + size], np.arange(size)), rows)
-            values.append(float(mean_loss(params, key, *batch)))
+            given = with_labels(config, params, labels[start : start + size], whole=whole)
+            values.append(float(mean_loss(given, key, *batch)))
         return float(np.mean(values))
 
     return test_loss
@@ -377,12 +386,13 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     Returns:
       The path of a grid of the images, samples/<task>.png (samples/samples.png for "generate"). An
       .npz file beside it has all images: `samples`, (N, H, W, C) uint8, pixel values 0 … 255, and
-      for the other tasks `originals` and `known` in the same format.
+      for the other tasks `originals` and `known` in the same format. A model that is told labels
+      has `labels`, (N,), there, and a row of the grid for each label if they have equally many.
 
     Raises:
       UserError: the config, the data or the checkpoint can't be used.
     """
-    workdir = pathlib.Path(workdir)
+    config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
     setup, task = set_up(config), config.sampling.task
     data = None if task == "generate" else load_data(config)
     steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
@@ -405,6 +415,11 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
             progress.advance(len(part.levels), f"{part.nfe} evaluations")
         images = np.concatenate(parts)
         arrays, columns, grid = {"samples": images}, 0, images
+        if config.model.num_classes:
+            arrays["labels"] = sample_labels(config, 0, count)
+            kinds, counts = np.unique(arrays["labels"], return_counts=True)
+            grid = images[np.argsort(arrays["labels"], kind="stable")]
+            columns = int(counts[0]) if len(kinds) > 1 and len(set(counts)) == 1 else 0
     else:
         arrays = complete_test_images(config, setup, data.test, state.ema_params)
         images = arrays["samples"]
@@ -430,7 +445,7 @@ def import_official(
     Raises:
       UserError: the file can't be read or is of another network, or the workdir has checkpoints.
     """
-    workdir = pathlib.Path(workdir)
+    config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
     setup = set_up(config)
     state = import_checkpoint.load_state(path, config)
     exported.refuse(workdir)
@@ -473,8 +488,8 @@ def export(
     Raises:
       UserError: the checkpoint can't be read, or the folder has files or can't be written to.
     """
-    workdir, folder = pathlib.Path(workdir), pathlib.Path(to).absolute()
-    setup = set_up(config)
+    config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
+    folder, setup = pathlib.Path(to).absolute(), set_up(config)
     steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
     if len(steps) > 1:
         raise UserError(f"eval.begin_ckpt and end_ckpt choose {len(steps)} checkpoints, not one")

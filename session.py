@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import datasets
 import losses
 import sampling
 import sde_lib
+from configs import saved
 from configs.default import UserError
 from configs.validate import validate
 from models import utils as mutils
@@ -79,6 +82,35 @@ def init_state(
     )
 
 
+def with_num_classes(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
+    """The config with the number of labels in place of `model.num_classes` = -1.
+
+    It is that of the run, or of the data set if there is no run yet.
+
+    Raises:
+      UserError: the data set has no labels, or can't be read.
+    """
+    if config.model.num_classes != -1:
+        return config
+    config = config.copy_and_resolve_references()
+    if (pathlib.Path(workdir) / "config.json").exists():
+        config.model.num_classes = saved.get_config(pathlib.Path(workdir)).model.num_classes
+        return config
+    train = datasets.get_dataset(config, "train")
+    if not train.num_classes:
+        raise UserError(f"model.num_classes is -1, and {train.name} has no labels")
+    config.model.num_classes = train.num_classes
+    return config
+
+
+def check_labels(config: ConfigDict, train: datasets.Dataset) -> None:
+    """Raise a UserError if the network is told labels that the training images do not have."""
+    told = config.model.num_classes
+    if told and told != train.num_classes:
+        has = f"{train.num_classes} labels" if train.num_classes else "no labels"
+        raise UserError(f"model.num_classes is {told}, and {train.name} has {has}")
+
+
 def set_up(config: ConfigDict) -> Setup:
     """Check a config and build the parts that it names.
 
@@ -116,6 +148,8 @@ def _step_fn(config: ConfigDict, setup: Setup) -> StepFn:
         seed=config.seed,
         ema_rate=config.model.ema_rate,
         num_micro_batch=config.optim.num_micro_batch,
+        num_classes=config.model.num_classes,
+        label_dropout=config.training.label_dropout,
     )
 
 
@@ -123,8 +157,9 @@ def get_train_call(
     config: ConfigDict, setup: Setup, train: datasets.Dataset, first_step: int
 ) -> TrainCall:
     """The training function (`make_train_call`) of a config, whose first call is `first_step`."""
-    step_fn = _step_fn(config, setup)
-    return make_train_call(step_fn, train, config.training.batch_size, config.seed, first_step)
+    step_fn, labelled = _step_fn(config, setup), config.model.num_classes > 0
+    batch_size = config.training.batch_size
+    return make_train_call(step_fn, train, batch_size, config.seed, first_step, labelled)
 
 
 def train_program(config: ConfigDict) -> tuple[StepFn, tuple[Any, ...]]:
@@ -135,14 +170,19 @@ def train_program(config: ConfigDict) -> tuple[StepFn, tuple[Any, ...]]:
     images = jax.ShapeDtypeStruct(shape, jnp.uint8)
     index = jax.ShapeDtypeStruct((n,), jnp.int32)
     state = jax.eval_shape(pack_state, setup.state_shape)
-    return _step_fn(config, setup), (state, images, index)
+    labels = [jax.ShapeDtypeStruct((1, n), jnp.int32)] if config.model.num_classes else []
+    return _step_fn(config, setup), (state, images, index, *labels)
 
 
 def sample_program(config: ConfigDict, batch_size: int) -> tuple[Any, tuple[Any, ...]]:
     """A device's share of a batch of samples as a function, and the shapes of its arguments."""
     setup, n = set_up(config), -(-batch_size // jax.device_count())
     sample_fn = sampling.get_sampling_fn(config, setup.sde, setup.make_score_fn, n)
-    return sample_fn, (setup.state_shape.ema_params, jax.eval_shape(lambda: jax.random.key(0)))
+    params: Any = setup.state_shape.ema_params
+    if config.model.num_classes:
+        classes = jax.ShapeDtypeStruct((n,), jnp.int32)
+        params = mutils.Conditioned(params, classes, config.sampling.guidance)
+    return sample_fn, (params, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 # XLA for GPUs gives the evaluations in a sampler more memory than one of them needs: up to 2.2
@@ -217,8 +257,71 @@ class Samples(NamedTuple):
     num_broken: int  # number of samples that are not finite
 
 
+def sample_labels(config: ConfigDict, start: int, count: int) -> np.ndarray:
+    """The labels of the samples with the indices start … start + count - 1, int32.
+
+    They are those of `sampling.labels`, in turn; `model.num_classes` stands for no label.
+
+    Raises:
+      UserError: `sampling.labels` can't be read, or a label does not exist.
+    """
+    text, known = config.sampling.labels.strip(), config.model.num_classes
+    if text == "all":
+        chosen = np.arange(known)
+    elif text == "none":
+        chosen = np.array([known])
+    else:
+        chosen = _read_labels(text)
+        wrong = [int(label) for label in chosen if not 0 <= label < known]
+        if wrong:
+            raise UserError(
+                f"sampling.labels has {wrong[0]}; the labels of this model are 0 to {known - 1}"
+            )
+    return chosen[np.arange(start, start + count) % len(chosen)].astype(np.int32)
+
+
+def _read_labels(text: str) -> np.ndarray:
+    try:
+        numbers = pathlib.Path(text).read_text() if pathlib.Path(text).is_file() else text
+        chosen = np.array([int(number) for number in numbers.replace(",", " ").split()])
+    except (OSError, ValueError):
+        chosen = np.zeros(0, int)
+    if not len(chosen):
+        raise UserError(
+            f"sampling.labels is {text!r}; it must be a label, several as 0,1,2, all, none, or a "
+            "text file of labels"
+        )
+    return chosen
+
+
+def with_labels(
+    config: ConfigDict,
+    params: Any,
+    labels: np.ndarray,
+    guidance: float = 0.0,
+    whole: bool = False,
+) -> Any:
+    """Parameters for a batch of images of which each device has its share, with their labels.
+
+    Args:
+      config: without `model.num_classes` the result is `params`.
+      params: the network's parameters, on all devices.
+      labels: of the images, (N,); the devices must divide N.
+      guidance: w of classifier-free guidance.
+      whole: each device has the whole batch instead.
+    """
+    if not config.model.num_classes:
+        return params
+    rows, everywhere = batch_and_replicated_shardings()
+    classes = to_devices(np.asarray(labels, np.int32), everywhere if whole else rows)
+    return mutils.Conditioned(params, classes, guidance)
+
+
 def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
-    """A function (params, key) → `batch_size` Samples, computed on all devices."""
+    """A function (params, key, start=0) → `batch_size` Samples, computed on all devices.
+
+    `start` is the index of the first sample, which its label depends on.
+    """
     full = -(-batch_size // jax.device_count()) * jax.device_count()
     rows, everywhere = batch_and_replicated_shardings()
     sample_fn = sampling.get_sampling_fn(config, setup.sde, setup.make_score_fn, full)
@@ -230,8 +333,12 @@ def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
 
     compiled = jax.jit(sample_levels, out_shardings=(rows, everywhere, rows))
 
-    def sample(params: Any, key: Array) -> Samples:
-        levels, nfe, broken = compiled(*to_devices((params, key), everywhere))
+    def sample(params: Any, key: Array, start: int = 0) -> Samples:
+        params, key = to_devices((params, key), everywhere)
+        if config.model.num_classes:
+            labels = sample_labels(config, start, full)
+            params = with_labels(config, params, labels, config.sampling.guidance)
+        levels, nfe, broken = compiled(params, key)
         broken = to_host(broken)[:batch_size].sum()
         if broken:
             log.warning(
@@ -265,7 +372,7 @@ def sample_batches(
     for i, start in enumerate(range(0, count, batch_size)):
 
         def draw(i: int = i) -> dict[str, np.ndarray]:
-            drawn = sample(params, jax.random.fold_in(key, i))
+            drawn = sample(params, jax.random.fold_in(key, i), i * batch_size)
             return {name: np.asarray(value) for name, value in drawn._asdict().items()}
 
         part = cache(f"samples_{start:08}", draw) if cache else draw()

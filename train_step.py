@@ -18,7 +18,8 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 import datasets
-from losses import Objective, ScoreFn, step_key
+from losses import Objective, ScoreFn, drop_labels, step_key
+from models.utils import Conditioned
 
 log = logging.getLogger("soft_truncation")
 
@@ -33,8 +34,9 @@ class TrainState:
     opt_state: Any
 
 
-# (packed state, images (steps, n, H, W, C), index (n,)) → (state, metrics (steps,))
-StepFn = Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]
+# (packed state, images (steps, n, H, W, C), index (n,), labels (steps, n) if there are any)
+# → (state, metrics (steps,))
+StepFn = Callable[..., tuple[TrainState, dict[str, Array]]]
 # (packed state, number of steps) → (state, metrics (steps,))
 TrainCall = Callable[[TrainState, int], tuple[TrainState, dict[str, Array]]]
 
@@ -142,6 +144,8 @@ def get_step_fn(
     seed: int,
     ema_rate: float,
     num_micro_batch: int = 1,
+    num_classes: int = 0,
+    label_dropout: float = 0.0,
 ) -> StepFn:
     """A function for one or more training steps, to be called in a pmap with axis name "batch".
 
@@ -153,30 +157,38 @@ def get_step_fn(
       ema_rate: the decay rate of the parameters' moving average.
       num_micro_batch: number of sequential parts of a device's batch, to save memory; their
         gradients are averaged.
+      num_classes: the number of labels that the network knows; 0: none.
+      label_dropout: the share of labels that it isn't told.
 
     Returns:
-      step_fn(state, images, index) → (state, metrics). The state is packed (`pack_state`),
-      `images` (steps, n, H, W, C) uint8 is this device's share of each step's global batch, and
-      `index` (n,) the indices of its images in the global batch. Metrics are `loss` and
+      step_fn(state, images, index, labels) → (state, metrics). The state is packed
+      (`pack_state`), `images` (steps, n, H, W, C) uint8 is this device's share of each step's
+      global batch, `index` (n,) the indices of its images in the global batch, and `labels`
+      (steps, n) their labels, which are left out without `num_classes`. Metrics are `loss` and
       `grad_norm` of the global batch, `tau` and `skipped`, (steps,) each. If the loss or the
       norm of the gradient is not finite, `skipped` is 1 and only the state's `step` changes.
     """
 
-    def mean_loss(params: Any, key: Array, images: Array, index: Array) -> tuple[Array, Array]:
+    def mean_loss(
+        params: Any, key: Array, images: Array, index: Array, labels: Array | None
+    ) -> tuple[Array, Array]:
+        if labels is not None:
+            told = drop_labels(key, index, labels, label_dropout, num_classes)
+            params = Conditioned(params, told)
         losses, tau = objective(make_score_fn(params), key, images, index, train=True)
         return jnp.mean(losses), tau
 
     grad_fn = jax.value_and_grad(mean_loss, has_aux=True)
 
     def loss_and_grads(
-        packed: Packed, key: Array, images: Array, index: Array
+        packed: Packed, key: Array, images: Array, index: Array, labels: Array | None
     ) -> tuple[Array, Array, Packed]:
         params = unpack(packed)
         if num_micro_batch == 1:
-            (loss, tau), grads = grad_fn(params, key, images, index)
+            (loss, tau), grads = grad_fn(params, key, images, index, labels)
             return loss, tau, pack(grads)
 
-        def accumulate(total: Any, batch: tuple[Array, Array]) -> tuple[Any, Array]:
+        def accumulate(total: Any, batch: tuple[Array, ...]) -> tuple[Any, Array]:
             (loss, tau), grads = grad_fn(params, key, *batch)
             return jax.tree.map(jnp.add, total, (loss, pack(grads))), tau
 
@@ -186,16 +198,16 @@ def get_step_fn(
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, packed))
         # XLA's CPU backend runs convolution gradients 6 to 32 times slower inside a loop.
         unroll = num_micro_batch if jax.default_backend() == "cpu" else 1
-        batches = split(images), split(index)
+        batches = jax.tree.map(split, (images, index, labels))
         total, taus = jax.lax.scan(accumulate, zero, batches, unroll=unroll)
         loss, grads = jax.tree.map(lambda x: x / num_micro_batch, total)
         return loss, taus[0], grads
 
     def one_step(
-        state: TrainState, images: Array, index: Array
+        state: TrainState, images: Array, index: Array, labels: Array | None
     ) -> tuple[TrainState, dict[str, Array]]:
         key = step_key(seed, state.step)
-        loss, tau, grads = loss_and_grads(state.params, key, images, index)
+        loss, tau, grads = loss_and_grads(state.params, key, images, index, labels)
         loss, grads = jax.lax.pmean((loss, grads), "batch")
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -212,11 +224,16 @@ def get_step_fn(
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     def step_fn(
-        state: TrainState, images: Array, index: Array
+        state: TrainState, images: Array, index: Array, labels: Array | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         if len(images) > 1:
-            return jax.lax.scan(lambda state, batch: one_step(state, batch, index), state, images)
-        state, metrics = one_step(state, images[0], index)  # no loop: slow on a CPU
+
+            def next_step(state: TrainState, batch: Any) -> Any:
+                return one_step(state, batch[0], index, batch[1])
+
+            return jax.lax.scan(next_step, state, (images, labels))
+        first = None if labels is None else labels[0]
+        state, metrics = one_step(state, images[0], index, first)  # no loop: slow on a CPU
         return state, jax.tree.map(lambda x: x[None], metrics)
 
     return step_fn
@@ -249,6 +266,7 @@ def make_train_call(
     batch_size: int,
     seed: int,
     first_step: int,
+    labelled: bool = False,
 ) -> TrainCall:
     """A function (packed state, n) → (state n steps later, their metrics (n,)), on all devices.
 
@@ -261,12 +279,13 @@ def make_train_call(
       batch_size: the size of the global batch.
       seed: determines the order of the images.
       first_step: the step of the first call; later calls continue from there.
+      labelled: whether the step takes labels.
     """
-    num_local, images = jax.local_device_count(), None
+    num_local, whole = jax.local_device_count(), None
     in_flight: collections.deque[Array] = collections.deque()
     resident: tuple[Any, ...] = ()
     if _on_accelerator():
-        images = datasets.in_memory(train, _RESIDENT)
+        whole = datasets.in_memory(train, _RESIDENT)
     batches = datasets.train_batches(
         train,
         batch_size,
@@ -274,17 +293,19 @@ def make_train_call(
         first_step,
         jax.process_index(),
         jax.process_count(),
-        indices_only=images is not None,
+        indices_only=whole is not None,
     )
-    if images is None:
+    if whole is None:
         parallel = jax.pmap(step_fn, axis_name="batch", donate_argnums=0)
     else:
-        parallel = jax.pmap(
-            lambda state, images, chosen, index: step_fn(state, images[chosen], index),
-            axis_name="batch",
-            donate_argnums=0,
-        )
-        resident = (replicate(images, num_local),)
+
+        def step_of_resident(state: Any, whole: Any, chosen: Array, index: Array) -> Any:
+            images, *labels = (part[chosen] for part in whole)
+            return step_fn(state, images, index, *labels)
+
+        parallel = jax.pmap(step_of_resident, axis_name="batch", donate_argnums=0)
+        parts = (whole["image"], whole["label"].astype(np.int32))
+        resident = (replicate(parts if labelled else parts[:1], num_local),)
         log.info("the training images are in the device's memory")
 
     def shard(rows: list[np.ndarray]) -> np.ndarray:
@@ -294,7 +315,9 @@ def make_train_call(
     def train_call(packed: TrainState, count: int) -> tuple[TrainState, dict[str, Array]]:
         given = list(itertools.islice(batches, count))
         index = shard([given[0]["index"]])[:, 0]
-        packed, values = parallel(packed, *resident, shard([b["image"] for b in given]), index)
+        labels = [shard([b["label"] for b in given])] if labelled and whole is None else []
+        images = shard([b["image"] for b in given])
+        packed, values = parallel(packed, *resident, images, index, *labels)
         in_flight.append(values["loss"])
         if len(in_flight) > _MOST_IN_FLIGHT:  # each waits with its images in memory
             jax.block_until_ready(in_flight.popleft())

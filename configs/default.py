@@ -57,6 +57,7 @@ def get_default_config() -> ConfigDict:
     model.scale_by_sigma = False  # VE and RVE: the network's output is divided by σ(t)
     # What the network F predicts. noise: the noise, or VE's and RVE's score, as in the release;
     # velocity: D = c_skip x + c_out F(c_in x) is the denoised image (docs/objective.md).
+    model.num_classes = 0  # of labels that the network is told; 0: none; -1: the data set's
     model.parametrization = "noise"
     model.sigma_data = 1.0  # velocity: the data's standard deviation that its c's are for
     model.skip_rescale = True
@@ -99,6 +100,8 @@ def get_default_config() -> ConfigDict:
     training.reconstruction_loss = False  # add the residual at τ
     training.unbounded_parametrization = False  # the network's time is γ(t), as in UDDPM++
     training.stabilizing_constant = 1e-3  # c in γ(t) = log (σ² + c)/α², which bounds it
+    # The share of labels that the network isn't told, so that it learns to do without, too.
+    training.label_dropout = 0.1
     training.reduce_mean = True  # loss per dimension instead of per image
     # Steps in one call, at most; the number used divides the four intervals below. 1 on a CPU.
     training.n_jitted_steps = 10
@@ -122,6 +125,9 @@ def get_default_config() -> ConfigDict:
     sampling.truncation_time = 1e-5
     sampling.rtol = 1e-5
     sampling.atol = 1e-5
+    # The samples' labels, in turn: a number, several as 0,1,2, all, none, or a file of numbers.
+    sampling.labels = "all"
+    sampling.guidance = 0.0  # w in ε̂(x, c) + w (ε̂(x, c) - ε̂(x)), for the label c
     sampling.task = "generate"  # generate; or inpaint or colorize test images, with the PC sampler
     sampling.mask = "right"  # region to inpaint: left, right, top, bottom, center; or an image file
     sampling.batch_size = 64  # for --mode sample and the grids of training

@@ -179,6 +179,7 @@ def _problems(
     # The name is in the registry: this was checked above.
     exploding = registries["training.sde"][config.training.sde](config).exploding
     yield from _model_problems(config, exploding)
+    yield from _label_problems(config)
     yield from _sampling_problems(config)
     if config.training.balanced and not config.training.mixed:
         yield "training.balanced is for training.mixed: it brings the halves of a batch to one size"
@@ -211,6 +212,29 @@ def _problems(
         )
     if not 0 <= config.seed < 2**32 - 8:
         yield f"seed is {config.seed}; it must be between 0 and {2**32 - 9}"
+
+
+def _label_problems(config: ConfigDict) -> Iterator[str]:
+    told, rate = config.model.num_classes, config.training.label_dropout
+    w = config.sampling.guidance
+    if told < 0 or told == 1:
+        yield (
+            f"model.num_classes is {told}; it must be 0 (no labels), -1 (the data set's), or 2 or "
+            "more"
+        )
+    if told and config.model.name.startswith("ncsnv2"):
+        yield f"model.name={config.model.name} takes no labels; model.num_classes must be 0"
+    if not 0 <= rate < 1:
+        yield f"training.label_dropout is {rate}; it must be in [0, 1)"
+    if not math.isfinite(w):
+        yield f"sampling.guidance is {w}; it must be a number"
+    if w and not told:
+        yield f"sampling.guidance is {w}, and this model is told no labels (model.num_classes=0)"
+    if config.sampling.labels != "all" and not told:
+        yield (
+            f"sampling.labels is {config.sampling.labels!r}, and this model is told no labels "
+            "(model.num_classes=0)"
+        )
 
 
 def _model_problems(config: ConfigDict, exploding: bool) -> Iterator[str]:

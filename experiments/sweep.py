@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.default import UserError
+from configs.default import UserError, get_default_config
 
 # Paths of data and caches on a machine. They do not affect scores and are not part of a run's hash.
 MACHINE_PATHS = ("data.path", "data.tfds_dir", "eval.cache_dir")
@@ -104,11 +104,17 @@ class Run:
 
     @property
     def config_hash(self) -> str:
-        """A hash of its config, without the paths of a machine."""
-        fields = json.loads(self.config().to_json_best_effort())
-        for field in MACHINE_PATHS:
-            section, _, name = field.partition(".")
-            del fields[section][name]
+        """A hash of the fields that differ from the defaults, without the paths of a machine.
+
+        So it stays what it is when a field is added whose default changes nothing.
+        """
+        defaults = get_default_config()
+        fields: dict[str, Any] = {"seed": self.seed}
+        for section, values in self.config().items():
+            for name, value in values.items() if isinstance(values, ConfigDict) else ():
+                field = f"{section}.{name}"
+                if field not in MACHINE_PATHS and value != defaults[section][name]:
+                    fields[field] = value
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,11 +17,12 @@ import likelihood
 from configs.default import UserError
 from datasets import Data
 from metrics import distances
+from models.utils import Conditioned
 from runtime import memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
 from runtime.workdir import PartialResults, short_hash
-from session import Setup, init_state, smaller_batches
+from session import Setup, init_state, smaller_batches, with_labels
 
 log = logging.getLogger("soft_truncation")
 
@@ -67,7 +68,10 @@ def bits_program(
     data, n = config.data, -(-batch_size // jax.device_count())
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
     x = jax.ShapeDtypeStruct((n, data.image_size, data.image_size, data.num_channels), jnp.float32)
-    return get_bpd_fn(config, setup), (setup.state_shape.ema_params, keys, keys, x, x)
+    params: Any = setup.state_shape.ema_params
+    if config.model.num_classes:
+        params = Conditioned(params, jax.ShapeDtypeStruct((n,), jnp.int32))
+    return get_bpd_fn(config, setup), (params, keys, keys, x, x)
 
 
 def advise_on_bits(config: ConfigDict, setup: Setup, count: int) -> None:
@@ -139,12 +143,14 @@ def _bits_per_dim(
 
     def batch(draw: int, start: int, size: int) -> dict[str, np.ndarray]:
         number = indices[start : start + size]
-        images = test.source.fetch(number)["image"]
         # The last batch is padded: all batches have the same shape and use one compiled program.
-        images = np.pad(images, ((0, full - size), (0, 0), (0, 0), (0, 0)), mode="wrap")
         number = np.pad(number, (0, full - size), mode="wrap")
+        examples = test.source.fetch(number)
+        # Images that come without labels are scored as images of no label.
+        labels = examples["label"] if test.num_classes else np.full(full, config.model.num_classes)
         image_keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(number)
-        values = _bits_of_batch(evaluation, params, images, image_keys, draw)
+        given = with_labels(config, params, labels)
+        values = _bits_of_batch(evaluation, given, examples["image"], image_keys, draw)
         return {name: value[:size] for name, value in values.items()}
 
     for draw in range(num_draws):

@@ -31,6 +31,7 @@ _ROWS = (
     ("kid_classifier", "kernel distance (not KID on Inception)", "", 1),
     ("precision_classifier", "precision, on classifier features", "", -1),
     ("recall_classifier", "recall, on classifier features", "", -1),
+    ("label_agreement", "share of the samples that the classifier calls by their label", "", -1),
     ("share_at_ends", "share of the samples' values that are the lowest or highest level", "", 0),
     ("share_at_ends_of_test_images", "the same of test images", "", 0),
 )

@@ -41,6 +41,7 @@ class Images:
     count: int
     digest: str  # identifies them in cached results
     batches: Callable[[], Iterator[np.ndarray]]  # levels (n, H, W, C) uint8
+    labels: np.ndarray | None = None  # that they were drawn for, (count,), if there are any
 
 
 def _kept_features(
@@ -213,6 +214,15 @@ def score_images(scorer: Scorer, images: Images, results: PartialResults) -> dic
     if inception:
         score = distances.split_inception_score(np.concatenate(logits))
         report |= {"inception_score": score.value, "inception_score_stderr": score.stderr}
+    if not inception and images.labels is not None:
+        told = images.labels < logits[0].shape[-1]  # the others were drawn for no label
+        if told.any():
+            agree = (np.concatenate(logits).argmax(axis=-1) == images.labels)[told]
+            estimate = distances.Estimate.of(agree.astype(np.float64))
+            report |= {
+                "label_agreement": estimate.value,
+                "label_agreement_stderr": estimate.stderr,
+            }
     if not inception and len(fake.features) >= 20:
         error = distances.frechet_distance_stderr(real.mean, real.cov, fake.features)
         # Only a subset's features are kept; the variance is proportional to 1/N.

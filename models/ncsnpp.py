@@ -43,6 +43,7 @@ class NCSNpp(nn.Module):
       centered: whether the data are in [-1, 1]; data in [0, 1] are scaled to [-1, 1] first.
       dtype: compute dtype; parameters are float32.
       remat: for the gradient, keep only the results of convolutions and compute the rest again.
+      num_classes: the number of labels of images that it can be told; 0: none.
     """
 
     nf: int
@@ -66,6 +67,7 @@ class NCSNpp(nn.Module):
     centered: bool = True
     dtype: layers.Dtype = jnp.float32
     remat: bool = False
+    num_classes: int = 0
 
     def _resample_conv(self, features: int, up: bool) -> nn.Module:
         if self.fir_kernel:
@@ -92,7 +94,12 @@ class NCSNpp(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, labels: Array, train: bool = False, dropout_keys: Array | None = None
+        self,
+        x: Array,
+        labels: Array,
+        train: bool = False,
+        dropout_keys: Array | None = None,
+        classes: Array | None = None,
     ) -> Array:
         """The network's output.
 
@@ -101,6 +108,8 @@ class NCSNpp(nn.Module):
           labels: (N,), embedded as the time.
           train: whether to apply dropout.
           dropout_keys: (N,), one key for each image; needed for dropout.
+          classes: (N,) int32 for a network with `num_classes`, which itself stands for no class;
+            None: no class for all images.
 
         Returns:
           (N, H, W, C), float32.
@@ -142,6 +151,11 @@ class NCSNpp(nn.Module):
             return function(h)
 
         temb = self._embed(labels)
+        if self.num_classes:  # added as in ADM (arXiv 2105.05233)
+            chosen = jnp.full(len(x), self.num_classes) if classes is None else classes
+            init = nn.initializers.normal(1.0)
+            embed = nn.Embed(self.num_classes + 1, temb.shape[-1], self.dtype, embedding_init=init)
+            temb = temb + embed(chosen)
         x = x if self.centered else 2 * x - 1
         in_pyramid = x
         x = layers.fourier_features(x) if self.fourier_feature else x

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 from ml_collections import ConfigDict
 
@@ -14,6 +15,22 @@ from models.ncsnpp import NCSNpp
 from sde_lib import SDE, expand
 
 Model = nn.Module
+
+
+@struct.dataclass
+class Conditioned:
+    """Parameters with the labels of the images that a score is wanted of, in place of parameters.
+
+    Attributes:
+      params: the network's parameters.
+      classes: (N,) int32; `model.num_classes` stands for no label.
+      guidance: w of classifier-free guidance (arXiv 2207.12598), the noise's
+        ε̂(x, c) + w (ε̂(x, c) - ε̂(x)).
+    """
+
+    params: Any
+    classes: Any
+    guidance: float = struct.field(pytree_node=False, default=0.0)
 
 
 def create_model(config: ConfigDict) -> Model:
@@ -56,6 +73,7 @@ def create_model(config: ConfigDict) -> Model:
         centered=centered,
         dtype=dtype,
         remat=model.remat,
+        num_classes=model.num_classes,
         **options,
     )
 
@@ -106,7 +124,10 @@ def get_score_fn(
     With `model.parametrization` noise it is -network(x, labels)/σ(t) for VP and sub-VP. For VE and
     RVE (`sde.exploding`) it is network(x, labels), divided by σ(t), here or in the network, if
     `model.scale_by_sigma` is set. With velocity it is that of `preconditioning`, for all SDEs. The
-    labels are the same for both.
+    time labels are the same for both.
+
+    A network with `model.num_classes` that gets parameters alone is told no label; `Conditioned`
+    has labels. With guidance, both scores are computed as one batch of twice the size.
 
     Returns:
       score_fn(x, t) with x (N, H, W, C) and t (N,) → (N, H, W, C) float32. With train=True it is
@@ -118,6 +139,11 @@ def get_score_fn(
         config.model.name in ncsnv2.NAMES or config.model.embedding_type == "fourier"
     )
     divides = predicts_noise or (config.model.scale_by_sigma and not network_divides_by_sigma)
+    classes: dict[str, Array] = {}
+    if isinstance(params, Conditioned):
+        if params.guidance:
+            return _guided(config, sde, model, params)
+        params, classes = params.params, {"classes": params.classes}
 
     def score_fn(x: Array, t: Array, dropout_key: Array | None = None) -> Array:
         if dropout_key is not None and dropout_key.ndim == 0:
@@ -125,7 +151,8 @@ def get_score_fn(
 
         def network(x: Array) -> Array:
             variables = {"params": params}
-            out = model.apply(variables, x, labels_fn(t), train=train, dropout_keys=dropout_key)
+            options: dict[str, Any] = {"train": train, "dropout_keys": dropout_key, **classes}
+            out = model.apply(variables, x, labels_fn(t), **options)
             return jnp.asarray(out, jnp.float32)
 
         if config.model.parametrization == "velocity":
@@ -135,5 +162,22 @@ def get_score_fn(
         if divides:
             out = out / expand(sde.std(t), x)
         return -out if predicts_noise else out
+
+    return score_fn
+
+
+def _guided(
+    config: ConfigDict, sde: SDE, model: Model, given: Conditioned
+) -> Callable[[Array, Array], Array]:
+    """The score function of classifier-free guidance, which is linear in the noise's."""
+    none = jnp.full_like(given.classes, config.model.num_classes)
+    both = Conditioned(given.params, jnp.concatenate([given.classes, none]))
+    score_of_both = get_score_fn(config, sde, model, both)
+
+    def score_fn(x: Array, t: Array) -> Array:
+        with_label, without = jnp.split(
+            score_of_both(jnp.concatenate([x, x]), jnp.concatenate([t, t])), 2
+        )
+        return with_label + given.guidance * (with_label - without)
 
     return score_fn

@@ -242,7 +242,8 @@ def test_a_small_set_of_files_is_read_into_memory(tmp_path):
         Image.fromarray(image).save(file)
     source = RecordSource(records_of(Folder(tmp_path), [file.name for file in files]), Fit(8, 3))
     dataset = datasets.Dataset("files", source, 256, 0)
-    np.testing.assert_array_equal(datasets.in_memory(dataset, images.nbytes), images)
+    whole = datasets.in_memory(dataset, images.nbytes)
+    np.testing.assert_array_equal(whole["image"], images)
     assert datasets.in_memory(dataset, images.nbytes - 1) is None
     # Their places in it are those of the batches' images, in mid-epoch too.
     for start_step in (0, 5, 9):
