@@ -1,14 +1,24 @@
 """Settings that main.py and the experiments make before JAX starts."""
 
 import contextlib
+import glob
 import importlib.metadata
 import logging
 import os
 import pathlib
+import re
 import sys
 import traceback
+import warnings
+from typing import Any
 
 from absl import logging as absl_logging
+
+log = logging.getLogger("soft_truncation")
+
+_CACHE_ERROR = re.compile(
+    r"Error (reading|writing) persistent compilation cache entry for '([^']+)': (.*)", re.DOTALL
+)
 
 
 def cache_dir() -> pathlib.Path:
@@ -30,6 +40,42 @@ def _keep_programs() -> None:
         return
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def mend_cache(message: str) -> bool:
+    """Delete the damaged programs that a warning of JAX's compile cache names, and say so.
+
+    JAX never replaces an entry, so one that a kill cut off would be warned of at every start.
+
+    Returns:
+      Whether the message is such a warning.
+    """
+    import jax
+
+    found = _CACHE_ERROR.match(message)
+    if not found:
+        return False
+    kind, name, reason = found.groups()
+    folder = pathlib.Path(jax.config.jax_compilation_cache_dir or "")
+    if kind == "writing":
+        log.info("compiled programs are not kept in %s (%s)", folder, reason.split("\n")[0])
+        return True
+    log.info("a damaged program in %s is compiled anew", folder)
+    for path in folder.glob(f"{glob.escape(name)}-*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return True
+
+
+def _watch_cache() -> None:
+    """Pass warnings of JAX's compile cache to `mend_cache` instead of the terminal."""
+    show = warnings.showwarning
+
+    def shown(message: Any, *place: Any, **options: Any) -> None:
+        if not mend_cache(str(message)):
+            show(message, *place, **options)
+
+    warnings.showwarning = shown
 
 
 def cpu_flags() -> str:
@@ -78,6 +124,7 @@ def prepare() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_flags()}".strip()
     _keep_programs()
+    _watch_cache()
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would show a traceback for a full disk
     # For the same reason: Orbax's threads would print the exceptions that they cannot raise.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

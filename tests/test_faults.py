@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
@@ -22,7 +25,7 @@ import run_lib
 import session
 from configs.default import UserError
 from readers import tfrecords
-from runtime import exported, hosts
+from runtime import environment, exported, hosts
 from runtime.metrics_log import Metrics
 from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
@@ -331,3 +334,44 @@ def test_flags_of_several_processes_belong_together():
     result = run_main("vp/digits_st.py", "--num_processes=2")
     assert result.returncode == 2 and "belong together" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def compile_cache(tmp_path):
+    """An empty folder that JAX keeps all compiled programs in."""
+    folder = tmp_path / "xla"
+    folder.mkdir()
+    names = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_program_cut_off_in_the_compile_cache_is_compiled_anew(compile_cache, caplog):
+    def compute():
+        jax.clear_caches()
+        return float(jax.jit(lambda x: jnp.sin(x).sum() * 3)(jnp.arange(5.0)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        environment._watch_cache()  # catch_warnings has put Python's own back
+        caplog.set_level("INFO", "soft_truncation")
+        value = compute()
+        kept = {path: path.read_bytes() for path in compile_cache.glob("*-cache")}
+        assert kept and not caplog.messages
+        for path, whole in kept.items():
+            path.write_bytes(whole[: len(whole) // 2])
+        assert compute() == value
+        damaged = [line for line in caplog.messages if "damaged program" in line]
+        assert damaged and str(compile_cache) in damaged[0]
+        caplog.clear()
+        assert compute() == value
+        assert not caplog.messages
