@@ -42,6 +42,7 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "The index of this process, from 0.")
+_TIMEOUT = flags.DEFINE_integer("timeout", 300, "Seconds to wait for the other processes.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Detect processes and coordinator by SLURM, Open MPI or the TPU."
 )
@@ -140,14 +141,15 @@ def main(argv: list[str]) -> None:
     """Run the chosen mode."""
     del argv
     config, workdir = _CONFIG.value, _WORKDIR.value or _default_workdir()
-    try:
-        from runtime import hosts
+    from runtime import hosts
 
+    try:
         hosts.initialize(
             _COORDINATOR.value,
             _NUM_PROCESSES.value,
             _PROCESS_ID.value,
             _DISTRIBUTED.value,
+            _TIMEOUT.value,
         )
         import run_lib
 
@@ -175,12 +177,17 @@ def main(argv: list[str]) -> None:
             raise UserError("--mode import needs --checkpoint, an official .pth file")
         else:
             run_lib.import_official(config, workdir, _CHECKPOINT.value, _config_file())
+        hosts.leave(well=True)
     except UserError as error:
+        hosts.leave(well=False)
         _fail(UserError(f"{error}{_hint_at_config_file(error)}"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
         _fail(UserError(f"{error.filename or workdir} can't be written: {error.strerror}"))
+    except Exception:
+        hosts.end_after_error()
+        raise
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def train(
         draw_grid = _get_grid_fn(config, setup, data.test, workdir)
         training_log = _TrainingLog(config, setup, files, workdir)
         most = steps_a_call(config)
+        hosts.describe_run(lambda: (f" at step {step}", _goes_on_from(workdir)))
 
         # The loop.
         while step < num_steps:
@@ -215,6 +216,11 @@ class _Files:
         self.metrics = Metrics(workdir, 0 if state is None else int(state.step))
         self._stack.callback(self.metrics.close)
         return jax.tree.map(np.asarray, state)
+
+
+def _goes_on_from(workdir: pathlib.Path) -> str:
+    steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    return f"from step {max(steps)}" if steps else "from the start"
 
 
 def _saves(config: ConfigDict, step: int) -> bool:

@@ -7,7 +7,9 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import threading
+import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -18,12 +20,21 @@ from jax.experimental import multihost_utils
 from jax.typing import ArrayLike
 
 from configs.default import UserError
+from runtime.peers import Peers
 
 log = logging.getLogger("soft_truncation")
 
 
+# The other processes of this run, if there are any.
+_peers: list[Peers] = []
+
+
 def initialize(
-    coordinator: str | None, num_processes: int | None, process_id: int | None, detect: bool
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    detect: bool,
+    timeout: int = 300,
 ) -> None:
     """Connect to the other processes; call it before JAX is used for anything else.
 
@@ -32,6 +43,7 @@ def initialize(
         alone, or the address is detected.
       num_processes, process_id: the number of processes, and the index of this one.
       detect: get these three from SLURM, Open MPI or the TPU's metadata.
+      timeout: seconds to wait for the others.
 
     Raises:
       UserError: only some of the three are given, or the other processes can't be reached.
@@ -44,11 +56,81 @@ def initialize(
             "--coordinator_address, --num_processes and --process_id belong together; or "
             "--distributed alone asks SLURM, Open MPI or the TPU for them"
         )
+    if coordinator and num_processes is not None and process_id is not None:
+        _meet(coordinator, num_processes, process_id, timeout)
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=timeout
+        )
     except (ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the other processes can't be joined: {reason}") from error
+    if not coordinator:
+        _meet_detected(timeout)
+
+
+def _meet(coordinator: str, count: int, index: int, timeout: int) -> None:
+    """Wait for the other processes, and watch them from then on (`runtime.peers`)."""
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"--coordinator_address is {coordinator!r}; it must be host:port")
+    if not 0 <= index < count:
+        raise UserError(f"--process_id is {index}; it must be from 0 to {count - 1}")
+    peers = Peers(index, count)
+    try:
+        if index:
+            peers.join(host, int(port), timeout)
+        else:
+            peers.gather(int(port), timeout)
+    except OSError as error:
+        where = f"at {coordinator} within {timeout} seconds (--timeout)"
+        raise UserError(f"the processes did not meet {where}: {error}") from error
+    _peers.append(peers)
+
+
+def _meet_detected(timeout: int) -> None:
+    """Watch the other processes that JAX has found."""
+    peers, port = Peers(jax.process_index(), jax.process_count()), 0
+    if is_main():
+        port = peers.gather()
+    host, port = share((socket.gethostname(), port))
+    if not is_main():
+        try:
+            peers.join(host, port, min(timeout, 20))
+        except OSError as error:
+            log.warning(
+                "process 0 is not reached at %s:%d (%s): if one is lost, the others end after "
+                "100 seconds, not at once",
+                host,
+                port,
+                error,
+            )
+            return
+    _peers.append(peers)
+
+
+def leave(well: bool) -> None:
+    """Say to the other processes that this one ends, as it should or by an error of its own."""
+    for peers in _peers:
+        peers.leave(well)
+
+
+def end_after_error() -> None:
+    """End one of several processes after an error that is no UserError; return if it is alone.
+
+    If the error comes from the loss of another process, its line is the last one; else the
+    traceback is. At a usual exit JAX would wait for the others, and then abort with a stack dump.
+    """
+    for peers in _peers:
+        peers.wait_if_lost()
+        traceback.print_exc()
+        os._exit(1)
+
+
+def describe_run(describe: Callable[[], tuple[str, str]]) -> None:
+    """Set what is said when a process is lost: where the run is, and from where it goes on."""
+    for peers in _peers:
+        peers.describe = describe
 
 
 _PART = 2**28  # bytes that are sent to the other processes at a time

@@ -369,6 +369,28 @@ def test_sigterm_stops_two_processes_with_several_steps_a_call(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_one_line(tmp_path, victim):
+    processes = start(
+        *SMALLEST,
+        f"--workdir={tmp_path}/run",
+        "--config.training.n_iters=100000",
+        "--config.training.log_freq=10",
+        "--config.training.snapshot_freq_for_preemption=20",
+        devices=1,
+    )
+    wait_for(tmp_path / "run" / "checkpoints" / "40", processes)
+    processes[victim].kill()
+    began = time.monotonic()
+    output = processes[1 - victim].communicate(timeout=60)[0]
+    assert time.monotonic() - began < 20 and processes[1 - victim].returncode == 1
+    told = output.splitlines()[-1]
+    assert told.startswith(f"error: process {victim} was lost")
+    if victim:  # process 0 knows more
+        assert " at step " in told and int(told.rsplit(" ", 1)[1]) >= 40
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not STEPS, reason="minutes: REHEARSED_STEPS=2000 (10) or 200 (3) runs it")
 def test_a_run_on_eight_devices_of_two_processes_survives_what_happens_to_it(tmp_path):
     """Training and evaluation, each cut off and gone on, against undisturbed ones."""
