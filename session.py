@@ -186,8 +186,8 @@ def sample_program(config: ConfigDict, batch_size: int) -> tuple[Any, tuple[Any,
 
 
 # XLA for GPUs gives the evaluations in a sampler more memory than one of them needs: up to 2.2
-# times for the PC sampler's two (`python -m benchmarks.memory --target h100`).
-_OF_SAMPLERS = 2.2
+# times for the PC sampler's two, 1.3 for an ODE's (`python -m benchmarks.memory --target h100`).
+_OF_PC, _OF_ODE = 2.2, 1.3
 
 
 def _changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
@@ -223,7 +223,8 @@ def advise_on_sampling(config: ConfigDict, field: str, batch_size: int) -> None:
 
     def needed(fields: Mapping[str, Any]) -> int:
         program, shapes = sample_program(config, fields.get(field, batch_size))
-        return round(_OF_SAMPLERS * memory.needed_bytes(program, *shapes))
+        factor = _OF_PC if config.sampling.method == "pc" else _OF_ODE
+        return round(factor * memory.needed_bytes(program, *shapes))
 
     memory.advise("sampling", needed, smaller_batches(field, batch_size))
 

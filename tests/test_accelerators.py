@@ -511,7 +511,7 @@ def test_a_batch_that_does_not_fit_says_which_does(monkeypatch, caplog):
     config = tiny_config()
     config.sampling.update(method="dpm_solver", num_steps=3)
     program, shapes = session.sample_program(config, 512)
-    needed = session._OF_SAMPLERS * memory.needed_bytes(program, *shapes)
+    needed = session._OF_ODE * memory.needed_bytes(program, *shapes)
     monkeypatch.setattr(memory, "limit_bytes", lambda: needed / memory._MARGIN + 1)
     session.advise_on_sampling(config, "eval.sampling_batch_size", 2048)
     assert "set --config.eval.sampling_batch_size=512 (about" in caplog.text
