@@ -50,6 +50,6 @@ def install(packages: Sequence[str]) -> None:
     replaced = [name for name, old in before.items() if importlib.metadata.version(name) != old]
     if replaced:
         raise SystemExit(
-            f"{', '.join(sorted(replaced))} was replaced: Runtime → Restart session, then run all "
-            "cells again."
+            f"Other versions were installed of {', '.join(sorted(replaced))}: Runtime → Restart "
+            "session, then run all cells again."
         )
