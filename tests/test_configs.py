@@ -322,6 +322,7 @@ NETWORKS = (
     "vp/celeba_uddpmpp_fid_st",
     "vp/imagenet32_ddpmpp_st",
     "vp/digits_st",
+    "vp/digits_labels_st",
     "vp/fashion_mnist_st",
     "vp/folder_st",
     "rve/digits_st",
