@@ -113,7 +113,8 @@ class Run:
         for section, values in self.config().items():
             for name, value in values.items() if isinstance(values, ConfigDict) else ():
                 field = f"{section}.{name}"
-                if field not in MACHINE_PATHS and value != defaults[section][name]:
+                same = name in defaults[section] and value == defaults[section][name]
+                if field not in MACHINE_PATHS and not same:
                     fields[field] = value
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -265,7 +265,7 @@ def test_files_are_read_ahead_in_order_and_not_far():
         def fetch(self, indices):
             time.sleep(0.02 / (1 + len(self.fetched)))
             self.fetched.append(indices)
-            return {"image": indices}
+            return {"image": indices, "label": indices}
 
     source = Slow()
     stream = datasets.train_batches(datasets.Dataset("slow", source, 256, 0), 4, seed=1)
