@@ -56,7 +56,7 @@ def mend_cache(message: str) -> bool:
     if not found:
         return False
     kind, name, reason = found.groups()
-    folder = pathlib.Path(jax.config.jax_compilation_cache_dir or "")
+    folder = pathlib.Path(getattr(jax.config, "jax_compilation_cache_dir", None) or "")
     if kind == "writing":
         log.info("compiled programs are not kept in %s (%s)", folder, reason.split("\n")[0])
         return True
