@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 log = logging.getLogger("soft_truncation")
 
-PATIENCE = 15.0  # seconds of silence after which a process counts as lost
+PATIENCE = 30.0  # seconds of silence after which a process counts as lost; copying 6 GiB takes some
 _GRACE = 3.0  # seconds for this process to end by itself, when another one has failed
 _ALIVE, _DONE, _FAILED = b".", b"!", b"?"
 
