@@ -1,8 +1,10 @@
 """Settings that main.py and the experiments make before JAX starts."""
 
 import contextlib
+import ctypes
 import glob
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import pathlib
@@ -88,6 +90,31 @@ def cpu_flags() -> str:
     return "--xla_cpu_experimental_ynn_fusion_type=" if known else ""
 
 
+def _runs_on_cpu() -> bool:
+    """Whether JAX will find no accelerator, told without starting it."""
+    platforms = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
+    if platforms:
+        return platforms == "cpu"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not plugins and importlib.util.find_spec("libtpu") is None
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's malloc keep what is freed, for the next allocation.
+
+    By default it returns large blocks to the system, and each call of a compiled program on a CPU
+    gets its work space anew: 186,000 page faults in a training step of a small CIFAR-10 network,
+    a fifth of its time (docs/speed.md). Where there is no glibc, nothing is changed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
+    mallopt(m_arena_max, 1)  # the arenas of threads are trimmed whatever the threshold
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def _show_unless_of_orbax(unraisable: "sys.UnraisableHookArgs") -> None:
     """Show an unraisable exception, unless it comes from an unfinished save of Orbax.
 
@@ -123,6 +150,8 @@ def prepare() -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_flags()}".strip()
+    if _runs_on_cpu():
+        keep_freed_memory()
     _keep_programs()
     _watch_cache()
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would show a traceback for a full disk
