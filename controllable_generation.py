@@ -15,7 +15,7 @@ from configs.default import UserError
 from datasets import Dataset, levels_to_uint8
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
-from sampling import Constraint, MakeScoreFn, pc_options, pc_sample
+from sampling import Constraint, MakeScoreFn, normal, pc_options, pc_sample, sample_keys
 from sde_lib import SDE
 from session import Setup, check_labels, with_labels
 
@@ -36,7 +36,7 @@ def inpainting(
     mask = jnp.asarray(mask)
 
     def constrain(key: Array, x: Array, t: Array) -> Array:
-        z = jax.random.normal(key, x.shape)
+        z = normal(key, x.shape)
         return mask * x + (1 - mask) * (sde.mean_coeff(t) * images + sde.std(t) * z)
 
     return constrain, lambda x: mask * x + (1 - mask) * images
@@ -70,8 +70,8 @@ def get_completion_fn(
     """The compiled function for `config.sampling.task`, inpaint or colorize.
 
     Returns:
-      (params, key, images, mask) → x, with images and x (N, H, W, C) in the model's range, and the
-      mask as in `inpainting`; colorize ignores it.
+      (params, key or keys (N,), images, mask) → x, with images and x (N, H, W, C) in the model's
+      range, and the mask as in `inpainting`; colorize ignores it.
     """
 
     def complete(params: Any, key: Array, images: Array, mask: Array) -> Array:
@@ -151,9 +151,10 @@ def complete_test_images(
         told = np.pad(labels[i : i + size], (0, size - kept), mode="wrap")
         given = with_labels(config, params, told, config.sampling.guidance)
         x = setup.preprocessing.to_x0_without_noise(batch)
-        key = jax.random.fold_in(jax.random.key(config.seed + 5), i)
-        shared = to_devices((key, jnp.asarray(mask)), everywhere)
-        completed = jnp.asarray(to_host(complete(given, shared[0], to_devices(x, rows), shared[1])))
+        keys = sample_keys(jax.random.key(config.seed + 5), i, size)
+        known_at = to_devices(jnp.asarray(mask), everywhere)
+        completed = complete(given, to_devices(keys, rows), to_devices(x, rows), known_at)
+        completed = jnp.asarray(to_host(completed))
         parts.append(np.asarray(setup.preprocessing.to_levels(completed))[:kept])
         progress.advance(kept)
     if config.sampling.task == "colorize":

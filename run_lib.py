@@ -30,9 +30,16 @@ from runtime import checkpointing, exported, hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.locking import locked
 from runtime.metrics_log import Metrics
-from runtime.pictures import plot_training, save_grid
+from runtime.pictures import (
+    plot_training,
+    png_writer,
+    read_pngs,
+    save_grid,
+    start_png_folder,
+    write_labels,
+)
 from runtime.progress import Progress, clock
-from runtime.workdir import claim_workdir, make_folder, portable_config
+from runtime.workdir import claim_workdir, make_folder, portable_config, short_hash
 from session import (
     Setup,
     advise_on_sampling,
@@ -390,10 +397,13 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     The checkpoint is the newest, or the one that eval.begin_ckpt and end_ckpt choose.
 
     Returns:
-      The path of a grid of the images, samples/<task>.png (samples/samples.png for "generate"). An
-      .npz file beside it has all images: `samples`, (N, H, W, C) uint8, pixel values 0 … 255, and
-      for the other tasks `originals` and `known` in the same format. A model that is told labels
-      has `labels`, (N,), there, and a row of the grid for each label if they have equally many.
+      The path of a grid of the images, samples/<task>.png (samples/samples.png for "generate").
+
+    An .npz file beside it has all images: `samples`, (N, H, W, C) uint8, pixel values 0 … 255, and
+    for the other tasks `originals` and `known` in the same format. A model that is told labels has
+    `labels`, (N,), there, and a row of the grid for each label if they have equally many. With
+    `sampling.format` npy they are samples.npy and labels.npy; with png, a file for each in
+    samples/png, where dataset.json has the labels, and an interrupted run goes on.
 
     Raises:
       UserError: the config, the data or the checkpoint can't be used.
@@ -408,33 +418,86 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
         )
     state = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0])
     log.info("task %s with step %d of %s", task, int(state.step), workdir)
-    hosts.on_main(lambda: make_folder(workdir / "samples", "--workdir"))
-    path = workdir / "samples" / ("samples.png" if task == "generate" else f"{task}.png")
+    folder = workdir / "samples"
+    hosts.on_main(lambda: make_folder(folder, "--workdir"))
     if data is None:
-        count, parts = config.sampling.n_images, []
-        progress = Progress("sampling", count)
-        size = min(config.sampling.batch_size, count)
-        advise_on_sampling(config, "sampling.batch_size", size)
-        sampler = get_sampler(config, setup, size)
-        for part in sample_batches(sampler, state.ema_params, config.seed, count, size):
-            parts.append(datasets.levels_to_uint8(part.levels, setup.num_levels))
-            progress.advance(len(part.levels), f"{part.nfe} evaluations")
-        images = np.concatenate(parts)
-        arrays, columns, grid = {"samples": images}, 0, images
-        if config.model.num_classes:
-            arrays["labels"] = sample_labels(config, 0, count)
-            kinds, counts = np.unique(arrays["labels"], return_counts=True)
-            grid = images[np.argsort(arrays["labels"], kind="stable")]
-            columns = int(counts[0]) if len(kinds) > 1 and len(set(counts)) == 1 else 0
-    else:
-        arrays = complete_test_images(config, setup, data.test, state.ema_params)
-        images = arrays["samples"]
-        columns, grid = PER_IMAGE + 2, completion_rows(arrays)
+        return _generate(config, setup, state, folder)
+    arrays, path = complete_test_images(config, setup, data.test, state.ema_params), folder / task
     if hosts.is_main():
-        save_grid(grid, path, columns)
+        save_grid(completion_rows(arrays), path.with_suffix(".png"), PER_IMAGE + 2)
         np.savez_compressed(path.with_suffix(".npz"), **cast(Any, arrays))
-    log.info("%d images in %s and %s", len(images), path, path.with_suffix(".npz"))
+    log.info("%d images in %s.png and .npz", len(arrays["samples"]), path)
+    return path.with_suffix(".png")
+
+
+def _generate(
+    config: ConfigDict, setup: Setup, state: TrainState, folder: pathlib.Path
+) -> pathlib.Path:
+    """Draw samples, write them in `sampling.format`, and return the path of their grid."""
+    count, kind = config.sampling.n_images, config.sampling.format
+    size, params = min(config.sampling.batch_size, count), state.ema_params
+    advise_on_sampling(config, "sampling.batch_size", size)
+    to = folder / ("png" if kind == "png" else f"samples.{kind}")
+    labels = sample_labels(config, 0, count) if config.model.num_classes else None
+    present: set[int] = set()
+    if kind == "png":
+        # These fields do not change a sample, but for the batch's size with some samplers.
+        free = ("n_images", "format", "batch_size")
+        settings = {name: value for name, value in config.sampling.items() if name not in free}
+        source = {"seed": config.seed, "step": int(state.step), "weights": short_hash(params)}
+        source["sampling"] = settings
+        present = hosts.on_main(lambda: start_png_folder(to, source))
+    progress, parts = Progress("sampling", count), []
+    progress.advance(len(present & set(range(count))), fresh=False)
+    sampler = get_sampler(config, setup, size)
+    batches = sample_batches(sampler, params, config.seed, count, size, present=present)
+    with contextlib.ExitStack() as stack:
+        write_pngs = (
+            stack.enter_context(png_writer(to)) if kind == "png" and hosts.is_main() else None
+        )
+        for part in batches:
+            images = datasets.levels_to_uint8(part.levels, setup.num_levels)
+            index = range(part.start, part.start + len(images))
+            if write_pngs:
+                write_pngs(part.start, images)
+            elif kind != "png":
+                parts.append(images)
+            progress.advance(len(set(index) - present), f"{part.nfe} evaluations")
+    path, shown = folder / "samples.png", min(count, _MOST_SHOWN)
+
+    def write() -> None:
+        if kind == "png":
+            images = read_pngs(to, shown)
+            if labels is not None:
+                write_labels(to, labels)
+        else:
+            images = np.concatenate(parts)
+            arrays = (
+                {"samples": images} if labels is None else {"samples": images, "labels": labels}
+            )
+            if kind == "npz":
+                np.savez_compressed(to, **cast(Any, arrays))
+            else:
+                for name, array in arrays.items():
+                    np.save(to.with_name(f"{name}.npy"), array)
+        _save_samples_grid(images[:shown], None if labels is None else labels[:shown], path)
+
+    hosts.on_main(write)
+    log.info("%d images in %s, a grid in %s", count, to, path)
     return path
+
+
+_MOST_SHOWN = 1024  # samples in a grid
+
+
+def _save_samples_grid(images: np.ndarray, labels: np.ndarray | None, path: pathlib.Path) -> None:
+    """Write a grid, of a row for each label if these have equally many samples."""
+    columns = 0
+    if labels is not None:
+        kinds, counts = np.unique(labels, return_counts=True)
+        images = images[np.argsort(labels, kind="stable")]
+        columns = int(counts[0]) if len(kinds) > 1 and len(set(counts)) == 1 else 0
+    save_grid(images, path, columns)
 
 
 def import_official(

@@ -1,7 +1,8 @@
 """Samplers: predictor-corrector (arXiv 2011.13456, §4), and three solvers of the ODE.
 
 A predictor or a corrector is a pure function of the state, the times and the noise. A sampler is a
-compiled function of (params, key).
+compiled function of (params, key). Where it takes a key for each sample instead, a sample does not
+depend on which others are drawn with it, but for what docs/samplers.md names.
 """
 
 import functools
@@ -24,6 +25,26 @@ Constraint = Callable[[Array, Array, Array], Array]  # (key, x, t) → x with it
 def fill_time(t: ArrayLike, x: Array) -> Array:
     """The time t for each row of x, (N,) float32."""
     return jnp.full(x.shape[:1], t, jnp.float32)
+
+
+def sample_keys(key: Array, start: ArrayLike, count: int) -> Array:
+    """The keys (count,) of the samples with the indices start … start + count - 1."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, start + jnp.arange(count))
+
+
+def _keys(key: Array, count: int, *numbers: ArrayLike) -> Array:
+    """A key for each of `count` samples, with `numbers` folded in; `key` is one, or has them."""
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    keys = key if key.ndim else sample_keys(key, 0, count)
+    for number in numbers:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    return keys
+
+
+def normal(key: Array, shape: tuple[int, ...]) -> Array:
+    """Standard normal noise of `shape`, (N, …): a row for each of the keys (N,), or of one key."""
+    return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(_keys(key, shape[0]))
 
 
 def euler_maruyama(
@@ -161,7 +182,7 @@ def pc_sample(
 
     Args:
       sde, score_fn: the reverse SDE.
-      key: all noise is a function of it.
+      key: all noise is a function of it; or keys (N,), each for the noise of one sample.
       shape: the shape of the samples, (N, H, W, C).
       predictor, corrector: names in PREDICTORS and CORRECTORS.
       num_steps: number of times, at least 2: predictor steps, plus one for the final denoising.
@@ -170,7 +191,7 @@ def pc_sample(
       n_steps_each: number of corrector steps for each predictor step.
       probability_flow: whether the predictor solves the ODE, without noise.
       noise_removal: whether to end with `denoise` at eps.
-      constrain: (key, x, t) → x, applied after every step to replace the known part of x_t.
+      constrain: (keys (N,), x, t) → x, applied after every step to replace the known part of x_t.
 
     Returns:
       (x (N, H, W, C) in the model's range, number of score evaluations per sample).
@@ -178,22 +199,21 @@ def pc_sample(
     predict, correct = PREDICTORS[predictor], CORRECTORS[corrector]
     times = sde.time_grid(eps, num_steps)
 
-    def known(key: Array, x: Array, t: Array) -> Array:
-        return x if constrain is None else constrain(jax.random.fold_in(key, 1), x, t)
+    def known(keys: Array, x: Array, t: Array) -> Array:
+        return x if constrain is None else constrain(_keys(keys, shape[0], 1), x, t)
 
     def body(i: Array, x: Array) -> Array:
-        keys = jax.random.split(jax.random.fold_in(key, i + 1), n_steps_each + 1)
         t, t_next = times[i], times[i + 1]
         if correct is not None:
-            for corrector_key in keys[1:]:
-                z = jax.random.normal(corrector_key, shape)
-                x, _ = correct(sde, score_fn, x, t, t_next, snr, z)
-                x = known(corrector_key, x, t)
-        z = jax.random.normal(keys[0], shape)
-        x, _ = predict(sde, score_fn, x, t, t_next, z, probability_flow)
-        return known(keys[0], x, t_next)
+            for j in range(n_steps_each):
+                keys = _keys(key, shape[0], i + 1, j + 1)
+                x, _ = correct(sde, score_fn, x, t, t_next, snr, normal(keys, shape))
+                x = known(keys, x, t)
+        keys = _keys(key, shape[0], i + 1, 0)
+        x, _ = predict(sde, score_fn, x, t, t_next, normal(keys, shape), probability_flow)
+        return known(keys, x, t_next)
 
-    x = sde.prior_std() * jax.random.normal(jax.random.fold_in(key, 0), shape)
+    x = sde.prior_std() * normal(_keys(key, shape[0], 0), shape)
     x = jax.lax.fori_loop(0, num_steps - 1, body, x)
     each = (predictor != "none") + (0 if correct is None else n_steps_each)
     nfe = (num_steps - 1) * each
@@ -394,7 +414,8 @@ def slerp(a: Array, b: Array, share: ArrayLike) -> Array:
     return expand(weight(1 - share), a) * a + expand(weight(share), b) * b
 
 
-# A sampling method: (sde, score_fn, key, shape (N, H, W, C)) → (x, number of score evaluations).
+# A sampling method: (sde, score_fn, key or keys (N,), shape (N, H, W, C)) → (x, number of score
+# evaluations).
 SamplerFn = Callable[[SDE, ScoreFn, Array, tuple[int, ...]], tuple[Array, ArrayLike]]
 
 
@@ -410,7 +431,7 @@ def _along_the_ode(
         def sample(
             sde: SDE, score_fn: ScoreFn, key: Array, shape: tuple[int, ...]
         ) -> tuple[Array, ArrayLike]:
-            z = sde.prior_std() * jax.random.normal(key, shape)
+            z = sde.prior_std() * normal(key, shape)
             return solve(sde, score_fn, z, eps=eps, **options)
 
         return sample
@@ -432,7 +453,8 @@ def get_sampling_fn(
 ) -> Callable[[Any, Array], tuple[Array, Array]]:
     """The compiled sampler of `config.sampling`, a function (params, key) → (x, nfe).
 
-    x is (batch_size, H, W, C) in the model's range.
+    The key is one, or has one for each sample, (batch_size,); x is (batch_size, H, W, C) in the
+    model's range.
     """
     shape = (batch_size, config.data.image_size, config.data.image_size, config.data.num_channels)
     sampler = SAMPLERS[config.sampling.method](config)

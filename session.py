@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -182,7 +182,7 @@ def sample_program(config: ConfigDict, batch_size: int) -> tuple[Any, tuple[Any,
     if config.model.num_classes:
         classes = jax.ShapeDtypeStruct((n,), jnp.int32)
         params = mutils.Conditioned(params, classes, config.sampling.guidance)
-    return sample_fn, (params, jax.eval_shape(lambda: jax.random.key(0)))
+    return sample_fn, (params, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n)))
 
 
 # XLA for GPUs gives the evaluations in a sampler more memory than one of them needs: up to 2.2
@@ -256,6 +256,7 @@ class Samples(NamedTuple):
     levels: np.ndarray  # (n, H, W, C) uint8
     nfe: int  # score evaluations per sample
     num_broken: int  # number of samples that are not finite
+    start: int = 0  # the index of the first
 
 
 def sample_labels(config: ConfigDict, start: int, count: int) -> np.ndarray:
@@ -321,25 +322,26 @@ def with_labels(
 def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
     """A function (params, key, start=0) → `batch_size` Samples, computed on all devices.
 
-    `start` is the index of the first sample, which its label depends on.
+    `start` is the index of the first sample. A sample's noise and label depend on its index alone.
     """
     full = -(-batch_size // jax.device_count()) * jax.device_count()
     rows, everywhere = batch_and_replicated_shardings()
     sample_fn = sampling.get_sampling_fn(config, setup.sde, setup.make_score_fn, full)
 
-    def sample_levels(params: Any, key: Array) -> tuple[Array, Array, Array]:
-        x, nfe = sample_fn(params, key)
+    def sample_levels(params: Any, keys: Array) -> tuple[Array, Array, Array]:
+        x, nfe = sample_fn(params, keys)
         broken = ~jnp.isfinite(x).all(axis=(1, 2, 3))
         return setup.preprocessing.to_levels(x), nfe, broken
 
     compiled = jax.jit(sample_levels, out_shardings=(rows, everywhere, rows))
 
     def sample(params: Any, key: Array, start: int = 0) -> Samples:
-        params, key = to_devices((params, key), everywhere)
+        params = to_devices(params, everywhere)
+        keys = to_devices(sampling.sample_keys(key, start, full), rows)
         if config.model.num_classes:
             labels = sample_labels(config, start, full)
             params = with_labels(config, params, labels, config.sampling.guidance)
-        levels, nfe, broken = compiled(params, key)
+        levels, nfe, broken = compiled(params, keys)
         broken = to_host(broken)[:batch_size].sum()
         if broken:
             log.warning(
@@ -348,7 +350,7 @@ def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
                 broken,
                 batch_size,
             )
-        return Samples(to_host(levels)[:batch_size], int(nfe), int(broken))
+        return Samples(to_host(levels)[:batch_size], int(nfe), int(broken), start)
 
     return sample
 
@@ -358,9 +360,15 @@ CacheFn = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndar
 
 
 def sample_batches(
-    sample: Any, params: Any, seed: int, count: int, batch_size: int, cache: CacheFn | None = None
+    sample: Any,
+    params: Any,
+    seed: int,
+    count: int,
+    batch_size: int,
+    cache: CacheFn | None = None,
+    present: Collection[int] = (),
 ) -> Iterator[Samples]:
-    """Yield samples in batches; each batch is a function of the seed and the batch's index.
+    """Yield samples in batches; each sample is a function of the seed and of its index.
 
     Args:
       sample: from `get_sampler`, for this batch size.
@@ -368,14 +376,17 @@ def sample_batches(
       seed: the config's seed.
       count, batch_size: the number of samples, and the number in a batch.
       cache: stores and returns earlier batches; None: batches are not stored.
+      present: indices of samples that are not needed; batches of only these are left out.
     """
     key, params = jax.random.key(seed + 2), to_devices(params, batch_and_replicated_shardings()[1])
-    for i, start in enumerate(range(0, count, batch_size)):
+    for start in range(0, count, batch_size):
+        if all(i in present for i in range(start, min(start + batch_size, count))):
+            continue
 
-        def draw(i: int = i) -> dict[str, np.ndarray]:
-            drawn = sample(params, jax.random.fold_in(key, i), i * batch_size)
+        def draw(start: int = start) -> dict[str, np.ndarray]:
+            drawn = sample(params, key, start)
             return {name: np.asarray(value) for name, value in drawn._asdict().items()}
 
         part = cache(f"samples_{start:08}", draw) if cache else draw()
         levels = part["levels"][: count - start]
-        yield Samples(levels, int(part["nfe"]), int(part["num_broken"]))
+        yield Samples(levels, int(part["nfe"]), int(part["num_broken"]), start)

@@ -132,6 +132,7 @@ def get_default_config() -> ConfigDict:
     sampling.mask = "right"  # region to inpaint: left, right, top, bottom, center; or an image file
     sampling.batch_size = 64  # for --mode sample and the grids of training
     sampling.n_images = 64  # number of images of --mode sample
+    sampling.format = "npz"  # of its images: npz or npy, all in one file; png, a file for each
 
     config.eval = evaluation = ConfigDict()
     # Checkpoints to score: the steps are these numbers times training.snapshot_freq; both 0: the

@@ -35,6 +35,7 @@ _CHOICES = {
     "optim.optimizer": ("Adam",),
     "training.truncation": ("fixed", "soft", "equivalent_weight"),
     "sampling.task": ("generate", "inpaint", "colorize"),
+    "sampling.format": ("npz", "npy", "png"),
 }
 
 _LSUN_SCENES = (
@@ -310,6 +311,8 @@ def _sampling_problems(config: ConfigDict) -> Iterator[str]:
         yield "sampling.predictor and sampling.corrector are both none: nothing would be sampled"
     if sampling.task != "generate" and sampling.method != "pc":
         yield f"sampling.task={sampling.task} needs sampling.method=pc"
+    if sampling.task != "generate" and sampling.format != "npz":
+        yield f"sampling.task={sampling.task} needs sampling.format=npz"
     if sampling.task == "colorize" and config.data.num_channels != 3:
         yield "sampling.task=colorize needs data.num_channels=3"
     if (

@@ -1,10 +1,18 @@
-"""Grids of images, and the plot of the training losses."""
+"""Grids of images, folders of PNG files, and the plot of the training losses."""
 
+import concurrent.futures
+import contextlib
+import io
+import json
+import os
 import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from configs.default import UserError
 from runtime.metrics_log import read_metrics
 
 
@@ -32,7 +40,94 @@ def save_grid(images: np.ndarray, path: pathlib.Path, columns: int = 0) -> None:
     """Write the `image_grid` of images to a file."""
     canvas = image_grid(images, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas).save(path)
+    _as_picture(canvas).save(path)
+
+
+def _as_picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def start_png_folder(folder: pathlib.Path, source: dict[str, Any]) -> set[int]:
+    """Make a folder for numbered PNG files, or go on with it.
+
+    Args:
+      folder: its path.
+      source: what the images are a function of, beside their index; kept in source.json.
+
+    Returns:
+      The indices of the images that are there.
+
+    Raises:
+      UserError: the folder has images of another source.
+    """
+    present = {int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()}
+    record, text = folder / "source.json", json.dumps(source, indent=1, default=list)
+    if present and not (record.is_file() and record.read_text() == text):
+        raise UserError(
+            f"{folder} has images of other weights, another seed or other settings; move it away"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.part"):
+        left.unlink()
+    _replace(record, text.encode())
+    return present
+
+
+def _replace(path: pathlib.Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def png_writer(folder: pathlib.Path) -> Iterator[Callable[[int, np.ndarray], None]]:
+    """A function (start, images) that writes images as PNG files in threads, beside other work.
+
+    Images (N, H, W, C) uint8 have the indices start … start + N - 1. A file is there whole or not
+    at all. A call waits for the files of the last call, and raises what went wrong with them; when
+    the context ends, all are written.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    writing: list[concurrent.futures.Future[None]] = []
+
+    def write_one(index: int, image: np.ndarray) -> None:
+        data = io.BytesIO()
+        _as_picture(image).save(data, format="png")
+        _replace(folder / _png_name(index), data.getvalue())
+
+    def settle() -> None:
+        while writing:
+            writing.pop().result()
+
+    def write(start: int, images: np.ndarray) -> None:
+        settle()
+        writing.extend(pool.submit(write_one, i, image) for i, image in enumerate(images, start))
+
+    try:
+        yield write
+        settle()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _png_name(index: int) -> str:
+    return f"{index:08}.png"
+
+
+def write_labels(folder: pathlib.Path, labels: np.ndarray) -> None:
+    """Write the labels of the PNG files 0, 1, … as dataset.json, which `data.path` reads."""
+    pairs = [[_png_name(i), int(label)] for i, label in enumerate(labels)]
+    _replace(folder / "dataset.json", json.dumps({"labels": pairs}).encode())
+
+
+def read_pngs(folder: pathlib.Path, count: int) -> np.ndarray:
+    """The PNG files 0 … count - 1, (count, H, W, C) uint8."""
+    images = np.stack([np.asarray(Image.open(folder / _png_name(i))) for i in range(count)])
+    return images[..., None] if images.ndim == 3 else images
 
 
 def plot_training(metrics: pathlib.Path, path: pathlib.Path) -> None:

@@ -568,6 +568,54 @@ def test_an_exported_model_samples_as_its_run_does(exported_run):
     assert "soft truncation, k = 1" in card and "have not been evaluated" in card
 
 
+def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_run, monkeypatch):
+    config, _, model = exported_run
+    config = config.copy_and_resolve_references()
+    config.eval.cache_dir = ""
+    config.sampling.update(n_images=10, batch_size=4, format="npy")
+    run_lib.sample(config, model)
+    expected = np.load(model / "samples" / "samples.npy")
+    config.sampling.format = "png"
+    drawn, folder = [], model / "samples" / "png"
+
+    def cut_after(count):
+        def get(*args):
+            sampler = session.get_sampler(*args)
+
+            def draw(params, key, start):
+                if len(drawn) == count:
+                    raise KeyboardInterrupt
+                drawn.append(start)
+                return sampler(params, key, start)
+
+            return draw
+
+        monkeypatch.setattr(run_lib, "get_sampler", get)
+
+    cut_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        run_lib.sample(config, model)
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert "00000000.png" in kept and len(kept) <= 8
+    (folder / "00000005.png").unlink(missing_ok=True)
+    (folder / ".00000009.png.part").write_bytes(b"cut off")
+    drawn.clear()
+    cut_after(9)
+    run_lib.sample(config, model)
+    assert drawn == [4, 8]  # the batches that were not whole
+    assert {path.name for path in folder.iterdir()} == {
+        "source.json",
+        *(f"{i:08}.png" for i in range(10)),
+    }
+    assert kept["00000003.png"] == (folder / "00000003.png").stat().st_mtime_ns
+    images = [np.asarray(Image.open(folder / f"{i:08}.png")) for i in range(10)]
+    np.testing.assert_array_equal(np.stack(images)[..., None], expected)
+    config.seed += 1
+    with pytest.raises(UserError, match=r"png has images of other weights, another seed"):
+        run_lib.sample(config, model)
+    shutil.rmtree(model / "samples")
+
+
 def test_an_exported_model_is_not_trained_in_or_written_over(exported_run):
     config, run, model = exported_run
     before = (model / exported.WEIGHTS).read_bytes()

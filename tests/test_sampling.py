@@ -82,6 +82,31 @@ def test_predictor_corrector_samples_a_gaussian(name, predictor, corrector):
     check_moments(x, slack=0.03)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "most"),
+    [
+        ("pc", {"predictor": "ancestral_sampling", "corrector": "ald"}, 1e-5),
+        ("pc", {"predictor": "reverse_diffusion", "corrector": "none"}, 1e-5),
+        ("heun", {"num_steps": 5}, 1e-5),
+        ("dpm_solver", {"num_steps": 5}, 1e-5),
+        ("ode", {"rtol": 1e-5, "atol": 1e-5}, 1e-3),  # the batch shares its steps
+    ],
+)
+def test_a_sample_depends_on_its_key_and_not_on_its_batch(method, options, most):
+    config = sampling_config(method, **options)
+    config.sampling.truncation_time = 1e-3
+    config.model.num_scales = 20
+
+    def draw(start, count):
+        keys = sampling.sample_keys(jax.random.key(5), start, count)
+        make_score_fn = lambda _: DATA.score_fn(SDE)  # noqa: E731
+        return sampling.get_sampling_fn(config, SDE, make_score_fn, count)(None, keys)[0]
+
+    x = draw(0, 10)
+    assert np.abs(x[6:9] - draw(6, 3)).max() < most
+    assert np.abs(x[6:9] - x[:3]).max() > 0.01
+
+
 @pytest.mark.parametrize("predictor", ["euler_maruyama", "reverse_diffusion"])
 def test_probability_flow_predictor_follows_the_ode(predictor):
     z = SDE.prior_std() * DATA.sample(64, seed=3)
