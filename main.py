@@ -28,7 +28,14 @@ _MODE = flags.DEFINE_enum(
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "For --mode import: the path of an official .pth file."
 )
-_TO = flags.DEFINE_string("to", None, "For --mode export: the new folder of the model.")
+_TO = flags.DEFINE_string("to", None, "For --mode export: the new folder, or the new .pth file.")
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    None,
+    ["safetensors", "pth"],
+    "For --mode export: a folder with the EMA weights, which is usual, or the official release's "
+    "checkpoint.",
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -161,6 +168,8 @@ def main(argv: list[str]) -> None:
             raise UserError("--override is for --mode train")
         if _TO.value and _MODE.value != "export":
             raise UserError("--to is for --mode export")
+        if _FORMAT.value and _MODE.value != "export":
+            raise UserError("--format is for --mode export; for samples, --config.sampling.format")
         if _MODE.value == "train":
             run_lib.train(config, workdir, _OVERRIDE.value, _config_file())
         elif _MODE.value == "eval":
@@ -171,8 +180,8 @@ def main(argv: list[str]) -> None:
             run_lib.make_statistics(config)
         elif _MODE.value == "export":
             if not _TO.value:
-                raise UserError("--mode export needs --to, a new folder for the model")
-            run_lib.export(config, workdir, _TO.value)
+                raise UserError("--mode export needs --to, a new folder or .pth file")
+            run_lib.export(config, workdir, _TO.value, _FORMAT.value or "safetensors")
         elif not _CHECKPOINT.value:
             raise UserError("--mode import needs --checkpoint, an official .pth file")
         else:

@@ -25,7 +25,7 @@ from controllable_generation import PER_IMAGE, complete_test_images, completion_
 from datasets import Data, load_data
 from evaluation import evaluate, make_statistics
 from metrics.card import model_card
-from official import import_checkpoint
+from official import export_checkpoint, import_checkpoint
 from runtime import checkpointing, exported, hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.locking import locked
@@ -537,9 +537,12 @@ def import_official(
 
 
 def export(
-    config: ConfigDict, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    form: str = "safetensors",
 ) -> pathlib.Path:
-    """Write the EMA weights of a checkpoint to a folder of their own, to keep or to share.
+    """Write a checkpoint for others: EMA weights in a folder, or the official release's .pth file.
 
     The folder gets model.safetensors, config.json without this machine's paths, and README.md, a
     model card with the scores of the run's report if that is of these weights. It evaluates and
@@ -549,20 +552,41 @@ def export(
       config: the run's config.
       workdir: the run; the checkpoint is the newest, or the one that eval.begin_ckpt and end_ckpt
         choose.
-      to: the folder, which must be new or empty.
+      to: the folder, which must be new or empty; or the new file.
+      form: safetensors for the folder; pth for the file, with the whole state of training.
 
     Returns:
-      The folder.
+      The folder or the file.
 
     Raises:
-      UserError: the checkpoint can't be read, or the folder has files or can't be written to.
+      UserError: the checkpoint can't be read, the release has no such network, or `to` has files
+        or can't be written to.
     """
     config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
     folder, setup = pathlib.Path(to).absolute(), set_up(config)
     steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
     if len(steps) > 1:
         raise UserError(f"eval.begin_ckpt and end_ckpt choose {len(steps)} checkpoints, not one")
-    params = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0]).ema_params
+    if form == "pth":
+        exported.refuse(workdir)
+        import_checkpoint.check_network(config)
+    state = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0])
+    params = state.ema_params
+
+    def write_file() -> None:
+        if folder.exists():
+            raise UserError(f"--to: {folder} is there already; name a new file")
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            export_checkpoint.write(config, state, partial)
+            partial.rename(folder)
+        except OSError as error:
+            raise UserError(f"--to: {folder} can't be written to: {error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        log.info("step %d of %s in %s, as the official release's", steps[0], workdir, folder)
 
     def write() -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -585,5 +609,5 @@ def export(
         size = (folder / exported.WEIGHTS).stat().st_size / 2**20
         log.info("step %d of %s in %s (%.1f MiB), with a card", steps[0], workdir, folder, size)
 
-    hosts.on_main(write)
+    hosts.on_main(write_file if form == "pth" else write)
     return folder

@@ -140,11 +140,20 @@ def _check_shapes(path: str | pathlib.Path, official: _Official, expected: Any) 
                 )
 
 
-def _load(path: str | pathlib.Path, config: ConfigDict) -> _Official:
-    if config.model.name.startswith("ncsnv2"):
-        raise UserError(f"model.name is {config.model.name}; checkpoints of ncsnpp and ddpm load")
+def check_network(config: ConfigDict) -> None:
+    """Raise a UserError if the release has no checkpoints of a config's kind of network."""
+    if config.model.name not in ("ncsnpp", "ddpm"):
+        raise UserError(
+            f"model.name is {config.model.name}; official checkpoints are of ncsnpp and ddpm"
+        )
     if config.model.parametrization != "noise":
         raise UserError("official networks predict the noise: model.parametrization must be noise")
+    if config.model.num_classes:
+        raise UserError("official networks are not told labels: model.num_classes must be 0")
+
+
+def _load(path: str | pathlib.Path, config: ConfigDict) -> _Official:
+    check_network(config)
     official = _read_official(path)
     model = mutils.create_model(config)
     expected = jax.eval_shape(lambda: mutils.init_params(config, model, jax.random.key(0)))

@@ -4,8 +4,9 @@ import pytest
 
 import run_lib
 from configs.default import UserError
-from official import import_checkpoint
-from tests import torch_file
+from official import export_checkpoint, import_checkpoint
+from official.pth_reader import read_pth
+from official.pth_writer import write_pth
 from tests.helpers import GOLDEN, golden_config, param_shapes, tiny_config
 
 PTH = GOLDEN / "vp_ddpmpp.pth"
@@ -91,7 +92,7 @@ def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
         "ema": {"decay": 0.999, "num_updates": 7, "shadow_params": [v + 1 for v in model.values()]},
         "step": 7,
     }
-    torch_file.save(checkpoint, tmp_path / "ddpm.pth")
+    write_pth(tmp_path / "ddpm.pth", checkpoint)
     state = import_checkpoint.load_state(tmp_path / "ddpm.pth", config)
     shapes = jax.tree.map(lambda x: x.shape, param_shapes(config))
     for tree in (state.params, state.ema_params):
@@ -115,17 +116,67 @@ def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
 
     imported = run_lib.import_official(config, tmp_path / "run", tmp_path / "ddpm.pth")
     assert int(imported.step) == 7
+    run_lib.export(config, tmp_path / "run", tmp_path / "again.pth", "pth")
+    again = read_pth(tmp_path / "again.pth")
+    assert list(again["model"]) == ["module.sigmas", *model]
+    assert_equal({k: again["model"][k] for k in model}, model)
+    assert_equal(again["optimizer"]["state"], checkpoint["optimizer"]["state"])
+    assert_equal(again["ema"], checkpoint["ema"])
+    assert again["step"] == 7
     with pytest.raises(UserError, match="has checkpoints already"):
         run_lib.import_official(config, tmp_path / "run", tmp_path / "ddpm.pth")
     config.training.n_iters = 9
     assert int(run_lib.train(config, tmp_path / "run").step) == 9
 
 
+def assert_equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        path.stem
+        if path.stem in ("vp_ddpmpp", "ve_ncsnpp_skip")
+        else pytest.param(path.stem, marks=pytest.mark.slow)
+        for path in sorted(GOLDEN.glob("*.pth"))
+    ],
+)
+def test_an_official_checkpoint_is_exported_as_it_was(tmp_path, name):
+    config = golden_config(name)
+    state = import_checkpoint.load_state(GOLDEN / f"{name}.pth", config)
+    export_checkpoint.write(config, state, tmp_path / "again.pth")
+    ours, theirs = (
+        read_pth(folder / f) for folder, f in ((tmp_path, "again.pth"), (GOLDEN, f"{name}.pth"))
+    )
+    assert list(ours["model"]) == list(theirs["model"])
+    sigmas = [tree["model"].pop("module.sigmas") for tree in (ours, theirs)]
+    np.testing.assert_allclose(*sigmas, rtol=1e-12)
+    assert sigmas[0].dtype == sigmas[1].dtype
+    for part in ("model", "ema", "step"):
+        assert_equal(ours[part], theirs[part])
+    assert ours["optimizer"]["state"] == theirs["optimizer"]["state"] == {}
+    (group,), (expected,) = (tree["optimizer"]["param_groups"] for tree in (ours, theirs))
+    assert group == {key: expected[key] for key in group}
+    again = import_checkpoint.load_state(tmp_path / "again.pth", config)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_what_the_release_does_not_have_is_not_exported(tmp_path):
+    config = tiny_config()
+    with pytest.raises(UserError, match=r"predict the noise: model\.parametrization must be noise"):
+        export_checkpoint.write(config, None, tmp_path / "x.pth")
+    config.model.update(parametrization="noise", num_classes=10)
+    with pytest.raises(UserError, match=r"not told labels"):
+        export_checkpoint.write(config, None, tmp_path / "x.pth")
+
+
 def test_a_checkpoint_of_another_form_is_refused(tmp_path):
-    torch_file.save({"model": {"weight": np.ones((2, 2))}, "step": 3}, tmp_path / "other.pth")
+    write_pth(tmp_path / "other.pth", {"model": {"weight": np.ones((2, 2))}, "step": 3})
     with pytest.raises(UserError, match="not laid out as an official checkpoint"):
         import_checkpoint.load(tmp_path / "other.pth", golden_config("vp_ddpmpp"))
     config = golden_config("ve_ncsnpp")
     config.model.name = "ncsnv2_64"
-    with pytest.raises(UserError, match="checkpoints of ncsnpp and ddpm load"):
+    with pytest.raises(UserError, match="official checkpoints are of ncsnpp and ddpm"):
         import_checkpoint.load(GOLDEN / "ve_ncsnpp.pth", config)

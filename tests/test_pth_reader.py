@@ -8,6 +8,7 @@ import pytest
 
 from configs.default import UserError
 from official.pth_reader import read_pth
+from official.pth_writer import write_pth
 from tests import torch_file
 from tests.helpers import GOLDEN
 
@@ -137,7 +138,7 @@ def test_the_layout_before_pytorch_1_6_is_read(tmp_path):
     rng = np.random.default_rng(0)
     tree = {f"layer{i}": rng.standard_normal((i, 3)).astype(np.float32) for i in range(12)}
     torch_file.save_row({"state": tree, "step": 7}, tmp_path / "row.pth")
-    torch_file.save({"state": tree, "step": 7}, tmp_path / "archive.pth")
+    write_pth(tmp_path / "archive.pth", {"state": tree, "step": 7})
     for name in ("row", "archive"):
         loaded = read_pth(tmp_path / f"{name}.pth")
         assert loaded["step"] == 7 and list(loaded["state"]) == list(tree)

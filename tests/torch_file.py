@@ -1,10 +1,9 @@
-"""Writes what torch.save would, without PyTorch: checkpoints for tests of the importer."""
+"""Writes what torch.save wrote before PyTorch 1.6, without PyTorch, for tests of the reader."""
 
 import io
 import pickle
 import sys
 import types
-import zipfile
 from collections import OrderedDict
 
 import numpy as np
@@ -29,16 +28,15 @@ _FLOATS = _stand_in("torch", "FloatStorage", type("FloatStorage", (), {}))
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file, storages, row=False):
+    def __init__(self, file, storages):
         super().__init__(file, protocol=2)
-        self.storages, self.row = storages, row
+        self.storages = storages
 
     def persistent_id(self, obj):
         if isinstance(obj, _Storage):
             key = str(len(self.storages))
             self.storages[key] = obj.array
-            reference = ("storage", _FLOATS, key, "cpu", obj.array.size)
-            return (*reference, None) if self.row else reference
+            return ("storage", _FLOATS, key, "cpu", obj.array.size, None)
         return None
 
     def reducer_override(self, obj):
@@ -49,7 +47,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def _dump(tree, row):
+def _dump(tree):
     """(pickle, storages by their key)."""
     modules = {"torch": types.ModuleType("torch"), "torch._utils": types.ModuleType("torch._utils")}
     modules["torch"].FloatStorage = _FLOATS
@@ -58,7 +56,7 @@ def _dump(tree, row):
     before = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)
     try:
-        _Pickler(payload, storages, row).dump(tree)
+        _Pickler(payload, storages).dump(tree)
     finally:
         for name, module in before.items():
             if module is None:
@@ -68,18 +66,9 @@ def _dump(tree, row):
     return payload.getvalue(), storages
 
 
-def save(tree, path):
-    """Write dicts, lists, numbers and arrays (as float tensors) to `path`."""
-    payload, storages = _dump(tree, row=False)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", payload)
-        for key, array in storages.items():
-            archive.writestr(f"archive/data/{key}", array.tobytes())
-
-
 def save_row(tree, path):
-    """The same in the layout before PyTorch 1.6."""
-    payload, storages = _dump(tree, row=True)
+    """Write dicts, lists, numbers and arrays (as float tensors) to `path`."""
+    payload, storages = _dump(tree)
     machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"int": 4}}
     head = [pickle.dumps(x, protocol=2) for x in (0x1950A86A20F9469CFC6C, 1001, machine)]
     keys = pickle.dumps(sorted(storages), protocol=2)
