@@ -158,6 +158,7 @@ def main(argv: list[str]) -> None:
             _DISTRIBUTED.value,
             _TIMEOUT.value,
         )
+        environment.start_threads()
         import run_lib
 
         level = logging.INFO if hosts.is_main() else logging.ERROR

@@ -99,20 +99,39 @@ def _runs_on_cpu() -> bool:
     return not plugins and importlib.util.find_spec("libtpu") is None
 
 
+def _mallopt(**options: int) -> None:
+    """Set options of glibc's malloc, where there is one (mallopt(3))."""
+    names = {"trim_threshold": -1, "mmap_max": -4, "arena_max": -8}
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for name, value in options.items():
+            mallopt(names[name], value)
+
+
 def keep_freed_memory() -> None:
     """Make glibc's malloc keep what is freed, for the next allocation.
 
     By default it returns large blocks to the system, and each call of a compiled program on a CPU
-    gets its work space anew: 186,000 page faults in a training step of a small CIFAR-10 network,
-    a fifth of its time (docs/speed.md). Where there is no glibc, nothing is changed.
+    gets its work space anew: 186,000 page faults in a training step of a small CIFAR-10 network
+    (docs/speed.md). The arenas of threads return them whatever the options, so that the threads
+    that start now get none; `start_threads` must follow.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    _mallopt(trim_threshold=2**31 - 1, mmap_max=0, arena_max=1)
+
+
+def start_threads() -> None:
+    """Start JAX's threads on a CPU; those that start later, as compilers', get arenas again.
+
+    With one arena for all, threads that compile would wait for each other.
+    """
+    if not _runs_on_cpu():
         return
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
-    mallopt(m_arena_max, 1)  # the arenas of threads are trimmed whatever the threshold
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 2**31 - 1)
+    import jax
+    import jax.numpy as jnp
+
+    square = jnp.ones((512, 512))
+    jax.block_until_ready(square @ square)
+    _mallopt(arena_max=0)
 
 
 def _show_unless_of_orbax(unraisable: "sys.UnraisableHookArgs") -> None:

@@ -10,4 +10,6 @@ def get_config() -> ConfigDict:
     config = digits_st.get_config()
     config.model.parametrization = "noise"
     config.training.update(sde="subvpsde", stratified_times=False)
+    config.sampling.method = "ode"
+    config.eval.nll_steps = 64
     return config

@@ -20,4 +20,6 @@ def get_config() -> ConfigDict:
         sigma_max=5.0,
     )
     config.training.update(sde="vesde", k=2.0, stratified_times=False)
+    config.sampling.method = "ode"
+    config.eval.nll_steps = 64
     return config
