@@ -12,7 +12,6 @@ On a CPU, tests run both in interpreters.
 
 import functools
 import importlib
-import importlib.util
 import logging
 import warnings
 from typing import Any, NamedTuple
@@ -67,7 +66,9 @@ def pays(x: Array) -> bool:
     return pixels <= 32 * 32 or programs >= getattr(jax.devices()[0], "core_count", 132) / 2
 
 
-_DEPRECATED = "The Pallas Triton backend is deprecated"
+# In this order of preference.
+BACKENDS = {"norm_pallas": "Pallas' Triton backend", "norm_triton": "jax-triton"}
+DEPRECATED = "The Pallas Triton backend is deprecated"
 
 
 def _lower(module: Any) -> None:
@@ -83,30 +84,30 @@ def _lower(module: Any) -> None:
 
 @functools.cache
 def backend() -> Any:
-    """The module whose kernels work here, or None; what is not as it should be is logged once."""
-    reasons = []
-    for name in ("norm_pallas", "norm_triton"):
+    """The module whose kernels work here, or None. What differs from the usual is logged once."""
+    failures = []
+    for name, title in BACKENDS.items():
         try:
             module = importlib.import_module(f"models.{name}")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 _lower(module)
         except Exception as error:  # a backend that is deprecated or missing may fail in any way
-            reasons.append(f"{name}: {str(error).splitlines()[0] if str(error) else repr(error)}")
+            failures.append(f"{title}: {next(iter(str(error).splitlines()), repr(error))}")
             continue
-        if any(str(warning.message).startswith(_DEPRECATED) for warning in caught):
-            found = importlib.util.find_spec("jax_triton")
+        if any(str(warning.message).startswith(DEPRECATED) for warning in caught):
             log.info(
-                "a later JAX will not have the normalisation kernels' backend; then %s",
-                "jax-triton's kernels are taken" if found else "they need jax-triton installed",
+                "the normalisation kernels use %s, which a later JAX will drop; then jax-triton "
+                "takes its place if it is installed, else XLA",
+                title,
             )
             # JAX would say so again for each kernel that it compiles.
-            warnings.filterwarnings("ignore", _DEPRECATED, DeprecationWarning)
-        elif reasons:
-            log.info("group normalisation is by %s's kernels (%s)", name, "; ".join(reasons))
+            warnings.filterwarnings("ignore", DEPRECATED, DeprecationWarning)
+        if failures:
+            log.info("the normalisation kernels use %s (%s)", title, "; ".join(failures))
         return module
     log.warning(
-        "group normalisation is left to XLA: its kernels do not work here (%s)", "; ".join(reasons)
+        "group normalisation is left to XLA: its kernels do not work here (%s)", "; ".join(failures)
     )
     return None
 
