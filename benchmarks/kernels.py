@@ -1,7 +1,8 @@
 """The normalisation kernels on a GPU: errors beside float64, and their time beside XLA's.
 
-python -m benchmarks.kernels            # on a GPU
-python -m benchmarks.kernels --small    # a few small shapes; without a GPU in Pallas' interpreter
+python -m benchmarks.kernels                         # on a GPU
+python -m benchmarks.kernels --backend norm_triton   # those of jax-triton
+python -m benchmarks.kernels --small                 # without a GPU, in Pallas' interpreter
 
 Errors are ‖kernel - float64‖/‖float64‖, of y and of the gradients to x, scale, bias and shift, for
 bfloat16 and float32 features; bfloat16's own rounding is 2e-3. The time is that of one pass forward
@@ -60,8 +61,14 @@ def main() -> None:
     environment.prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--small", action="store_true", help="a few small shapes")
+    parser.add_argument("--backend", choices=norm_kernels.BACKENDS, help="whose kernels")
     flags = parser.parse_args()
-    print(f"JAX {jax.__version__}, {jax.devices()}; kernels: {norm_kernels.available()}")
+    if flags.backend:
+        norm_kernels.BACKENDS = {flags.backend: norm_kernels.BACKENDS[flags.backend]}
+    backend = norm_kernels.backend()
+    if backend is None:
+        raise SystemExit("there are no kernels to measure")
+    print(f"JAX {jax.__version__}, {jax.devices()}; kernels: {backend.__name__}")
     table = Table("shape", "dtype", *NAMES, "kernel µs", "XLA µs", "rule")
     for shape in SMALL if flags.small else SHAPES:
         n, size, channels = shape

@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 import session
 from benchmarks.measure import Table
 from metrics import bits_per_dim
-from models import norm_kernels
+from models import norm_kernels, norm_pallas
 from runtime import environment, memory
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def target_device(name: str) -> Iterator[Any]:
         raise SystemExit(f"XLA can't compile for an H100 here: {error}; see --help") from error
     with (
         mock.patch("jax.default_backend", return_value="gpu"),
-        mock.patch.object(norm_kernels, "available", return_value=True),
+        mock.patch.object(norm_kernels, "backend", return_value=norm_pallas),
     ):
         yield topology.devices[0]
 

@@ -1,44 +1,57 @@
-"""Group normalisation with SiLU and dropout, as Pallas kernels for NVIDIA GPUs.
+"""Group normalisation with SiLU and dropout, as kernels for NVIDIA GPUs.
 
 `normalization.norm_act` is one kernel here and its gradient another; each reads the features from
 memory and writes the result once, where XLA makes several passes over memory. The numbers of
 pixels and channels must be divisible by those of a tile, which are powers of 2.
 
-JAX 0.11 deprecates Pallas' Triton backend. If it is missing or fails, XLA is used instead. Without
-a GPU the backend is not imported; tests run the kernels in Pallas' interpreter.
+`norm_pallas` has the kernels for Pallas' Triton backend, which JAX 0.11 deprecates and a later one
+will remove, `norm_triton` the same ones for jax-triton. The first that works is taken: Pallas'
+have been measured, and XLA can record them in a CUDA graph. Without either, XLA is used instead.
+On a CPU, tests run both in interpreters.
 """
 
 import functools
+import importlib
 import logging
-from collections.abc import Callable
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 
 from models import normalization
-from models.normalization import EPSILON, Options, keeps
+from models.normalization import Options
 
 log = logging.getLogger("soft_truncation")
 
-_WARP = 1024  # values of a tile for each warp
+
+class Tile(NamedTuple):
+    """The channels and pixels that a program reads at once, powers of 2, and its warps."""
+
+    width: int
+    rows: int
+
+    @property
+    def warps(self) -> int:
+        """The number of warps of a program: each has 1,024 values of a tile."""
+        return max(1, self.width * self.rows // 1024)
 
 
-def _layout(x: Array) -> tuple[int, int]:
-    """(channels, pixels) of a tile of x (N, H, W, C), both powers of 2; channels are contiguous.
+def _tile(x: Array) -> Tile:
+    """The tile of x (N, H, W, C), whose channels are contiguous.
 
     Fewer channels waste memory accesses (measured on an H100); with more, a small batch has too few
     programs for all of the GPU's multiprocessors.
     """
     pixels, channels = x.shape[1] * x.shape[2], x.shape[3]
-    return min(64, channels & -channels), min(pixels & -pixels, 128 if pixels > 256 else 64)
+    rows = min(pixels & -pixels, 128 if pixels > 256 else 64)
+    return Tile(min(64, channels & -channels), rows)
 
 
 def fits(options: Options, x: Array) -> bool:
     """Whether the kernels support x (N, H, W, C): a tile must consist of whole groups."""
-    width, rows = _layout(x)
+    width, rows = _tile(x)
     size = x.shape[3] // options.groups
     return rows >= 16 and width >= 32 and width % size == 0
 
@@ -46,196 +59,85 @@ def fits(options: Options, x: Array) -> bool:
 def pays(x: Array) -> bool:
     """Whether enough programs share x (N, H, W, C), or each has little to do.
 
-    A program has all pixels of an image and of `_layout` channels. With few images of many pixels,
+    A program has all pixels of an image and of a tile's channels. With few images of many pixels,
     such as 8 of 256×256, most multiprocessors would be idle; XLA splits the pixels, too.
     """
-    pixels, programs = x.shape[1] * x.shape[2], len(x) * x.shape[3] // _layout(x)[0]
+    pixels, programs = x.shape[1] * x.shape[2], len(x) * x.shape[3] // _tile(x).width
     return pixels <= 32 * 32 or programs >= getattr(jax.devices()[0], "core_count", 132) / 2
 
 
-def _triton() -> Any:
-    from jax.experimental.pallas import triton
+# In this order of preference.
+BACKENDS = {"norm_pallas": "Pallas' Triton backend", "norm_triton": "jax-triton"}
+DEPRECATED = "The Pallas Triton backend is deprecated"
 
-    return triton
+
+def _lower(module: Any) -> None:
+    """Lower a small kernel of `module` for this machine's GPU; any exception if it can't be."""
+    x = jax.ShapeDtypeStruct((1, 8, 8, 32), jnp.bfloat16)
+    vector = jax.ShapeDtypeStruct((32,), jnp.float32)
+
+    def run(*given: Array) -> Any:
+        return _forward(module, Options(8, True), *given, None, None)
+
+    jax.jit(run).trace(x, vector, vector).lower()
 
 
 @functools.cache
-def available() -> bool:
-    """Whether the kernels can be lowered for this machine's GPU; if not, logs the reason once."""
-    x = jax.ShapeDtypeStruct((1, 8, 8, 32), jnp.bfloat16)
-    vector = jax.ShapeDtypeStruct((32,), jnp.float32)
-    try:
-        jax.jit(functools.partial(fused, Options(8, True))).trace(x, vector, vector).lower()
-    except Exception as error:  # a deprecated backend may fail in any way
-        log.warning(
-            "group normalisation is left to XLA: its Pallas kernels do not work here (%s)",
-            str(error).split("\n")[0],
-        )
-        return False
-    return True
-
-
-class _Part:
-    """The part of an image that one program works on: all pixels of some groups, tile by tile."""
-
-    def __init__(self, options: Options, x_ref: Any, width: int, rows: int) -> None:
-        _, self.pixels, channels = x_ref.shape
-        lane, size = jnp.arange(width), channels // options.groups
-        self._image, self._start = pl.program_id(0), pl.program_id(1) * width
-        self._same = lane[:, None] // size == lane[None, :] // size
-        self._count, self._rows, self._lane = self.pixels * size, rows, lane
-        self._width = width
-
-    def sums(self, terms: Callable[[Array], tuple[Array, ...]], count: int) -> list[Array]:
-        """Sum the `count` arrays of `terms(tile index)` over all pixels; (width,) each."""
-
-        def add(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-            return tuple(total + term for total, term in zip(totals, terms(i), strict=True))
-
-        # Each position of the tile has its own sum; a sum over positions synchronises all warps.
-        zeros = (jnp.zeros((self._rows, self._width)),) * count
-        totals = jax.lax.fori_loop(0, self.pixels // self._rows, add, zeros)
-        return [jnp.sum(total, axis=0) for total in totals]
-
-    def write(self, ref: Any, value: Callable[[Array], Array]) -> None:
-        """Write `value(tile index)` to each tile of `ref`."""
-
-        def store(i: Array, carry: Any) -> Any:
-            ref[self._where(i)] = value(i).astype(ref.dtype)
-            return carry
-
-        jax.lax.fori_loop(0, self.pixels // self._rows, store, 0)
-
-    def _where(self, tile: Array) -> tuple[Any, ...]:
-        return (
-            self._image,
-            pl.ds(tile * self._rows, self._rows),
-            pl.ds(self._start, self._width),
-        )
-
-    def tile(self, ref: Any, tile: Array) -> Array:
-        """Read a tile: (rows, width) float32."""
-        return ref[self._where(tile)].astype(jnp.float32)
-
-    def vector(self, ref: Any) -> Array:
-        """Read (width,) float32 of a vector (C,), or of this image's row of an array (N, C)."""
-        where = (self._image,) * (len(ref.shape) - 1) + (pl.ds(self._start, self._width),)
-        return ref[where].astype(jnp.float32)
-
-    def store_vector(self, ref: Any, value: Array) -> None:
-        where = (self._image, pl.ds(self._start, self._width))
-        ref[where] = value.astype(ref.dtype)
-
-    def group_mean(self, sums: Array) -> Array:
-        """Sums over the pixels of each channel → the mean over its group."""
-        return jnp.sum(jnp.where(self._same, sums[None, :], 0.0), axis=1) / self._count
-
-    def drop(self, keys_ref: Any, tile: Array, value: Array, rate: float) -> Array:
-        pixel = (tile * self._rows + jnp.arange(self._rows)).astype(jnp.uint32)
-        channel = (self._start + self._lane).astype(jnp.uint32)
-        keys = [keys_ref[self._image, i] for i in (0, 1)]
-        return jnp.where(
-            keeps(keys, pixel[:, None], channel[None, :], rate), value * (1 / (1 - rate)), 0.0
-        )
-
-
-def _sigmoid(x: Array, dtype: Any) -> Array:
-    if dtype == jnp.bfloat16 and jax.default_backend() == "gpu":
-        return 0.5 + 0.5 * _triton().approx_tanh(0.5 * x)  # one instruction, exact to 2^-11
-    return jax.nn.sigmoid(x)
-
-
-def _forward_kernel(
-    options: Options, layout: tuple[int, int], names: tuple[str, ...], *refs: Any
-) -> None:
-    ref = dict(zip(names, refs, strict=True))
-    part = _Part(options, ref["x"], *layout)
-    shift = part.vector(ref["shift"]) if "shift" in ref else 0.0 * part.vector(ref["bias"])
-
-    def moments(i: Array) -> tuple[Array, Array]:
-        x = part.tile(ref["x"], i) + shift[None, :]
-        return x, x * x
-
-    mean, square = map(part.group_mean, part.sums(moments, 2))
-    factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + EPSILON)
-    part.store_vector(ref["mean"], mean)
-    part.store_vector(ref["factor"], factor)
-    slope = factor * part.vector(ref["scale"])
-    offset = (shift - mean) * slope + part.vector(ref["bias"])
-
-    def result(i: Array) -> Array:
-        y = part.tile(ref["x"], i) * slope[None, :] + offset[None, :]
-        y = y * _sigmoid(y, ref["x"].dtype) if options.silu else y
-        return part.drop(ref["keys"], i, y, options.rate) if "keys" in ref else y
-
-    part.write(ref["y"], result)
-
-
-def _backward_kernel(
-    options: Options, layout: tuple[int, int], names: tuple[str, ...], *refs: Any
-) -> None:
-    ref = dict(zip(names, refs, strict=True))
-    part = _Part(options, ref["x"], *layout)
-    factor, scale, bias = (part.vector(ref[name]) for name in ("factor", "scale", "bias"))
-    offset = -part.vector(ref["mean"]) * factor
-    if "shift" in ref:
-        offset += part.vector(ref["shift"]) * factor
-
-    def tiles(i: Array) -> tuple[Array, Array]:
-        """(x̂, the gradient with respect to SiLU's input)."""
-        normal = part.tile(ref["x"], i) * factor[None, :] + offset[None, :]
-        dy = part.tile(ref["dy"], i)
-        dy = part.drop(ref["keys"], i, dy, options.rate) if "keys" in ref else dy
-        if options.silu:
-            y = normal * scale[None, :] + bias[None, :]
-            gate = _sigmoid(y, ref["x"].dtype)
-            dy *= gate * (1 + y * (1 - gate))
-        return normal, dy
-
-    def moments(i: Array) -> tuple[Array, ...]:
-        normal, dy = tiles(i)
-        return dy, dy * normal, normal
-
-    dbias, dscale, total = part.sums(moments, 3)
-    mean, slope = part.group_mean(scale * dbias), part.group_mean(scale * dscale)
-
-    def result(i: Array) -> Array:
-        normal, dy = tiles(i)
-        return (dy * scale[None, :] - mean[None, :] - normal * slope[None, :]) * factor[None, :]
-
-    part.write(ref["dx"], result)
-    part.store_vector(ref["dbias"], dbias)
-    part.store_vector(ref["dscale"], dscale)
-    if "dshift" in ref:
-        dshift = factor * (scale * dbias - part.pixels * mean - slope * total)
-        part.store_vector(ref["dshift"], dshift)
+def backend() -> Any:
+    """The module whose kernels work here, or None. What differs from the usual is logged once."""
+    failures = []
+    for name, title in BACKENDS.items():
+        try:
+            module = importlib.import_module(f"models.{name}")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                _lower(module)
+        except Exception as error:  # a backend that is deprecated or missing may fail in any way
+            failures.append(f"{title}: {next(iter(str(error).splitlines()), repr(error))}")
+            continue
+        if any(str(warning.message).startswith(DEPRECATED) for warning in caught):
+            log.info(
+                "the normalisation kernels use %s, which a later JAX will drop; then jax-triton "
+                "takes its place if it is installed, else XLA",
+                title,
+            )
+            # JAX would say so again for each kernel that it compiles.
+            warnings.filterwarnings("ignore", DEPRECATED, DeprecationWarning)
+        if failures:
+            log.info("the normalisation kernels use %s (%s)", title, "; ".join(failures))
+        return module
+    log.warning(
+        "group normalisation is left to XLA: its kernels do not work here (%s)", "; ".join(failures)
+    )
+    return None
 
 
 def _call(
-    kernel: Any, options: Options, inputs: dict[str, Any], outputs: dict[str, Any]
+    module: Any, direction: str, options: Options, inputs: dict[str, Any], outputs: dict[str, Any]
 ) -> dict[str, Array]:
     """Run a kernel over all images; inputs that are None are left out."""
-    inputs = {name: value for name, value in inputs.items() if value is not None}
+    n, h, w, channels = inputs["x"].shape
+
+    def flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (n, h * w, channels) if len(shape) == 4 else shape
+
+    results = module.call(
+        direction,
+        options,
+        _tile(inputs["x"]),
+        {name: x.reshape(flat(x.shape)) for name, x in inputs.items() if x is not None},
+        {name: jax.ShapeDtypeStruct(flat(x.shape), x.dtype) for name, x in outputs.items()},
+    )
+    return {name: results[name].reshape(x.shape) for name, x in outputs.items()}
+
+
+def _forward(module: Any, options: Options, *given: Any) -> tuple[Array, Any]:
+    inputs = dict(zip(("x", "scale", "bias", "shift", "keys"), given, strict=True))
     x = inputs["x"]
-    n, h, w, channels = x.shape
-    layout = _layout(x)
-    on_gpu = jax.default_backend() == "gpu"
-    warps = max(1, layout[0] * layout[1] // _WARP)
-    flat = {k: v.reshape(n, h * w, channels) if v.ndim == 4 else v for k, v in inputs.items()}
-    results = pl.pallas_call(
-        functools.partial(kernel, options, layout, (*flat, *outputs)),
-        grid=(n, channels // layout[0]),
-        out_shape=tuple(
-            jax.ShapeDtypeStruct((n, h * w, channels) if len(shape) == 4 else shape, dtype)
-            for shape, dtype in outputs.values()
-        ),
-        compiler_params=_triton().CompilerParams(num_warps=warps) if on_gpu else None,
-        interpret=not on_gpu,
-    )(*flat.values())
-    return {
-        name: result.reshape(shape)
-        for (name, (shape, _)), result in zip(outputs.items(), results, strict=True)
-    }
+    per_image = jax.ShapeDtypeStruct((len(x), x.shape[-1]), jnp.float32)
+    outputs = {"y": x, "mean": per_image, "factor": per_image}
+    results = _call(module, "forward", options, inputs, outputs)
+    return results.pop("y"), inputs | results
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -252,21 +154,16 @@ def fused(
 
 
 def _fused_forward(options: Options, *given: Any) -> tuple[Array, Any]:
-    inputs = dict(zip(("x", "scale", "bias", "shift", "keys"), given, strict=True))
-    x = inputs["x"]
-    per_image = ((len(x), x.shape[-1]), jnp.float32)
-    outputs = {"y": (x.shape, x.dtype), "mean": per_image, "factor": per_image}
-    results = _call(_forward_kernel, options, inputs, outputs)
-    return results.pop("y"), inputs | results
+    return _forward(backend(), options, *given)
 
 
 def _fused_backward(options: Options, saved: Any, dy: Array) -> tuple[Array | None, ...]:
     x, shift = saved["x"], saved["shift"]
-    per_image = ((len(x), x.shape[-1]), jnp.float32)
-    outputs: dict[str, Any] = {"dx": (x.shape, x.dtype), "dscale": per_image, "dbias": per_image}
+    per_image = jax.ShapeDtypeStruct((len(x), x.shape[-1]), jnp.float32)
+    outputs: dict[str, Any] = {"dx": x, "dscale": per_image, "dbias": per_image}
     if shift is not None:
         outputs["dshift"] = per_image
-    d = _call(_backward_kernel, options, saved | {"dy": dy}, outputs)
+    d = _call(backend(), "backward", options, saved | {"dy": dy}, outputs)
     dscale, dbias = (
         d["d" + name].sum(axis=0).astype(saved[name].dtype) for name in ("scale", "bias")
     )
@@ -291,6 +188,6 @@ def norm_act(
     the computation over the devices. In training, pmap gives each device its part.
     """
     on_gpu = train and jax.default_backend() == "gpu"
-    if on_gpu and fits(options, x) and pays(x) and available():
+    if on_gpu and fits(options, x) and pays(x) and backend() is not None:
         return fused(options, x, scale, bias, shift, keys)
     return normalization.norm_act(options, x, scale, bias, shift, keys)

@@ -1,6 +1,8 @@
 """Group normalisation is Flax's, its gradients in both modes are, and its kernels agree with it."""
 
 import sys
+import types
+import warnings
 
 import flax.linen as nn
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import norm_kernels, normalization
+from models import norm_kernels, norm_pallas, normalization
 from models.layers import GroupNorm
 
 SHAPES = [(2, 16, 16, 32), (3, 7, 5, 12), (1, 1, 1, 8), (2, 4, 6, 160)]
@@ -123,7 +125,7 @@ def test_training_on_a_gpu_gets_the_kernels(use, kernels, monkeypatch):
     inputs, words, direction = _inputs(16, 64, jnp.bfloat16)
     options = normalization.Options(16, True, 0.1)
     monkeypatch.setattr(norm_kernels.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(norm_kernels, "available", lambda: True)
+    monkeypatch.setattr(norm_kernels, "backend", lambda: norm_pallas)
 
     def function(*args):
         return norm_kernels.norm_act(options, *args, words)
@@ -136,38 +138,91 @@ def test_training_on_a_gpu_gets_the_kernels(use, kernels, monkeypatch):
     # JAX 0.12 lowers a Triton kernel for a GPU that it is told of, if the machine has none.
     h100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=h100)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         traced = jax.jit(uses[use]).trace(*inputs)
         lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("gpu.triton") == kernels
+    for warning in caught:
+        assert str(warning.message).startswith(norm_kernels.DEPRECATED)
 
 
-@pytest.mark.parametrize("backend", ["fails", "is gone"])
+@pytest.fixture
+def choose(monkeypatch):
+    """`backend()` of a GPU whose modules of kernels are those given."""
+
+    def choose(**modules):
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, f"models.{name}", module)
+        norm_kernels.backend.cache_clear()
+        return norm_kernels.backend()
+
+    # Lowering for what is a CPU in fact fails as it does for a GPU that Triton does not know.
+    monkeypatch.setattr(norm_kernels.jax, "default_backend", lambda: "gpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        yield choose
+    norm_kernels.backend.cache_clear()
+
+
+@pytest.mark.parametrize("gone", [False, True])
 def test_training_on_a_gpu_is_left_to_xla_where_the_kernels_do_not_work(
-    backend, monkeypatch, caplog
+    gone, choose, monkeypatch, caplog
 ):
     inputs, words, direction = _inputs(8, 32, jnp.float32)
     options = normalization.Options(8, True, 0.1)
-
-    def function(*args):
-        return _training(options, args, words, direction)
-
-    expected = jax.jit(function)(*inputs)
-    # Lowering for what is a CPU in fact fails as it does for a GPU that Triton does not know.
-    monkeypatch.setattr(norm_kernels.jax, "default_backend", lambda: "gpu")
-    if backend == "is gone":
-        monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
-        monkeypatch.delattr("jax.experimental.pallas.triton", raising=False)
-    norm_kernels.available.cache_clear()
-    try:
-        for _ in range(2):
-            ours = jax.jit(lambda *args: function(*args))(*inputs)
-            for a, b in zip(ours, expected, strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    finally:
-        norm_kernels.available.cache_clear()
+    expected = jax.jit(
+        lambda *args: jax.vjp(lambda *args: normalization.norm_act(options, *args, words), *args)[
+            1
+        ](direction)
+    )(*inputs)
+    _hide_triton(gone, monkeypatch)
+    assert choose(norm_triton=None) is None
+    ours = jax.jit(lambda *args: _training(options, args, words, direction))(*inputs)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     (line,) = caplog.messages
     assert "left to XLA" in line and "\n" not in line
+
+
+def _hide_triton(gone, monkeypatch):
+    if gone:
+        monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+        monkeypatch.delattr("jax.experimental.pallas.triton", raising=False)
+
+
+def _stand_in(warning=None):
+    """A module of kernels whose results are 0."""
+
+    def call(direction, options, tile, inputs, outputs):
+        if warning:
+            warnings.warn(warning, DeprecationWarning, stacklevel=2)
+        return {name: jnp.zeros(x.shape, x.dtype) for name, x in outputs.items()}
+
+    return types.SimpleNamespace(call=call)
+
+
+def test_jax_triton_s_kernels_are_taken_where_pallas_has_no_triton(choose, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    _hide_triton(True, monkeypatch)
+    kernels = _stand_in()
+    assert choose(norm_triton=kernels) is kernels
+    (line,) = caplog.messages
+    assert "use jax-triton (Pallas' Triton backend: " in line
+    inputs, words, _ = _inputs(8, 32, jnp.float32)
+    options = normalization.Options(8, True, 0.1)
+    assert not norm_kernels.norm_act(options, *inputs, words, train=True).any()
+
+
+def test_pallas_kernels_are_taken_where_they_work_and_a_deprecation_is_logged_once(choose, caplog):
+    caplog.set_level("INFO")
+    kernels = _stand_in(norm_kernels.DEPRECATED + " and will be removed")
+    assert choose(norm_pallas=kernels, norm_triton=_stand_in()) is kernels
+    inputs, words, _ = _inputs(8, 32, jnp.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        norm_kernels.norm_act(normalization.Options(8, True), *inputs, words, train=True)
+    (line,) = caplog.messages
+    assert "jax-triton" in line and not caught
 
 
 def test_images_that_do_not_fit_a_tile_are_left_to_xla():
