@@ -42,9 +42,13 @@ def _keys(key: Array, count: int, *numbers: ArrayLike) -> Array:
     return keys
 
 
-def normal(key: Array, shape: tuple[int, ...]) -> Array:
-    """Standard normal noise of `shape`, (N, …): a row for each of the keys (N,), or of one key."""
-    return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(_keys(key, shape[0]))
+def normal(key: Array, shape: tuple[int, ...], *numbers: ArrayLike) -> Array:
+    """Standard normal noise of `shape`, (N, …): a row for each of the keys (N,), or of one key.
+
+    `numbers`, as that of a step, are folded into the keys.
+    """
+    keys = _keys(key, shape[0], *numbers)
+    return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(keys)
 
 
 def euler_maruyama(
@@ -213,7 +217,7 @@ def pc_sample(
         x, _ = predict(sde, score_fn, x, t, t_next, normal(keys, shape), probability_flow)
         return known(keys, x, t_next)
 
-    x = sde.prior_std() * normal(_keys(key, shape[0], 0), shape)
+    x = sde.prior_std() * normal(key, shape, 0)
     x = jax.lax.fori_loop(0, num_steps - 1, body, x)
     each = (predictor != "none") + (0 if correct is None else n_steps_each)
     nfe = (num_steps - 1) * each

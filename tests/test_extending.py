@@ -293,7 +293,7 @@ def test_the_stochastic_sampler_samples_a_gaussian(sde_name):
 
 def test_without_churn_the_stochastic_sampler_is_heuns(sde):
     x, nfe = sample_with(sde, churn=0.0, method="edm_stochastic", num_steps=20)
-    z = jax.random.normal(jax.random.fold_in(jax.random.key(0), 20), x.shape)
+    z = sampling.normal(jax.random.key(0), x.shape, 20)
     heun, heun_nfe = sampling.heun_sample(sde, DATA.score_fn(sde), z, num_steps=20, eps=1e-4)
     assert nfe == heun_nfe
     np.testing.assert_allclose(x, heun, atol=2e-4)
