@@ -107,12 +107,12 @@ def _samples_of_network(run: _Run, params: Any) -> tuple[Images, dict[str, Any]]
 
     batches = functools.partial(sample_batches, run.sample, params, config.seed, count, size, keep)
     progress, evaluations, broken = Progress("sampling", count), [], 0
-    for part in batches():
+    for _, part in batches():
         evaluations.append(part.nfe)
         broken += part.num_broken
         note = f"{part.nfe} evaluations"
         progress.advance(len(part.levels), note, fresh=not results.recalled)
-    images = Images(count, digest, lambda: (part.levels for part in batches()))
+    images = Images(count, digest, lambda: (part.levels for _, part in batches()))
     if config.model.num_classes:
         images = dataclasses.replace(images, labels=sample_labels(config, 0, count))
     nfe = round(float(np.mean(evaluations)))

@@ -455,11 +455,11 @@ def _generate(
         write_pngs = (
             stack.enter_context(png_writer(to)) if kind == "png" and hosts.is_main() else None
         )
-        for part in batches:
+        for start, part in batches:
             images = datasets.levels_to_uint8(part.levels, setup.num_levels)
-            index = range(part.start, part.start + len(images))
+            index = range(start, start + len(images))
             if write_pngs:
-                write_pngs(part.start, images)
+                write_pngs(start, images)
             elif kind != "png":
                 parts.append(images)
             progress.advance(len(set(index) - present), f"{part.nfe} evaluations")

@@ -201,21 +201,22 @@ def pc_sample(
       (x (N, H, W, C) in the model's range, number of score evaluations per sample).
     """
     predict, correct = PREDICTORS[predictor], CORRECTORS[corrector]
-    times = sde.time_grid(eps, num_steps)
+    times, key = sde.time_grid(eps, num_steps), _keys(key, shape[0])
 
-    def known(keys: Array, x: Array, t: Array) -> Array:
-        return x if constrain is None else constrain(_keys(keys, shape[0], 1), x, t)
+    def known(number: Array, x: Array, t: Array) -> Array:
+        return x if constrain is None else constrain(_keys(key, shape[0], number, 1), x, t)
 
     def body(i: Array, x: Array) -> Array:
-        t, t_next = times[i], times[i + 1]
+        t, t_next, number = times[i], times[i + 1], 1 + i * (n_steps_each + 1)
         if correct is not None:
-            for j in range(n_steps_each):
-                keys = _keys(key, shape[0], i + 1, j + 1)
-                x, _ = correct(sde, score_fn, x, t, t_next, snr, normal(keys, shape))
-                x = known(keys, x, t)
-        keys = _keys(key, shape[0], i + 1, 0)
-        x, _ = predict(sde, score_fn, x, t, t_next, normal(keys, shape), probability_flow)
-        return known(keys, x, t_next)
+            for _ in range(n_steps_each):
+                z = normal(key, shape, number)
+                x, _ = correct(sde, score_fn, x, t, t_next, snr, z)
+                x = known(number, x, t)
+                number = number + 1
+        z = normal(key, shape, number)
+        x, _ = predict(sde, score_fn, x, t, t_next, z, probability_flow)
+        return known(number, x, t_next)
 
     x = sde.prior_std() * normal(key, shape, 0)
     x = jax.lax.fori_loop(0, num_steps - 1, body, x)

@@ -256,7 +256,6 @@ class Samples(NamedTuple):
     levels: np.ndarray  # (n, H, W, C) uint8
     nfe: int  # score evaluations per sample
     num_broken: int  # number of samples that are not finite
-    start: int = 0  # the index of the first
 
 
 def sample_labels(config: ConfigDict, start: int, count: int) -> np.ndarray:
@@ -350,7 +349,7 @@ def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
                 broken,
                 batch_size,
             )
-        return Samples(to_host(levels)[:batch_size], int(nfe), int(broken), start)
+        return Samples(to_host(levels)[:batch_size], int(nfe), int(broken))
 
     return sample
 
@@ -367,8 +366,10 @@ def sample_batches(
     batch_size: int,
     cache: CacheFn | None = None,
     present: Collection[int] = (),
-) -> Iterator[Samples]:
-    """Yield samples in batches; each sample is a function of the seed and of its index.
+) -> Iterator[tuple[int, Samples]]:
+    """Yield (index of the first, samples) of each batch.
+
+    Each sample is a function of the seed and of its index.
 
     Args:
       sample: from `get_sampler`, for this batch size.
@@ -389,4 +390,4 @@ def sample_batches(
 
         part = cache(f"samples_{start:08}", draw) if cache else draw()
         levels = part["levels"][: count - start]
-        yield Samples(levels, int(part["nfe"]), int(part["num_broken"]), start)
+        yield start, Samples(levels, int(part["nfe"]), int(part["num_broken"]))

@@ -76,7 +76,7 @@ def test_predictor_corrector_samples_a_gaussian(name, predictor, corrector):
     config = sampling_config("pc", predictor=predictor, corrector=corrector, snr=0.05)
     config.sampling.truncation_time = 1e-3 if name != "rve" else 1e-5
     config.model.num_scales = 500
-    sample_fn = sampling.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
+    sample_fn = sampling.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), 8000)
     x, nfe = sample_fn(None, jax.random.key(0))
     assert nfe == (500 if corrector == "none" else 999)
     check_moments(x, slack=0.03)
