@@ -111,8 +111,8 @@ def ours(config: ConfigDict, profile: int) -> Iterator[dict[str, Any]]:
     yield {"": f"forward, {name}", **row}
 
 
-def peers(config: ConfigDict, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of `ours`, measured in PyTorch, for the networks `names`: torch, edm."""
+def peers(config: ConfigDict, names: Sequence[str], compiled: str) -> Iterator[dict[str, Any]]:
+    """The rows of `ours` in PyTorch, for the networks `names` (torch, edm); see `peer.Trainer`."""
     for name in names:
         if name == "edm":
             config.model.update(ch_mult=(2, 2, 2), dropout=0.13)
@@ -125,10 +125,11 @@ def peers(config: ConfigDict, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         params = jax.eval_shape(ours.init, jax.random.key(0), *one)
         gflop = gflop_a_call(ours.apply, params, *one)
         job = {"network": (*network, model.dropout, *shape[1:]), "batch": batch}
-        for row in peer_rows({**job, "dtype": model.dtype}):
+        for row in peer_rows({**job, "dtype": model.dtype, "compiled": compiled}):
             training = row[""].startswith("training")
             whose = "EDM's network in PyTorch, " if name == "edm" else "PyTorch's "
-            yield {**row, "": whose + row[""], "gflop": gflop * (3 if training else 1)}
+            how = "" if compiled == "nothing" else f", {compiled} compiled"
+            yield {**row, "": whose + row[""] + how, "gflop": gflop * (3 if training else 1)}
 
 
 def main() -> None:
@@ -144,6 +145,12 @@ def main() -> None:
         "--peer", nargs="*", choices=("torch", "edm"), help="also measure PyTorch (torch)"
     )
     parser.add_argument("--only_peer", action="store_true", help="not ours")
+    parser.add_argument(
+        "--compiled",
+        choices=("network", "blocks", "nothing"),
+        default="nothing" if on_cpu else "network",
+        help="what PyTorch compiles; on a CPU that needs a C++ compiler",
+    )
     parser.add_argument("--profile", type=int, default=0, help="number of kernels to list")
     flags = parser.parse_args()
     networks = ["torch"] if flags.peer == [] else flags.peer or []
@@ -156,7 +163,7 @@ def main() -> None:
         config.model.update(nf=flags.nf, num_res_blocks=flags.num_res_blocks, dtype=flags.dtype)
         config.training.batch_size = batch
         rows = [] if flags.only_peer else list(ours(config, flags.profile))
-        rows += peers(config, networks)
+        rows += peers(config, networks, flags.compiled)
         rate = product_rate(flags.dtype)
         for row in rows:
             rates = batch / row["seconds"], row["seconds"] * 1e3
