@@ -158,7 +158,7 @@ def main(argv: list[str]) -> None:
             _DISTRIBUTED.value,
             _TIMEOUT.value,
         )
-        environment.start_threads()
+        environment.keep_freed_memory()
         import run_lib
 
         level = logging.INFO if hosts.is_main() else logging.ERROR
@@ -182,7 +182,9 @@ def main(argv: list[str]) -> None:
         elif _MODE.value == "export":
             if not _TO.value:
                 raise UserError("--mode export needs --to, a new folder or .pth file")
-            run_lib.export(config, workdir, _TO.value, _FORMAT.value or "safetensors")
+            official = _FORMAT.value == "pth"
+            export = run_lib.export_official if official else run_lib.export
+            export(config, workdir, _TO.value)
         elif not _CHECKPOINT.value:
             raise UserError("--mode import needs --checkpoint, an official .pth file")
         else:

@@ -536,13 +536,39 @@ def import_official(
     return state
 
 
+def _step_to_export(config: ConfigDict, workdir: pathlib.Path) -> int:
+    """The step of the newest checkpoint, or of the one that eval.begin_ckpt and end_ckpt choose.
+
+    Raises:
+      UserError: there is none, or they choose several.
+    """
+    steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
+    if len(steps) > 1:
+        raise UserError(f"eval.begin_ckpt and end_ckpt choose {len(steps)} checkpoints, not one")
+    return steps[0]
+
+
+@contextlib.contextmanager
+def _exporting(to: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write to, which becomes `to` when all is written, and is removed otherwise."""
+    partial = to.with_name(f".{to.name}.{os.getpid()}")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.rename(to)
+    except OSError as error:
+        raise UserError(f"--to: {to} can't be written to: {error}") from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
 def export(
-    config: ConfigDict,
-    workdir: str | os.PathLike[str],
-    to: str | os.PathLike[str],
-    form: str = "safetensors",
+    config: ConfigDict, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
 ) -> pathlib.Path:
-    """Write a checkpoint for others: EMA weights in a folder, or the official release's .pth file.
+    """Write the EMA weights of a checkpoint to a folder for others.
 
     The folder gets model.safetensors, config.json without this machine's paths, and README.md, a
     model card with the scores of the run's report if that is of these weights. It evaluates and
@@ -552,62 +578,64 @@ def export(
       config: the run's config.
       workdir: the run; the checkpoint is the newest, or the one that eval.begin_ckpt and end_ckpt
         choose.
-      to: the folder, which must be new or empty; or the new file.
-      form: safetensors for the folder; pth for the file, with the whole state of training.
+      to: the folder, which must be new or empty.
 
     Returns:
-      The folder or the file.
+      The folder.
 
     Raises:
-      UserError: the checkpoint can't be read, the release has no such network, or `to` has files
-        or can't be written to.
+      UserError: the checkpoint can't be read, or `to` has files or can't be written to.
     """
     config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
-    folder, setup = pathlib.Path(to).absolute(), set_up(config)
-    steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
-    if len(steps) > 1:
-        raise UserError(f"eval.begin_ckpt and end_ckpt choose {len(steps)} checkpoints, not one")
-    if form == "pth":
-        exported.refuse(workdir)
-        import_checkpoint.check_network(config)
-    state = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0])
-    params = state.ema_params
-
-    def write_file() -> None:
-        if folder.exists():
-            raise UserError(f"--to: {folder} is there already; name a new file")
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            export_checkpoint.write(config, state, partial)
-            partial.rename(folder)
-        except OSError as error:
-            raise UserError(f"--to: {folder} can't be written to: {error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-        log.info("step %d of %s in %s, as the official release's", steps[0], workdir, folder)
+    folder, step = pathlib.Path(to).absolute(), _step_to_export(config, workdir)
+    params = checkpointing.restore_step(
+        config, workdir, set_up(config).state_shape, step
+    ).ema_params
 
     def write() -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--to: {folder} is not empty; name a new folder")
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
         own = portable_config(config, workdir)
-        try:
-            partial.mkdir(parents=True)
+        with _exporting(folder) as partial:
+            partial.mkdir()
             (partial / "config.json").write_text(own.to_json_best_effort(indent=1) + "\n")
-            card = model_card(folder.name, own, workdir, steps[0], params)
-            (partial / "README.md").write_text(card)
-            exported.write(partial, params, steps[0])
-            if folder.exists():
-                folder.rmdir()
-            partial.rename(folder)
-        except OSError as error:
-            raise UserError(f"--to: {folder} can't be written to: {error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "README.md").write_text(model_card(folder.name, own, workdir, step, params))
+            exported.write(partial, params, step)
         size = (folder / exported.WEIGHTS).stat().st_size / 2**20
-        log.info("step %d of %s in %s (%.1f MiB), with a card", steps[0], workdir, folder, size)
+        log.info("step %d of %s in %s (%.1f MiB), with a card", step, workdir, folder, size)
 
-    hosts.on_main(write_file if form == "pth" else write)
+    hosts.on_main(write)
     return folder
+
+
+def export_official(
+    config: ConfigDict, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
+) -> pathlib.Path:
+    """Write a checkpoint, with the whole state of training, to a .pth file of the official release.
+
+    Args:
+      config, workdir: as in `export`.
+      to: the new file.
+
+    Returns:
+      The file.
+
+    Raises:
+      UserError: the checkpoint can't be read, the release has no such network, or `to` exists or
+        can't be written to.
+    """
+    config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
+    file, step = pathlib.Path(to).absolute(), _step_to_export(config, workdir)
+    exported.refuse(workdir)
+    import_checkpoint.check_network(config)
+    state = checkpointing.restore_step(config, workdir, set_up(config).state_shape, step)
+
+    def write() -> None:
+        if file.exists():
+            raise UserError(f"--to: {file} is there already; name a new file")
+        with _exporting(file) as partial:
+            export_checkpoint.write(config, state, partial)
+        log.info("step %d of %s in %s, as the official release's", step, workdir, file)
+
+    hosts.on_main(write)
+    return file

@@ -62,6 +62,7 @@ def ours(extractor: Extractor, sizes: list[int], count: int) -> Iterator[dict[st
 def main() -> None:
     """Measure all sizes, and print the table."""
     environment.prepare()
+    environment.keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--images", type=int, default=64 if on_cpu else 2048)

@@ -56,6 +56,7 @@ def host_driven(
 def main() -> None:
     """Measure all solvers, and print the table."""
     environment.prepare()
+    environment.keep_freed_memory()
     logging.set_verbosity(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of a trained run")

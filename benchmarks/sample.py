@@ -88,6 +88,7 @@ def likelihood_of(
 def main() -> None:
     """Measure all methods and batch sizes, and print the table."""
     environment.prepare()
+    environment.keep_freed_memory()
     logging.set_verbosity(logging.ERROR)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     on_cpu = jax.default_backend() == "cpu"

@@ -135,6 +135,7 @@ def peers(config: ConfigDict, names: Sequence[str], compiled: str) -> Iterator[d
 def main() -> None:
     """Measure all batch sizes, and print the table."""
     environment.prepare()
+    environment.keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--batch", type=int, nargs="+", default=[64] if on_cpu else [128, 512])

@@ -232,6 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     environment.prepare()
+    environment.keep_freed_memory()
     log.setLevel(logging.INFO)
     try:
         runs = select(load_sweep(options.sweep), options.shard, options.only)

@@ -102,10 +102,11 @@ def write(config: ConfigDict, state: TrainState, path: pathlib.Path) -> None:
         )
 
     mean, variance = (state_dict(config, of_adam(name)) for name in ("mu", "nu"))
+    count = int(of_adam("count"))
     adam = {
-        i: {"step": int(of_adam("count")), "exp_avg": mean[key], "exp_avg_sq": variance[key]}
+        i: {"step": count, "exp_avg": mean[key], "exp_avg_sq": variance[key]}
         for i, key in enumerate(model)
-        if trained[i] and of_adam("count")
+        if trained[i] and count
     }
     group = {
         "lr": float(optim.lr),

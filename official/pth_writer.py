@@ -51,7 +51,7 @@ class _Pickler(pickle._Pickler):  # type: ignore[name-defined]
             return f"{obj.module}\n{obj.name}"
         if not isinstance(obj, np.ndarray):
             return NotImplemented
-        values = np.array(obj, order="C")
+        values = np.ascontiguousarray(obj).reshape(obj.shape)  # it makes a 0-d array 1-d
         storage = _Storage(values, str(len(self.arrays)))
         self.arrays.append(values)
         strides = tuple(stride // values.itemsize for stride in values.strides)
@@ -82,7 +82,6 @@ def write_pth(path: pathlib.Path, tree: Any) -> None:
         archive.writestr("archive/data.pkl", file.getvalue())
         archive.writestr("archive/byteorder", "little")
         for i, values in enumerate(pickler.arrays):
-            archive.writestr(
-                f"archive/data/{i}", values.astype(values.dtype.newbyteorder("<")).data
-            )
+            little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+            archive.writestr(f"archive/data/{i}", little.data)
         archive.writestr("archive/version", "3\n")

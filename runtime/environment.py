@@ -109,27 +109,22 @@ def _mallopt(**options: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc's malloc keep what is freed, for the next allocation.
+    """Start JAX on a CPU with a malloc of glibc that keeps what is freed, for the next allocation.
 
     By default it returns large blocks to the system, and each call of a compiled program on a CPU
     gets its work space anew: 186,000 page faults in a training step of a small CIFAR-10 network
-    (docs/speed.md). The arenas of threads return them whatever the options, so that the threads
-    that start now get none; `start_threads` must follow.
-    """
-    _mallopt(trim_threshold=2**31 - 1, mmap_max=0, arena_max=1)
+    (docs/speed.md). The arenas of threads return them whatever the options, so JAX's threads, which
+    start here, get none. Later ones do, since threads that compile would wait for each other.
 
-
-def start_threads() -> None:
-    """Start JAX's threads on a CPU; those that start later, as compilers', get arenas again.
-
-    With one arena for all, threads that compile would wait for each other.
+    Call it after `prepare` and after the processes of a run have found each other.
     """
     if not _runs_on_cpu():
         return
     import jax
     import jax.numpy as jnp
 
-    square = jnp.ones((512, 512))
+    _mallopt(trim_threshold=2**31 - 1, mmap_max=0, arena_max=1)
+    square = jnp.ones((512, 512))  # a product that is shared between the threads
     jax.block_until_ready(square @ square)
     _mallopt(arena_max=0)
 
@@ -169,8 +164,6 @@ def prepare() -> None:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_flags()}".strip()
-    if _runs_on_cpu():
-        keep_freed_memory()
     _keep_programs()
     _watch_cache()
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would show a traceback for a full disk

@@ -116,7 +116,7 @@ def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
 
     imported = run_lib.import_official(config, tmp_path / "run", tmp_path / "ddpm.pth")
     assert int(imported.step) == 7
-    run_lib.export(config, tmp_path / "run", tmp_path / "again.pth", "pth")
+    run_lib.export_official(config, tmp_path / "run", tmp_path / "again.pth")
     again = read_pth(tmp_path / "again.pth")
     assert list(again["model"]) == ["module.sigmas", *model]
     assert_equal({k: again["model"][k] for k in model}, model)

@@ -99,8 +99,8 @@ def test_a_sample_depends_on_its_key_and_not_on_its_batch(method, options, most)
 
     def draw(start, count):
         keys = sampling.sample_keys(jax.random.key(5), start, count)
-        make_score_fn = lambda _: DATA.score_fn(SDE)  # noqa: E731
-        return sampling.get_sampling_fn(config, SDE, make_score_fn, count)(None, keys)[0]
+        score_fn = DATA.score_fn(SDE)
+        return sampling.get_sampling_fn(config, SDE, lambda _: score_fn, count)(None, keys)[0]
 
     x = draw(0, 10)
     assert np.abs(x[6:9] - draw(6, 3)).max() < most
