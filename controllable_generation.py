@@ -11,8 +11,8 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs.default import UserError
-from datasets import Dataset, levels_to_uint8
+from configs.default import UserError, array_shape, image_shape
+from datasets import Dataset, highest
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
 from sampling import Constraint, MakeScoreFn, normal, pc_options, pc_sample, sample_keys
@@ -91,26 +91,34 @@ PER_IMAGE = 6  # number of completions of each image
 
 def _read_mask(config: ConfigDict) -> np.ndarray:
     """The mask (H, W, 1) that `sampling.mask` names, 1 for pixels to fill in."""
-    size, name = config.data.image_size, config.sampling.mask
-    mask, half, quarter = np.zeros((size, size, 1), np.float32), size // 2, size // 4
+    (height, width, _), name = array_shape(config), config.sampling.mask
+    mask = np.zeros((height, width, 1), np.float32)
+    inside = (np.s_[size // 4 : size - size // 4] for size in (height, width))
     regions: dict[str, Any] = {
-        "left": np.s_[:, :half],
-        "right": np.s_[:, half:],
-        "top": np.s_[:half],
-        "bottom": np.s_[half:],
-        "center": np.s_[quarter : size - quarter, quarter : size - quarter],
+        "left": np.s_[:, : width // 2],
+        "right": np.s_[:, width // 2 :],
+        "top": np.s_[: height // 2],
+        "bottom": np.s_[height // 2 :],
+        "center": tuple(inside),
     }
     if name in regions:
         mask[regions[name]] = 1
-        return mask
+        return _mask_padding(config, mask)
     try:
         with Image.open(name) as image:
-            resized = image.convert("L").resize((size, size), Image.Resampling.NEAREST)
+            resized = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
     except (OSError, ValueError) as error:
         raise UserError(
             f"sampling.mask is {name!r}: neither {', '.join(regions)} nor a readable image"
         ) from error
-    return (np.asarray(resized)[..., None] > 127).astype(np.float32)
+    return _mask_padding(config, (np.asarray(resized)[..., None] > 127).astype(np.float32))
+
+
+def _mask_padding(config: ConfigDict, mask: np.ndarray) -> np.ndarray:
+    """The mask of the padded image: the padding repeats the image's edge, so it is not known."""
+    height, width, _ = image_shape(config)
+    more = (0, height - mask.shape[0]), (0, width - mask.shape[1]), (0, 0)
+    return np.pad(mask, more, constant_values=1)
 
 
 def complete_test_images(
@@ -119,8 +127,8 @@ def complete_test_images(
     """Inpaint or colour test images, each `PER_IMAGE` times.
 
     Returns:
-      `samples`, `originals` and `known` (the known part of the originals), (N, H, W, C) uint8 each,
-      pixel values 0 … 255.
+      `samples`, `originals` and `known` (the known part of the originals): levels, (N, H, W, C)
+      each.
 
     Raises:
       UserError: there are too few test images, or the mask can't be read.
@@ -158,11 +166,11 @@ def complete_test_images(
         parts.append(np.asarray(setup.preprocessing.to_levels(completed))[:kept])
         progress.advance(kept)
     if config.sampling.task == "colorize":
-        known = originals.mean(axis=-1, keepdims=True).repeat(3, axis=-1).astype(np.uint8)
+        known = originals.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
     else:
-        known = np.where(mask > 0, (setup.num_levels - 1) // 2, originals).astype(np.uint8)
-    arrays = {"samples": np.concatenate(parts), "originals": originals, "known": known}
-    return {k: levels_to_uint8(v, setup.num_levels) for k, v in arrays.items()}
+        known = np.where(mask > 0, highest(setup.num_levels) / 2, originals)
+    known = known.astype(originals.dtype)
+    return {"samples": np.concatenate(parts), "originals": originals, "known": known}
 
 
 def completion_rows(arrays: dict[str, np.ndarray]) -> np.ndarray:

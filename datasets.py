@@ -1,8 +1,10 @@
-"""Data sets of uint8 images, their batches and their preprocessing.
+"""Data sets of images, their batches and their preprocessing.
 
-Pixels are levels 0 … num_levels - 1; num_levels is 17 for scikit-learn's digits and 256 for all
-other data sets. `Preprocessing` flips, dequantises and scales them on the device. The file formats
-are in `readers`; docs/data.md says how to get each data set.
+Pixels are levels 0 … num_levels - 1: 17 for scikit-learn's digits, what `data.num_levels` says for
+arrays of whole numbers, and 256 for all other data sets. Arrays of floats have num_levels = 0;
+their pixels go from 0 to 1 in the training images, and `Units` gives them back in the data's own
+units. `Preprocessing` flips, dequantises and scales pixels on the device. The file formats are in
+`readers`; docs/data.md says how to get each data set.
 """
 
 import collections
@@ -23,8 +25,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from configs.default import UserError
+from configs.default import UserError, array_shape, image_shape
 from readers import cache, published
+from readers.arrays import Stack, open_stacks, whole_stack
 from readers.source import ArraySource, Examples, Source
 from runtime.progress import Progress
 
@@ -38,7 +41,7 @@ class Dataset:
     Attributes:
       name: the data set's name.
       source: its examples.
-      num_levels: the number of values of a pixel.
+      num_levels: the number of values of a pixel; 0: floats.
       num_classes: labels are 0 … num_classes - 1; 0: there are no labels.
       notes: sentences that must be in every report about it.
     """
@@ -61,8 +64,15 @@ class Data(NamedTuple):
 
 
 def get_num_levels(config: ConfigDict) -> int:
-    """The number of values of a pixel of `config.data.dataset`."""
+    """The number of values of a pixel of `config.data.dataset`; 0: floats."""
+    if config.data.dataset == "array":
+        return config.data.num_levels
     return 17 if config.data.dataset == "digits" else 256
+
+
+def highest(num_levels: int) -> int:
+    """The highest level, or 1 for floats."""
+    return num_levels - 1 if num_levels else 1
 
 
 def _load_known(config: ConfigDict) -> Data:
@@ -103,6 +113,103 @@ def _load_digits() -> Data:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _StackSource:
+    """Arrays as a `Source`: floats from 0 to 1 as `data.scale` says, and padded as `data.pad`."""
+
+    stack: Stack
+    scale: tuple[float, ...]
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.stack)
+
+    def fetch(self, indices: np.ndarray) -> Examples:
+        """The examples at these indices."""
+        images = self.stack.read(indices)
+        if self.scale:
+            low, high = self.scale
+            images = ((images.astype(np.float64) - low) / (high - low)).astype(np.float32)
+        height, width = (
+            (0, wanted - size) for wanted, size in zip(self.shape, images.shape[1:3], strict=False)
+        )
+        if height[1] or width[1]:
+            images = np.pad(images, ((0, 0), height, width, (0, 0)), mode="edge")
+        return {"image": images, "label": self.stack.labels[indices]}
+
+    def describe(self) -> bytes:
+        """The files' identity, and what becomes of their values."""
+        return repr((self.stack.identity, self.scale, self.shape)).encode()
+
+
+def array_facts(config: ConfigDict) -> dict[str, Any]:
+    """What `data.path` says of an array data set, by the name of the field in `config.data`.
+
+    All values are read once. `dequantization` is none for floats.
+
+    Raises:
+      UserError: the arrays can't be read, have values that are not finite, or do not fit
+        `data.num_levels` or `data.scale`.
+    """
+    data, path = config.data, pathlib.Path(config.data.path)
+    train, test, _ = open_stacks(path)
+    height, width, channels = train.shape
+    facts: dict[str, Any] = {"image_size": height, "num_channels": channels}
+    facts["image_width"] = 0 if width == height else width
+    progress = Progress("reading all arrays once", len(train) + len(test))
+    (low, high), (low_test, high_test) = train.extremes(progress), test.extremes(progress)
+    if train.dtype.kind == "f":
+        if data.num_levels:
+            raise UserError(f"data.num_levels is for whole numbers; {path} has {train.dtype}")
+        scale = tuple(float(value) for value in data.scale) or (float(low), float(high))
+        if not scale[0] < scale[1]:
+            raise UserError(f"data.scale is {scale}, of {path}; its first number must be smaller")
+        return facts | {"scale": scale, "num_levels": 0, "dequantization": "none"}
+    if data.scale:
+        raise UserError(f"data.scale is for floats; {path} has {train.dtype}")
+    found = int(max(high, high_test)) + 1
+    if data.num_levels and found > data.num_levels:
+        raise UserError(f"data.num_levels is {data.num_levels}; {path} has the level {found - 1}")
+    if found < 2 and not data.num_levels:
+        raise UserError(f"data.path: {path} has no other value than 0")
+    return facts | {"num_levels": data.num_levels or found}
+
+
+def _stack_dataset(config: ConfigDict, stack: Stack, name: str, classes: int = 0) -> Dataset:
+    if (stack.dtype.kind == "f") != bool(config.data.scale):
+        kind = "floats" if config.data.scale else "whole numbers"
+        raise UserError(f"{name} is {stack.dtype}; this model's data are {kind}")
+    if stack.shape != array_shape(config):
+        raise UserError(f"{name} has images of {stack.shape}, not {array_shape(config)}")
+    source = _StackSource(stack, tuple(config.data.scale), image_shape(config))
+    return Dataset(name, source, config.data.num_levels, classes)
+
+
+def _load_array(config: ConfigDict) -> Data:
+    path = pathlib.Path(config.data.path)
+    *stacks, classes = open_stacks(path)
+    log.info("data: arrays of %s in %s", stacks[0].dtype, path)
+    return Data(*(_stack_dataset(config, stack, path.stem, classes) for stack in stacks))
+
+
+def array_of_images(config: ConfigDict, path: pathlib.Path, option: str) -> Dataset:
+    """All arrays of a file in the units of an array data set, without labels.
+
+    Args:
+      config: of a run on arrays.
+      path: an .npy, or an .npz with `samples`, `images` or one array.
+      option: the config's field of the path, for messages.
+
+    Raises:
+      UserError: they can't be read, or have another shape or kind of numbers than the data.
+    """
+    stack = whole_stack(path, option)
+    progress = Progress(f"reading {path.name}", len(stack))
+    if stack.extremes(progress)[1] >= config.data.num_levels > 0:
+        raise UserError(f"{option}: {path} has levels beyond the data's {config.data.num_levels}")
+    return _stack_dataset(config, stack, path.stem)
+
+
 def load_data(config: ConfigDict) -> Data:
     """The training and test split of `config.data.dataset`.
 
@@ -110,11 +217,12 @@ def load_data(config: ConfigDict) -> Data:
       UserError: the data are missing, can't be read, or do not fit the config.
     """
     data = config.data
-    loaded = _load_digits() if data.dataset == "digits" else _load_known(config)
+    load = {"digits": lambda _: _load_digits(), "array": _load_array}
+    loaded = load.get(data.dataset, _load_known)(config)
     for split, dataset in zip(("training", "test"), loaded, strict=True):
         if not len(dataset):
             raise UserError(f"{dataset.name} has no {split} images")
-    expected = (data.image_size, data.image_size, data.num_channels)
+    expected = image_shape(config)
     shape = loaded.train.source.fetch(np.arange(1))["image"].shape[1:]
     if shape != expected:
         raise UserError(
@@ -123,11 +231,11 @@ def load_data(config: ConfigDict) -> Data:
         )
     classes = loaded.train.num_classes
     log.info(
-        "%s training and %s test images, %d×%d×%d, %d levels, %s",
+        "%s training and %s test images, %d×%d×%d, %s, %s",
         f"{len(loaded.train):,}",
         f"{len(loaded.test):,}",
         *expected,
-        loaded.train.num_levels,
+        f"{loaded.train.num_levels} levels" if loaded.train.num_levels else "floats",
         f"{classes} classes" if classes else "no labels",
     )
     return loaded
@@ -286,16 +394,25 @@ class Preprocessing:
     """The conversion of levels to the network's input x_0, and back.
 
     Attributes:
-      num_levels: levels are 0 … num_levels - 1.
+      num_levels: levels are 0 … num_levels - 1; 0: floats, from 0 to 1.
       centered: whether the model's range is [-1, 1] instead of [0, 1].
       dequantization: none, uniform or lossless.
       random_flip: whether to mirror images at random in training.
+      width: of floats, what a difference of 1 is in the data's own units.
     """
 
     num_levels: int
     centered: bool
     dequantization: str
     random_flip: bool
+    width: float = 1.0
+
+    @property
+    def dtype(self) -> Any:
+        """The type of pixels: uint8, uint16 for more than 256 levels, or float32."""
+        if not self.num_levels:
+            return np.float32
+        return np.uint8 if self.num_levels <= 256 else np.uint16
 
     def to_x0(self, images: Array, keys: Array, flip: bool) -> Array:
         """Convert levels to x_0: flip them at random if `flip`, dequantise and scale them.
@@ -314,7 +431,7 @@ class Preprocessing:
         if self.dequantization == "uniform":
             x = dequantize(images, noise_keys, self.num_levels)
         else:
-            x = images.astype(jnp.float32) / (self.num_levels - 1)
+            x = images.astype(jnp.float32) / highest(self.num_levels)
         return scale(x, self.centered)
 
     def to_x0_without_noise(self, images: np.ndarray) -> np.ndarray:
@@ -322,17 +439,28 @@ class Preprocessing:
         if self.dequantization == "uniform":
             x = (images.astype(np.float32) + 0.5) / self.num_levels
         else:
-            x = images.astype(np.float32) / (self.num_levels - 1)
+            x = images.astype(np.float32) / highest(self.num_levels)
         return scale(x, self.centered)
 
+    def to_density_x0(self, images: np.ndarray, keys: Array) -> Array:
+        """Convert pixels to values that have a density: levels uniformly dequantised, and scaled.
+
+        Args, returns: as `to_x0`.
+        """
+        if not self.num_levels:
+            return jnp.asarray(self.to_x0_without_noise(images))
+        return scale(dequantize(images, keys, self.num_levels), self.centered)
+
     def to_levels(self, x: Array) -> Array:
-        """Convert samples (N, H, W, C) to the nearest levels, uint8; the inverse of `to_x0`."""
+        """Convert samples (N, H, W, C) to pixels, levels to the nearest; the inverse of `to_x0`."""
         x = inverse_scale(x, self.centered)
+        if not self.num_levels:
+            return x
         if self.dequantization == "uniform":
             levels = jnp.floor(x * self.num_levels)
         else:
             levels = jnp.round(x * (self.num_levels - 1))
-        return jnp.clip(levels, 0, self.num_levels - 1).astype(jnp.uint8)
+        return jnp.clip(levels, 0, self.num_levels - 1).astype(self.dtype)
 
     @property
     def level_grid(self) -> tuple[float, float]:
@@ -352,16 +480,18 @@ class Preprocessing:
         """The term to add to -log2 p(x)/D of scaled, dequantised data for bits/dim of the levels.
 
         It is log2(num_levels), for the width of a level in [0, 1], minus 1 if scaling to [-1, 1]
-        doubles the width: 7 for 256 levels in [-1, 1].
+        doubles the width: 7 for 256 levels in [-1, 1]. For floats it is log2(width) in place of
+        log2(num_levels), and gives the density in the data's own units.
         """
-        return float(np.log2(self.num_levels) - (1 if self.centered else 0))
+        return float(np.log2(self.num_levels or self.width) - (1 if self.centered else 0))
 
 
 def get_preprocessing(config: ConfigDict, num_levels: int = 0) -> Preprocessing:
     """The preprocessing of a config; `num_levels` replaces the data set's number of levels."""
     data = config.data
     levels = num_levels or get_num_levels(config)
-    return Preprocessing(levels, data.centered, data.dequantization, data.random_flip)
+    width = data.scale[1] - data.scale[0] if data.scale else 1.0
+    return Preprocessing(levels, data.centered, data.dequantization, data.random_flip, width)
 
 
 def share_at_ends(levels: np.ndarray, num_levels: int) -> float:
@@ -370,5 +500,54 @@ def share_at_ends(levels: np.ndarray, num_levels: int) -> float:
 
 
 def levels_to_uint8(levels: np.ndarray, num_levels: int) -> np.ndarray:
-    """Convert levels to pixel values 0 … 255."""
-    return np.round(levels.astype(np.float32) * (255 / (num_levels - 1))).astype(np.uint8)
+    """Convert levels to pixel values 0 … 255; floats are cut to [0, 1], and 0 if not finite."""
+    if not num_levels:
+        levels = np.clip(np.nan_to_num(levels, posinf=0, neginf=0), 0, 1)
+    return np.round(levels.astype(np.float32) * (255 / highest(num_levels))).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """What users get for pixels: files in the data's own units, and pictures.
+
+    Attributes:
+      num_levels: as in `Preprocessing`.
+      of_arrays: whether the data set is an array; others' files have pixel values 0 … 255.
+      scale: of floats, the values in the data's units that are 0 and 1 here.
+      size: the height and width of the data, without padding.
+      show_channels: the channels that pictures show; (): all, side by side if not 1 or 3.
+    """
+
+    num_levels: int
+    of_arrays: bool
+    scale: tuple[float, ...]
+    size: tuple[int, int]
+    show_channels: tuple[int, ...]
+
+    def to_files(self, levels: np.ndarray) -> np.ndarray:
+        """Pixels (N, H, W, C) as files have them, without padding."""
+        height, width = self.size
+        levels = levels[:, :height, :width]
+        if not self.of_arrays:
+            return levels_to_uint8(levels, self.num_levels)
+        if not self.scale:
+            return levels
+        low, high = self.scale
+        return (low + (high - low) * levels.astype(np.float64)).astype(np.float32)
+
+    def to_pictures(self, levels: np.ndarray) -> np.ndarray:
+        """Pixels (N, H, W, C) as pictures, (N, H, W', 1 or 3) uint8."""
+        height, width = self.size
+        pictures = levels_to_uint8(levels[:, :height, :width], self.num_levels)
+        if self.show_channels:
+            return pictures[..., list(self.show_channels)]
+        if pictures.shape[-1] in (1, 3):
+            return pictures
+        return np.moveaxis(pictures, -1, 2).reshape(len(pictures), height, -1, 1)
+
+
+def get_units(config: ConfigDict) -> Units:
+    """The units of a config's data."""
+    data, size = config.data, array_shape(config)[:2]
+    shown, scale = tuple(config.sampling.show_channels), tuple(data.scale)
+    return Units(get_num_levels(config), data.dataset == "array", scale, size, shown)

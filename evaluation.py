@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import datasets
-from configs.default import UserError
+from configs.default import UserError, array_shape, image_shape
 from datasets import Data, load_data
 from metrics.bits_per_dim import (
     BitsEvaluation,
@@ -38,7 +38,7 @@ from metrics.distances import (
     precision_recall,
 )
 from metrics.inception import get_inception
-from metrics.report import clear_pictures, write_bits, write_report, write_sweep
+from metrics.report import channel_moments, clear_pictures, write_bits, write_report, write_sweep
 from metrics.scorers import (
     Images,
     Scorer,
@@ -64,7 +64,7 @@ from session import (
     sample_batches,
     sample_labels,
     set_up,
-    with_num_classes,
+    with_data_facts,
 )
 
 __all__ = [
@@ -123,6 +123,9 @@ def _given_samples(config: ConfigDict, num_levels: int) -> tuple[Images, dict[st
     """The images of `eval.samples`, and their entries of the report."""
     path = pathlib.Path(config.eval.samples)
     data = config.data
+    if data.dataset == "array":
+        of_file = datasets.array_of_images(config, path, "eval.samples")
+        return images_of(of_file), {"samples": str(path), "num_samples": len(of_file)}
     source, _ = load_images(path, data.image_size, data.num_channels, "eval.samples")
     dataset = datasets.Dataset(path.stem, source, 256, 0)
     images = images_of(dataset)
@@ -137,14 +140,15 @@ def _given_samples(config: ConfigDict, num_levels: int) -> tuple[Images, dict[st
 
 def _evaluate_samples(run: _Run, images: Images, folder: pathlib.Path) -> dict[str, Any]:
     few = next(regrouped(images.batches(), 64))
-    grid = datasets.levels_to_uint8(few, run.setup.num_levels)
+    grid = run.setup.units.to_pictures(few)
     hosts.on_main(lambda: save_grid(grid, folder / "samples.png"))
     levels, test = run.setup.num_levels, run.bits.data.test
-    of_test = (batch["image"] for batch in datasets.batches(test, 500, 10_000))
-    report: dict[str, Any] = {
-        "share_at_ends": _share_at_ends(images.batches(), levels),
-        "share_at_ends_of_test_images": _share_at_ends(of_test, levels),
-    }
+    report: dict[str, Any] = {}
+    for name, kind in (("", images), ("_of_test_images", images_of(test, 10_000))):
+        if levels:
+            report[f"share_at_ends{name}"] = _share_at_ends(kind.batches(), levels)
+        if run.config.data.dataset == "array":
+            report[f"channels{name}"] = channel_moments(kind.batches(), run.setup.units.to_files)
     for scorer in run.scorers:
         report |= score_images(scorer, images, run.results)
     return report
@@ -173,7 +177,7 @@ def _evaluate_checkpoint(
         report |= {"weights": "EMA", "weights_digest": short_hash(params)}
         if config.eval.enable_bpd:
             report |= evaluate_bits(run.bits, params)
-        if run.scorers:
+        if run.scorers or (config.data.dataset == "array" and config.eval.enable_sampling):
             images, facts = _samples_of_network(run, params)
             report |= facts | _evaluate_samples(run, images, folder)
         return {"json": np.array(json.dumps(report))}
@@ -200,7 +204,7 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     Raises:
       UserError: the config, data, weights, statistics or checkpoints can't be used.
     """
-    config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
+    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     setup = set_up(config)
     if config.eval.images:
         with contextlib.ExitStack() as stack:
@@ -223,12 +227,24 @@ def _take_hold(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.Exit
     return steps
 
 
+def _check_density(config: ConfigDict) -> None:
+    """Refuse densities of padded floats: the padding is a function of the image."""
+    if config.data.scale and image_shape(config) != array_shape(config):
+        raise UserError(
+            "padded floats have no bits/dim: their padding has no density; set "
+            "--config.eval.enable_bpd=False"
+        )
+
+
 def _images_to_score(config: ConfigDict, num_levels: int) -> tuple[datasets.Dataset, list[str]]:
     """The images of `eval.images` and their names."""
     if config.eval.images == "test":
         test = datasets.get_dataset(config, "test")
         return test, [str(i) for i in datasets.subset(test, config.eval.num_test_data)]
     path, size = pathlib.Path(config.eval.images), config.data.image_size
+    if config.data.dataset == "array":
+        of_file = datasets.array_of_images(config, path, "eval.images")
+        return of_file, [str(i) for i in range(len(of_file))]
     source, names = load_images(path, size, config.data.num_channels, "eval.images", least=1)
     if num_levels != 256:
         grey = source.fetch(np.arange(len(names)))["image"]
@@ -243,6 +259,7 @@ def _evaluate_images(
     """Bits/dim of each of the images of `eval.images`, in a folder of their own below eval/."""
     if len(steps) != 1:
         raise UserError(f"eval.images is for one checkpoint; {len(steps)} are chosen")
+    _check_density(config)
     chosen, names = _images_to_score(config, setup.num_levels)
     config = config.copy_and_resolve_references()
     config.eval.num_test_data = len(names)
@@ -260,6 +277,7 @@ def _evaluate_images(
         "step": steps[0],
         "images": "test images" if config.eval.images == "test" else config.eval.images,
         "num_levels": setup.num_levels,
+        "padded": image_shape(config) != array_shape(config),
         "weights_digest": short_hash(params),
         **summarize_bits(bits, values),
     }
@@ -284,18 +302,22 @@ def _evaluate(
     folder = workdir / "eval"
     results = PartialResults(folder / "parts")
     scorers = get_scorers(config, data, results) if config.eval.enable_sampling else []
-    if config.eval.enable_sampling and not scorers and config.eval.enable_bpd and not given:
+    scores_samples = bool(scorers) or (
+        config.data.dataset == "array" and config.eval.enable_sampling
+    )  # arrays have their channels' moments
+    if config.eval.enable_sampling and not scores_samples and config.eval.enable_bpd and not given:
         log.warning(
             "nothing can score samples of %s, so none are drawn; --mode sample draws and keeps "
             "them",
             data.train.name,
         )
-    if not scorers and (given or not config.eval.enable_bpd):
+    if not scores_samples and (given or not config.eval.enable_bpd):
         raise UserError("nothing would be scored; see the lines above, and the eval.enable_ fields")
     bits = BitsEvaluation(config, setup, data, results, get_bpd_fn(config, setup))
-    if scorers and not given:
+    if scores_samples and not given:
         advise_on_sampling(config, "eval.sampling_batch_size", _sample_size(config))
     if config.eval.enable_bpd and not given:
+        _check_density(config)
         advise_on_bits(config, setup, bits.num_test)
     sample = get_sampler(config, setup, _sample_size(config))
     run = _Run(config, setup, results, bits, sample, scorers)
@@ -303,6 +325,7 @@ def _evaluate(
         raise UserError(f"{data.test.name} has one test image; a standard error needs 2 or more")
     about: dict[str, Any] = {"data": data.train.name, "num_levels": setup.num_levels}
     about["data_notes"] = list(data.train.notes)
+    about["padded"] = image_shape(config) != array_shape(config)
     if given:
         images, facts = given
         name = pathlib.Path(config.eval.samples).resolve().name

@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from configs.default import UserError
+from configs.default import UserError, image_shape
 from datasets import Preprocessing, get_preprocessing
 from sde_lib import SDE, expand, get_sde
 
@@ -553,8 +553,7 @@ class Objective:
 
 def get_objective(config: ConfigDict, sde: SDE, num_levels: int = 0) -> Objective:
     """The objective of a config; `num_levels` replaces the data set's number of levels."""
-    training, data = config.training, config.data
-    dims = data.image_size**2 * data.num_channels
+    training, dims = config.training, math.prod(image_shape(config))
     return Objective(
         sde=sde,
         weighting=get_weighting(config),

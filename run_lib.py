@@ -53,7 +53,7 @@ from session import (
     sample_labels,
     set_up,
     with_labels,
-    with_num_classes,
+    with_data_facts,
 )
 from train_step import (
     LossSums,
@@ -93,7 +93,7 @@ def train(
       UserError: the config, the data or the workdir can't be used; or the loss is not finite, or
         saving fails, too often in a row.
     """
-    config = with_num_classes(config, workdir)
+    config = with_data_facts(config, workdir)
     workdir, training, num_steps = pathlib.Path(workdir), config.training, config.training.n_iters
 
     # Model, optimiser and objective; data.
@@ -378,14 +378,16 @@ def _get_grid_fn(
     The noise is the same each time.
     """
     sample, num_levels = get_sampler(config, setup, config.sampling.batch_size), setup.num_levels
+    few = datasets.in_order(test, 500)["image"]
 
     def draw(params: Any, name: str) -> str:
         levels = sample(params, jax.random.key(config.seed + 3)).levels
         path = workdir / "samples" / name
         if hosts.is_main():
-            save_grid(datasets.levels_to_uint8(levels, num_levels), path)
-        share = datasets.share_at_ends(levels, num_levels)
-        usual = datasets.share_at_ends(datasets.in_order(test, 500)["image"], num_levels)
+            save_grid(setup.units.to_pictures(levels), path)
+        if not num_levels:
+            return f"samples in {path}"
+        share, usual = (datasets.share_at_ends(part, num_levels) for part in (levels, few))
         return f"samples in {path}; {share:.1%} at the ends of the range ({usual:.1%} of test data)"
 
     return draw
@@ -399,16 +401,17 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     Returns:
       The path of a grid of the images, samples/<task>.png (samples/samples.png for "generate").
 
-    An .npz file beside it has all images: `samples`, (N, H, W, C) uint8, pixel values 0 … 255, and
-    for the other tasks `originals` and `known` in the same format. A model that is told labels has
-    `labels`, (N,), there, and a row of the grid for each label if they have equally many. With
+    An .npz file beside it has all images: `samples`, (N, H, W, C) uint8, pixel values 0 … 255 (of
+    an array data set in the type and the units of the data), and for the other tasks `originals`
+    and `known` in the same format. A model that is told labels has `labels`, (N,), there, and a row
+    of the grid for each label if they have equally many. With
     `sampling.format` npy they are samples.npy and labels.npy; with png, a file for each in
     samples/png, where dataset.json has the labels, and an interrupted run goes on.
 
     Raises:
       UserError: the config, the data or the checkpoint can't be used.
     """
-    config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
+    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     setup, task = set_up(config), config.sampling.task
     data = None if task == "generate" else load_data(config)
     steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
@@ -422,11 +425,13 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     hosts.on_main(lambda: make_folder(folder, "--workdir"))
     if data is None:
         return _generate(config, setup, state, folder)
-    arrays, path = complete_test_images(config, setup, data.test, state.ema_params), folder / task
+    levels, path = complete_test_images(config, setup, data.test, state.ema_params), folder / task
     if hosts.is_main():
-        save_grid(completion_rows(arrays), path.with_suffix(".png"), PER_IMAGE + 2)
-        np.savez_compressed(path.with_suffix(".npz"), **cast(Any, arrays))
-    log.info("%d images in %s.png and .npz", len(arrays["samples"]), path)
+        pictures = {name: setup.units.to_pictures(part) for name, part in levels.items()}
+        save_grid(completion_rows(pictures), path.with_suffix(".png"), PER_IMAGE + 2)
+        files = {name: setup.units.to_files(part) for name, part in levels.items()}
+        np.savez_compressed(path.with_suffix(".npz"), **cast(Any, files))
+    log.info("%d images in %s.png and .npz", len(levels["samples"]), path)
     return path.with_suffix(".png")
 
 
@@ -435,56 +440,83 @@ def _generate(
 ) -> pathlib.Path:
     """Draw samples, write them in `sampling.format`, and return the path of their grid."""
     count, kind = config.sampling.n_images, config.sampling.format
-    size, params = min(config.sampling.batch_size, count), state.ema_params
+    size = min(config.sampling.batch_size, count)
     advise_on_sampling(config, "sampling.batch_size", size)
-    to = folder / ("png" if kind == "png" else f"samples.{kind}")
     labels = sample_labels(config, 0, count) if config.model.num_classes else None
-    present: set[int] = set()
-    if kind == "png":
-        # These fields do not change a sample, but for the batch's size with some samplers.
-        free = ("n_images", "format", "batch_size")
-        settings = {name: value for name, value in config.sampling.items() if name not in free}
-        source = {"seed": config.seed, "step": int(state.step), "weights": short_hash(params)}
-        source["sampling"] = settings
-        present = hosts.on_main(lambda: start_png_folder(to, source))
+    write = _generate_pngs if kind == "png" else _generate_arrays
+    to, pictures = write(config, setup, state, folder, size, labels)
+    path = folder / "samples.png"
+    if hosts.is_main():
+        _save_samples_grid(pictures, None if labels is None else labels[: len(pictures)], path)
+    log.info("%d images in %s, a grid in %s", count, to, path)
+    return path
+
+
+def _generate_arrays(
+    config: ConfigDict,
+    setup: Setup,
+    state: TrainState,
+    folder: pathlib.Path,
+    size: int,
+    labels: np.ndarray | None,
+) -> tuple[pathlib.Path, np.ndarray]:
+    """Draw samples into one file; returns its path and pictures of the first samples."""
+    count, kind = config.sampling.n_images, config.sampling.format
     progress, parts = Progress("sampling", count), []
+    sampler = get_sampler(config, setup, size)
+    for _, part in sample_batches(sampler, state.ema_params, config.seed, count, size):
+        parts.append(part.levels)
+        progress.advance(len(part.levels), f"{part.nfe} evaluations")
+    levels, to = np.concatenate(parts), folder / f"samples.{kind}"
+    arrays = {"samples": setup.units.to_files(levels)}
+    if labels is not None:
+        arrays["labels"] = labels
+
+    def write() -> None:
+        if kind == "npz":
+            np.savez_compressed(to, **cast(Any, arrays))
+        else:
+            for name, array in arrays.items():
+                np.save(to.with_name(f"{name}.npy"), array)
+
+    hosts.on_main(write)
+    return to, setup.units.to_pictures(levels[:_MOST_SHOWN])
+
+
+def _generate_pngs(
+    config: ConfigDict,
+    setup: Setup,
+    state: TrainState,
+    folder: pathlib.Path,
+    size: int,
+    labels: np.ndarray | None,
+) -> tuple[pathlib.Path, np.ndarray]:
+    """Draw the samples that are not there yet into a file each, as `_generate_arrays`."""
+    count, to, params = config.sampling.n_images, folder / "png", state.ema_params
+    # These fields do not change a sample, but for the batch's size with some samplers.
+    free = ("n_images", "format", "batch_size", "show_channels")
+    settings = {name: value for name, value in config.sampling.items() if name not in free}
+    source = {"seed": config.seed, "step": int(state.step), "weights": short_hash(params)}
+    source |= {"dtype": config.model.dtype, "sampling": settings}
+    present: set[int] = hosts.on_main(lambda: start_png_folder(to, source))
+    progress = Progress("sampling", count)
     progress.advance(len(present & set(range(count))), fresh=False)
     sampler = get_sampler(config, setup, size)
     batches = sample_batches(sampler, params, config.seed, count, size, present=present)
-    with contextlib.ExitStack() as stack:
-        write_pngs = (
-            stack.enter_context(png_writer(to)) if kind == "png" and hosts.is_main() else None
-        )
+    with png_writer(to) if hosts.is_main() else contextlib.nullcontext() as write_pngs:
         for start, part in batches:
-            images = datasets.levels_to_uint8(part.levels, setup.num_levels)
-            index = range(start, start + len(images))
+            images = setup.units.to_files(part.levels)
             if write_pngs:
                 write_pngs(start, images)
-            elif kind != "png":
-                parts.append(images)
-            progress.advance(len(set(index) - present), f"{part.nfe} evaluations")
-    path, shown = folder / "samples.png", min(count, _MOST_SHOWN)
+            new = set(range(start, start + len(images))) - present
+            progress.advance(len(new), f"{part.nfe} evaluations")
 
-    def write() -> None:
-        if kind == "png":
-            images = read_pngs(to, shown)
-            if labels is not None:
-                write_labels(to, labels)
-        else:
-            images = np.concatenate(parts)
-            arrays = (
-                {"samples": images} if labels is None else {"samples": images, "labels": labels}
-            )
-            if kind == "npz":
-                np.savez_compressed(to, **cast(Any, arrays))
-            else:
-                for name, array in arrays.items():
-                    np.save(to.with_name(f"{name}.npy"), array)
-        _save_samples_grid(images[:shown], None if labels is None else labels[:shown], path)
+    def finish() -> np.ndarray:
+        if labels is not None:
+            write_labels(to, labels)
+        return read_pngs(to, min(count, _MOST_SHOWN))
 
-    hosts.on_main(write)
-    log.info("%d images in %s, a grid in %s", count, to, path)
-    return path
+    return to, hosts.on_main(finish)
 
 
 _MOST_SHOWN = 1024  # samples in a grid
@@ -514,7 +546,7 @@ def import_official(
     Raises:
       UserError: the file can't be read or is of another network, or the workdir has checkpoints.
     """
-    config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
+    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     setup = set_up(config)
     state = import_checkpoint.load_state(path, config)
     exported.refuse(workdir)
@@ -586,7 +618,7 @@ def export(
     Raises:
       UserError: the checkpoint can't be read, or `to` has files or can't be written to.
     """
-    config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
+    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     folder, step = pathlib.Path(to).absolute(), _step_to_export(config, workdir)
     params = checkpointing.restore_step(
         config, workdir, set_up(config).state_shape, step
@@ -624,7 +656,7 @@ def export_official(
       UserError: the checkpoint can't be read, the release has no such network, or `to` exists or
         can't be written to.
     """
-    config, workdir = with_num_classes(config, workdir), pathlib.Path(workdir)
+    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     file, step = pathlib.Path(to).absolute(), _step_to_export(config, workdir)
     exported.refuse(workdir)
     import_checkpoint.check_network(config)

@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
+from configs.default import image_shape
 from sde_lib import SDE, expand
 
 ScoreFn = Callable[[Array, Array], Array]  # x (N, ...), t (N,) → ∇ log p_t(x)
@@ -461,7 +462,7 @@ def get_sampling_fn(
     The key is one, or has one for each sample, (batch_size,); x is (batch_size, H, W, C) in the
     model's range.
     """
-    shape = (batch_size, config.data.image_size, config.data.image_size, config.data.num_channels)
+    shape = (batch_size, *image_shape(config))
     sampler = SAMPLERS[config.sampling.method](config)
 
     def sample(params: Any, key: Array) -> tuple[Array, ArrayLike]:

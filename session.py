@@ -21,8 +21,8 @@ import losses
 import sampling
 import sde_lib
 from configs import saved
-from configs.default import UserError
-from configs.validate import validate
+from configs.default import UserError, image_shape
+from configs.validate import check_array_fields, validate
 from models import utils as mutils
 from runtime import memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
@@ -59,13 +59,14 @@ class Setup:
     optimizer: optax.GradientTransformation
     objective: losses.Objective
     preprocessing: datasets.Preprocessing
+    units: datasets.Units
     make_score_fn: sampling.MakeScoreFn  # parameters → (x, t) → score
     make_train_score_fn: Callable[[Any], losses.ScoreFn]  # … → (x, t, dropout keys) → score
     state_shape: TrainState  # of jax.ShapeDtypeStruct
 
     @property
     def num_levels(self) -> int:
-        """The number of values of a pixel of the data."""
+        """The number of values of a pixel of the data; 0: floats."""
         return self.preprocessing.num_levels
 
 
@@ -82,19 +83,35 @@ def init_state(
     )
 
 
-def with_num_classes(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
-    """The config with the number of labels in place of `model.num_classes` = -1.
+# The fields of an array data set that are read from its file.
+_OF_ARRAYS = ("image_size", "image_width", "num_channels", "num_levels", "scale", "dequantization")
 
-    It is that of the run, or of the data set if there is no run yet.
+
+def with_data_facts(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
+    """The config with what the data set says in place of what the recipe leaves to it.
+
+    That is the number of labels for `model.num_classes` = -1, and the shape and units of an array
+    data set. They are those of the run, or of the data set if there is no run yet.
 
     Raises:
       UserError: the data set has no labels, or can't be read.
     """
-    if config.model.num_classes != -1:
+    is_array = config.data.dataset == "array"
+    if config.model.num_classes != -1 and not is_array:
         return config
     config = config.copy_and_resolve_references()
+    run = None
     if (pathlib.Path(workdir) / "config.json").exists():
-        config.model.num_classes = saved.get_config(pathlib.Path(workdir)).model.num_classes
+        run = saved.get_config(pathlib.Path(workdir))
+    if is_array:
+        check_array_fields(config)
+        facts = dict(run.data) if run else datasets.array_facts(config)
+        own = {name: config.data[name] for name in ("scale", "num_levels") if config.data[name]}
+        config.data.update({name: facts[name] for name in _OF_ARRAYS if name in facts} | own)
+    if config.model.num_classes != -1:
+        return config
+    if run:
+        config.model.num_classes = run.model.num_classes
         return config
     train = datasets.get_dataset(config, "train")
     if not train.num_classes:
@@ -134,6 +151,7 @@ def set_up(config: ConfigDict) -> Setup:
         optimizer=optimizer,
         objective=losses.get_objective(config, sde),
         preprocessing=datasets.get_preprocessing(config),
+        units=datasets.get_units(config),
         make_score_fn=functools.partial(mutils.get_score_fn, config, sde, model),
         make_train_score_fn=functools.partial(mutils.get_score_fn, config, sde, model, train=True),
         state_shape=shape,
@@ -164,10 +182,9 @@ def get_train_call(
 
 def train_program(config: ConfigDict) -> tuple[StepFn, tuple[Any, ...]]:
     """One training step of one device, and the shapes of its arguments."""
-    setup, data = set_up(config), config.data
+    setup = set_up(config)
     n = config.training.batch_size // jax.device_count()
-    shape = (1, n, data.image_size, data.image_size, data.num_channels)
-    images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    images = jax.ShapeDtypeStruct((1, n, *image_shape(config)), setup.preprocessing.dtype)
     index = jax.ShapeDtypeStruct((n,), jnp.int32)
     state = jax.eval_shape(pack_state, setup.state_shape)
     labels = [jax.ShapeDtypeStruct((1, n), jnp.int32)] if config.model.num_classes else []
@@ -253,7 +270,7 @@ def objective_in_words(config: ConfigDict) -> str:
 class Samples(NamedTuple):
     """A batch of samples."""
 
-    levels: np.ndarray  # (n, H, W, C) uint8
+    levels: np.ndarray  # (n, H, W, C), of `Preprocessing.dtype`
     nfe: int  # score evaluations per sample
     num_broken: int  # number of samples that are not finite
 

@@ -12,6 +12,28 @@ class UserError(Exception):
     """An error that the user can fix; main.py prints it as one line, without a traceback."""
 
 
+def size_factor(config: ConfigDict) -> int:
+    """The number by which the network divides the height and width of images."""
+    if config.model.name.startswith("ncsnv2"):
+        return 8
+    return 2 ** (len(config.model.ch_mult) - 1)
+
+
+def array_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """The height, width and channels of an image of the data."""
+    data = config.data
+    return data.image_size, data.image_width or data.image_size, data.num_channels
+
+
+def image_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """The height, width and channels of an image as the network gets it, padded if `data.pad`."""
+    height, width, channels = array_shape(config)
+    if config.data.pad:
+        factor = size_factor(config)
+        height, width = (-(-size // factor) * factor for size in (height, width))
+    return height, width, channels
+
+
 def get_default_config() -> ConfigDict:
     """The defaults: VP, DDPM++ for 32×32 images, likelihood weighting with soft truncation."""
     config = ConfigDict()
@@ -25,8 +47,12 @@ def get_default_config() -> ConfigDict:
     data.skip_unreadable = False  # leave out files that are not readable images, instead of failing
     data.tfds_dir = ""  # a folder of TFDS, where it prepares missing data sets
     data.cache = True  # keep decoded images in the user's cache folder
-    data.image_size = 32
+    data.image_size = 32  # for array, this and the four fields below it are read from the file
+    data.image_width = 0  # of array, if it is not image_size; 0: it is
     data.num_channels = 3
+    data.num_levels = 0  # array of whole numbers: how many values there are; 0: read; floats: 0
+    data.scale = ()  # array of floats: the lowest and highest value of the training images
+    data.pad = False  # array: whether to pad its images to a size that the network's levels divide
     data.centered = True  # images in [-1, 1] instead of [0, 1]
     data.random_flip = True
     data.dequantization = "uniform"  # none, uniform, or lossless (a discrete decoder)
@@ -133,6 +159,7 @@ def get_default_config() -> ConfigDict:
     sampling.batch_size = 64  # for --mode sample and the grids of training
     sampling.n_images = 64  # number of images of --mode sample
     sampling.format = "npz"  # of its images: npz or npy, all in one file; png, a file for each
+    sampling.show_channels = ()  # one or three channels that pictures show; (): all, side by side
 
     config.eval = evaluation = ConfigDict()
     # Checkpoints to score: the steps are these numbers times training.snapshot_freq; both 0: the

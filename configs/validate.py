@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.default import UserError
+from configs.default import UserError, array_shape, image_shape, size_factor
 
 _CHOICES = {
     "data.dataset": (
@@ -22,6 +22,7 @@ _CHOICES = {
         "LSUN",
         "FFHQ",
         "folder",
+        "array",
     ),
     "data.dequantization": ("none", "uniform", "lossless"),
     "model.name": ("ncsnpp", "ddpm", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"),
@@ -180,6 +181,7 @@ def _problems(
     # The name is in the registry: this was checked above.
     exploding = registries["training.sde"][config.training.sde](config).exploding
     yield from _model_problems(config, exploding)
+    yield from _size_problems(config)
     yield from _label_problems(config)
     yield from _sampling_problems(config)
     if config.training.balanced and not config.training.mixed:
@@ -257,8 +259,9 @@ def _model_problems(config: ConfigDict, exploding: bool) -> Iterator[str]:
             yield f"model.name={model.name} has no velocity: model.parametrization must be noise"
         if not exploding:
             yield f"model.name={model.name} needs training.sde vesde or reciprocal_vesde"
-        if config.data.image_size % 8:
-            yield f"data.image_size is {config.data.image_size}; {model.name} needs a multiple of 8"
+        height, width, _ = image_shape(config)
+        if height != width:
+            yield f"model.name={model.name} is for squares; the data are {height}×{width}"
         return
     if model.nf % 4:
         yield f"model.nf is {model.nf}; it must be a multiple of 4"
@@ -289,12 +292,62 @@ def _model_problems(config: ConfigDict, exploding: bool) -> Iterator[str]:
                 yield f"model.{field} is {model[field]!r}; model.name=ddpm is a network without it"
     if not model.ch_mult:
         yield "model.ch_mult is empty; it must name a factor for each resolution"
-    factor = 2 ** (len(model.ch_mult) - 1)
-    if config.data.image_size % factor:
-        yield (
-            f"data.image_size is {config.data.image_size}; {len(model.ch_mult)} levels in "
-            f"model.ch_mult halve it that many times less one, so it must be a multiple of {factor}"
+
+
+def _size_problems(config: ConfigDict) -> Iterator[str]:
+    data, model, factor = config.data, config.model, size_factor(config)
+    is_array = data.dataset == "array"
+    for name in () if is_array else ("image_width", "num_levels", "scale", "pad"):
+        if data[name]:
+            yield f"data.{name} is for data.dataset=array"
+    height, width, channels = image_shape(config)
+    if height % factor or width % factor:
+        own = array_shape(config)
+        near = [(max(1, n // factor) * factor, -(-n // factor) * factor) for n in own[:2]]
+        what = (
+            f"data.image_size is {own[0]}"
+            if height == width
+            else f"the data are {own[0]}×{own[1]}"
         )
+        why = (
+            f"{model.name} needs a multiple of {factor}"
+            if model.name.startswith("ncsnv2")
+            else f"{len(model.ch_mult)} levels in model.ch_mult halve it that many times less one, "
+            f"so it must be a multiple of {factor}"
+        )
+        sizes = " and ".join(f"{low} or {high} for {n}" for n, (low, high) in zip(own, near))
+        pad = "; or set data.pad=True" if is_array else ""
+        yield f"{what}; {why}: {sizes}{pad}"
+    shown = tuple(config.sampling.show_channels)
+    if shown and len(shown) not in (1, 3):
+        yield f"sampling.show_channels is {shown}; it must be one channel or three"
+    if any(not isinstance(c, int) or not 0 <= c < channels for c in shown):
+        yield f"sampling.show_channels is {shown}; the data's channels are 0 to {channels - 1}"
+    if is_array and config.sampling.format == "png":
+        yield "sampling.format=png has no room for an array's values; it must be npz or npy"
+    if data.scale and data.dequantization != "none":
+        yield f"data.dequantization={data.dequantization} is for levels; floats need none"
+    if data.scale and config.eval.truncated_normal:
+        yield "eval.truncated_normal is for levels; the data are floats"
+
+
+def check_array_fields(config: ConfigDict) -> None:
+    """Check what is needed to read the arrays of `data.path`.
+
+    Raises:
+      UserError: one line that names the wrong field.
+    """
+    data = config.data
+    if not data.path:
+        raise UserError("config: data.dataset=array needs data.path, a file or folder of arrays")
+    numbers = all(isinstance(n, int | float) and math.isfinite(n) for n in data.scale)
+    if data.scale and not (len(data.scale) == 2 and numbers):
+        raise UserError(
+            f"config: data.scale is {tuple(data.scale)}; it must be two numbers, the values that "
+            "become the ends of the model's range"
+        )
+    if not 0 <= data.num_levels <= 65536:
+        raise UserError(f"config: data.num_levels is {data.num_levels}; it must be 2 to 65536")
 
 
 def _sampling_problems(config: ConfigDict) -> Iterator[str]:

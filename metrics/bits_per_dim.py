@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 import datasets
 import likelihood
-from configs.default import UserError
+from configs.default import UserError, array_shape, image_shape
 from datasets import Data
 from metrics import distances
 from models.utils import Conditioned
@@ -65,9 +66,9 @@ def bits_program(
     config: ConfigDict, setup: Setup, batch_size: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A device's share of a batch of bits/dim as a function, and the shapes of its arguments."""
-    data, n = config.data, -(-batch_size // jax.device_count())
+    n = -(-batch_size // jax.device_count())
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
-    x = jax.ShapeDtypeStruct((n, data.image_size, data.image_size, data.num_channels), jnp.float32)
+    x = jax.ShapeDtypeStruct((n, *image_shape(config)), jnp.float32)
     params: Any = setup.state_shape.ema_params
     if config.model.num_classes:
         params = Conditioned(params, jax.ShapeDtypeStruct((n,), jnp.int32))
@@ -108,11 +109,14 @@ def _bits_of_batch(
     rows, _ = batch_and_replicated_shardings()
     keys = jax.vmap(lambda key: jax.random.fold_in(key, draw))(image_keys)
     data_keys, keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    x = datasets.dequantize(images, data_keys, evaluation.setup.num_levels)
-    x = datasets.scale(x, evaluation.config.data.centered)
-    plain = evaluation.setup.preprocessing.to_x0_without_noise(images)
+    preprocessing = evaluation.setup.preprocessing
+    x = preprocessing.to_density_x0(images, data_keys)
+    plain = preprocessing.to_x0_without_noise(images)
     bits = evaluation.bpd_fn(params, *to_devices((keys, image_keys, x, plain), rows))
+    # The bits of the padding count, too: a bound on those of the image alone.
+    whole = math.prod(image_shape(evaluation.config)) / math.prod(array_shape(evaluation.config))
     values = {name: to_host(value).astype(np.float64) for name, value in bits.items()}
+    values |= {name: value * whole for name, value in values.items() if name != "nfe"}
     for name, value in values.items():
         if not np.isfinite(value).all():
             raise UserError(
@@ -174,25 +178,25 @@ def network_fields(config: ConfigDict) -> tuple[Any, ...]:
 
 def _gaussian_baseline(config: ConfigDict, data: Data, count: int) -> np.ndarray | None:
     """Bits/dim (count,) of test images under a Gaussian fitted to training images, or None."""
-    size, channels = config.data.image_size, config.data.num_channels
-    dims, num_train = size * size * channels, min(len(data.train), 50_000)
+    dims, num_train = math.prod(image_shape(config)), min(len(data.train), 50_000)
     if dims > 4096 or num_train < 2 * dims:
         log.info("no Gaussian baseline: it needs 2 × %d training images, at most 4096 dims", dims)
         return None
     levels, rng = data.train.num_levels, np.random.default_rng(config.seed)
 
     def prepare(images: np.ndarray) -> np.ndarray:
-        x = (images + rng.random(images.shape)) / levels
+        x = (images + rng.random(images.shape)) / levels if levels else images.astype(np.float64)
         return datasets.scale(x, config.data.centered).reshape(len(x), -1)
 
     moments = distances.Moments()
     for batch in datasets.batches(data.train, 1000, num_train):
         moments.add(prepare(batch["image"]))
-    return distances.gaussian_bits_per_dim(
+    bits = distances.gaussian_bits_per_dim(
         moments,
         prepare(datasets.in_order(data.test, count)["image"]),
         datasets.get_preprocessing(config, levels).bits_offset,
     )
+    return bits * (dims / math.prod(array_shape(config)))
 
 
 def bits_of_images(evaluation: BitsEvaluation, params: Any) -> dict[str, np.ndarray]:
@@ -228,7 +232,7 @@ def summarize_bits(evaluation: BitsEvaluation, values: dict[str, np.ndarray]) ->
 
 def weighted_draws(config: ConfigDict, values: dict[str, np.ndarray]) -> np.ndarray:
     """The importance-weighted bound of the draws in `bits_of_images`, (number of images,)."""
-    dims = config.data.image_size**2 * config.data.num_channels
+    dims = math.prod(image_shape(config))
     return likelihood.importance_weighted(values["nll_truncated_normal"], dims)
 
 

@@ -40,7 +40,7 @@ class Classifier(nn.Module):
 
 
 def _normalize(levels: Array | np.ndarray, num_levels: int) -> Array:
-    return jnp.asarray(levels, jnp.float32) * (2 / (num_levels - 1)) - 1
+    return jnp.asarray(levels, jnp.float32) * (2 / datasets.highest(num_levels)) - 1
 
 
 def _train_classifier(

@@ -2,8 +2,9 @@
 
 import csv
 import json
+import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,42 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def channel_moments(
+    batches: Iterator[np.ndarray], to_files: Callable[[np.ndarray], np.ndarray]
+) -> dict[str, list[float]]:
+    """The `mean` and `std` of each channel of all batches (n, H, W, C), as `to_files` gives them.
+
+    Values that are not finite are left out.
+    """
+    count, mean, squares = 0.0, np.zeros(1), np.zeros(1)
+    for batch in batches:
+        values = to_files(batch).astype(np.float64).reshape(-1, batch.shape[-1])
+        values = values[np.isfinite(values).all(axis=1)]
+        if not len(values):
+            continue
+        # Chan's update: the difference of large sums of squares would lose small variances.
+        total, own = count + len(values), values.mean(axis=0)
+        squares = squares + ((values - own) ** 2).sum(axis=0)
+        squares = squares + (own - mean) ** 2 * (count * len(values) / total)
+        mean = mean + (own - mean) * (len(values) / total)
+        count = total
+    return {"mean": mean.tolist(), "std": np.sqrt(squares / max(count, 1)).tolist()}
+
+
+def _table_of_channels(report: dict[str, Any]) -> list[str]:
+    """Means and standard deviations of the samples' channels beside those of test images."""
+    if "channels" not in report:
+        return []
+    drawn, real = report["channels"], report["channels_of_test_images"]
+    lines = ["", "In the data's own units:", ""]
+    lines += ["| channel | mean, samples | mean, test images | std, samples | std, test images |"]
+    lines += ["|---|---|---|---|---|"]
+    columns = drawn["mean"], real["mean"], drawn["std"], real["std"]
+    for i, row in enumerate(zip(*columns, strict=True)):
+        lines.append(f"| {i} | " + " | ".join(f"{value:.5g}" for value in row) + " |")
+    return lines
+
+
 def remarks(report: dict[str, Any]) -> Iterator[str]:
     """Sentences about how each score was computed."""
     for note in report.get("data_notes", ()):
@@ -75,9 +112,17 @@ def remarks(report: dict[str, Any]) -> Iterator[str]:
             solver = f"{report['nll_steps']} steps of a fixed size"
         what = report.get("images", "test images")
         what = what if what == "test images" else f"images of {what}"
+        kind = f"{report['num_levels']} levels, uniformly dequantised{but if on_levels else ''}"
+        if not report["num_levels"]:
+            nats = report["nll"] * math.log(2)
+            kind = (
+                "floats, not dequantised: densities in the data's own units, which another unit "
+                f"shifts (NLL {nats:.4f} nats a dimension)"
+            )
+        if report.get("padded"):
+            kind += ", with the bits of their padding: a bound on those of the images"
         yield (
-            f"Bits/dim: {report['num_test_images']} {what}, {report['num_levels']} levels, "
-            f"uniformly dequantised{but if on_levels else ''}, "
+            f"Bits/dim: {report['num_test_images']} {what}, {kind}, "
             f"{draws} draw{'s' if draws > 1 else ''} each; {report['nll_nfe']:.0f} score "
             f"evaluations a solve ({solver}), "
             f"{report['nelbo_draws']} times an image for NELBO. "
@@ -131,7 +176,7 @@ def clear_pictures(folder: pathlib.Path) -> None:
 def write_report(report: dict[str, Any], folder: pathlib.Path) -> None:
     """Write report.json and report.md to `folder`; the report shows the pictures in the folder."""
     title = f"{report['data']}, step {report['step']}" if "step" in report else report["data"]
-    text = [f"# {title}", "", table(report), ""]
+    text = [f"# {title}", "", table(report), *_table_of_channels(report), ""]
     text += [f"- {remark}" for remark in remarks(report)]
     for name in ("samples", "training"):
         if (folder / f"{name}.png").exists():

@@ -161,6 +161,11 @@ def get_scorers(config: ConfigDict, data: Data, results: PartialResults) -> list
     """
     scorers, folder = [], cache_dir(config)
     if config.eval.enable_fid:
+        if config.data.num_channels not in (1, 3):
+            raise UserError(
+                f"eval.enable_fid: Inception takes images of 1 or 3 channels, not of "
+                f"{config.data.num_channels}; set --config.eval.enable_fid=False"
+            )
         extractor = get_inception(config.eval.inception_path, folder, data.train.num_levels)
         if extractor:
             statistics, path = inception_statistics(config, extractor, data.train, make=False)

@@ -10,6 +10,7 @@ from flax import struct
 from jax import Array
 from ml_collections import ConfigDict
 
+from configs.default import image_shape
 from models import ncsnv2
 from models.ncsnpp import NCSNpp
 from sde_lib import SDE, expand
@@ -80,9 +81,8 @@ def create_model(config: ConfigDict) -> Model:
 
 def init_params(config: ConfigDict, model: Model, key: Array) -> Any:
     """Initial parameters, float32."""
-    size, channels = config.data.image_size, config.data.num_channels
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, size, size, channels)), jnp.ones(1)))
-    return init(key)["params"]
+    x = jnp.zeros((1, *image_shape(config)))
+    return jax.jit(lambda key: model.init(key, x, jnp.ones(1)))(key)["params"]
 
 
 def _get_labels_fn(config: ConfigDict, sde: SDE) -> Callable[[Array], Array]:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from configs.default import image_shape
 from models import utils as mutils
 from official.import_checkpoint import check_network
 from official.pth_writer import write_pth
@@ -22,14 +23,14 @@ _ORDER = ("GroupNorm_0", "Conv_0", "Dense_0", "GroupNorm_1", "Conv_1", "Conv_2")
 
 def _modules_in_order(config: ConfigDict) -> list[str]:
     """The names of the network's modules in the order of the forward pass, as the release's."""
-    model, data, names = mutils.create_model(config), config.data, []
+    model, names = mutils.create_model(config), []
 
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if len(context.module.path) == 1 and context.method_name == "__call__":
             names.append(context.module.name)
         return call(*args, **kwargs)
 
-    x = jnp.zeros((1, data.image_size, data.image_size, data.num_channels))
+    x = jnp.zeros((1, *image_shape(config)))
     with nn.intercept_methods(record):
         jax.eval_shape(model.init, jax.random.key(0), x, jnp.ones(1))
     return names

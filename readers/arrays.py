@@ -1,17 +1,22 @@
-"""Arrays of uint8 images in .npy and .npz files."""
+"""Arrays in .npy and .npz files: uint8 images, and stacks of any size, channels and units."""
 
+import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from configs.default import UserError
 from readers.containers import file_identity
 from readers.layout import Found, Opened, arrays_of, every_tenth
+from runtime.progress import Progress
 
 _SPLITS = ("x_train", "y_train", "x_test", "y_test")  # as in Keras's mnist.npz
 
 
-def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _load(path: pathlib.Path, option: str = "data.path") -> dict[str, np.ndarray]:
     """The arrays of an .npz file by name, or the memory-mapped array of an .npy as `images`."""
     try:
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -23,7 +28,7 @@ def _load(path: pathlib.Path) -> dict[str, np.ndarray]:
         reason = "it has objects" if "Object arrays" in str(error) else str(error)
         # NumPy takes any other file for a pickle, and advises to allow pickles.
         reason = "it is no file of arrays" if "pickle" in reason else reason
-        raise UserError(f"data.path: {path} can't be read: {reason}") from error
+        raise UserError(f"{option}: {path} can't be read: {reason}") from error
 
 
 def _images(path: pathlib.Path, name: str, images: np.ndarray) -> np.ndarray:
@@ -48,6 +53,17 @@ def _labels(path: pathlib.Path, labels: np.ndarray, count: int) -> np.ndarray:
     return labels
 
 
+def _name_of_images(path: pathlib.Path, found: dict[str, np.ndarray], option: str) -> str:
+    """The name of the array of images among those of a file."""
+    known = [name for name in found if name in ("images", "samples", "arr_0")] or list(found)
+    if len(known) != 1:
+        raise UserError(
+            f"{option}: {path} has the arrays {', '.join(found)}; needed are images (and labels), "
+            f"or {', '.join(_SPLITS)}, or one array alone"
+        )
+    return known[0]
+
+
 def _open(path: pathlib.Path, needs_splits: bool) -> Opened:
     found = _load(path)
     if "x_train" in found and "x_test" in found:
@@ -60,13 +76,8 @@ def _open(path: pathlib.Path, needs_splits: bool) -> Opened:
         return Opened(arrays_of(x_train, y_train), arrays_of(x_test, y_test), num_classes)
     if needs_splits:
         raise UserError(f"data.path: {path} has no splits; needed are {', '.join(_SPLITS)}")
-    known = [name for name in found if name in ("images", "arr_0")] or list(found)
-    if len(known) != 1:
-        raise UserError(
-            f"data.path: {path} has the arrays {', '.join(found)}; needed are images (and labels), "
-            f"or {', '.join(_SPLITS)}, or one array alone"
-        )
-    images = _images(path, known[0], found[known[0]])
+    name = _name_of_images(path, found, "data.path")
+    images = _images(path, name, found[name])
     train, test = every_tenth(len(images))
     if not len(test):
         raise UserError(f"data.path: {path} has {len(images)} images; 10 or more are needed")
@@ -89,3 +100,199 @@ def find(path: pathlib.Path, needs_splits: bool = False) -> Found | None:
     if path.suffix not in (".npy", ".npz") or not path.is_file():
         return None
     return Found(f"the arrays of {path}", file_identity(path), lambda: _open(path, needs_splits))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Examples of one shape and type, in an array or a file each, read when they are needed.
+
+    Attributes:
+      rows: returns the examples (n, H, W, C) at indices (n,) of the whole array.
+      indices: those of this stack's examples.
+      labels: (len(indices),) int64.
+      shape: (H, W, C).
+      dtype: uint8, uint16 or floats.
+      name: of the files, for messages.
+      identity: paths, sizes and modification times of the files.
+    """
+
+    rows: Callable[[np.ndarray], np.ndarray]
+    indices: np.ndarray
+    labels: np.ndarray
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    name: str
+    identity: tuple[object, ...]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, chosen: np.ndarray) -> np.ndarray:
+        """The examples (n, H, W, C) at these indices of the stack."""
+        return self.rows(self.indices[chosen])
+
+    def extremes(self, progress: Progress) -> tuple[float, float]:
+        """The lowest and the highest value.
+
+        Raises:
+          UserError: a value is not finite.
+        """
+        low, high = np.inf, -np.inf
+        size = max(1, 2**24 // (int(np.prod(self.shape)) * self.dtype.itemsize))
+        for start in range(0, len(self), size):
+            part = self.read(np.arange(start, min(start + size, len(self))))
+            finite = np.isfinite(part).all(axis=(1, 2, 3))
+            if not finite.all():
+                index = self.indices[start + int(np.argmin(finite))]
+                raise UserError(
+                    f"data.path: {self.name} has NaN or infinite values in example {index}; remove "
+                    "or replace them"
+                )
+            low, high = min(low, float(part.min())), max(high, float(part.max()))
+            progress.advance(len(part))
+        return low, high
+
+
+def _check_stack(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, int, int]:
+    """The shape (H, W, C) of an example of shape (H, W) or (H, W, C)."""
+    right = dtype.kind == "f" or dtype in (np.dtype(np.uint8), np.dtype(np.uint16))
+    if not right or len(shape) not in (2, 3) or 0 in shape:
+        raise UserError(
+            f"{where} has examples of {dtype}, {shape}; uint8, uint16 or floats of (H, W) or "
+            "(H, W, C) are needed"
+        )
+    height, width, channels = shape if len(shape) == 3 else (*shape, 1)
+    return height, width, channels
+
+
+def _stack(
+    path: pathlib.Path, images: np.ndarray, labels: np.ndarray | None, option: str = "data.path"
+) -> Stack:
+    shape = _check_stack(f"{option}: {path}", images.shape[1:], images.dtype)
+
+    def rows(indices: np.ndarray) -> np.ndarray:
+        return np.asarray(images[indices]).reshape(len(indices), *shape)
+
+    count = len(images)
+    known = np.zeros(count, np.int64) if labels is None else _labels(path, labels, count)
+    everything, identity = np.arange(count), file_identity(path)
+    of = known.astype(np.int64)
+    return Stack(rows, everything, of, shape, images.dtype, str(path), identity)
+
+
+def _stack_of_files(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> tuple[Stack, int]:
+    """The stack of an example a file, and the number of classes; subfolders are classes."""
+    first = _load(files[0])["images"]
+    shape = _check_stack(f"data.path: {files[0]}", first.shape, first.dtype)
+
+    def rows(indices: np.ndarray) -> np.ndarray:
+        examples = []
+        for i in indices:
+            example = _load(files[i]).get("images")
+            if example is None or example.shape != first.shape or example.dtype != first.dtype:
+                raise UserError(f"data.path: {files[i]} has another shape or type than {files[0]}")
+            examples.append(np.asarray(example).reshape(shape))
+        return np.stack(examples)
+
+    parents = [file.relative_to(folder).parts[:-1] for file in files]
+    classes = sorted(set(parents))
+    count = len(classes) if len(classes) > 1 and all(len(parent) == 1 for parent in parents) else 0
+    labels = np.array([classes.index(parent) if count else 0 for parent in parents])
+    status = [file.stat() for file in files]
+    changes = sum(s.st_size for s in status), max(s.st_mtime_ns for s in status), len(files)
+    identity = (str(folder.resolve()), *changes)
+    return Stack(rows, np.arange(len(files)), labels, shape, first.dtype, str(folder), identity), count
+
+
+def _every_tenth(stack: Stack) -> tuple[Stack, Stack]:
+    if len(stack) < 10:
+        raise UserError(f"data.path: {stack.name} has {len(stack)} examples; 10 or more are needed")
+    train, test = (
+        dataclasses.replace(stack, indices=part, labels=stack.labels[part])
+        for part in every_tenth(len(stack))
+    )
+    return train, test
+
+
+def _stacks_in_folder(path: pathlib.Path) -> tuple[Stack, Stack, int]:
+    pair = path / "train.npy", path / "test.npy"
+    if any(file.is_file() for file in pair):
+        stacks, classes = [], 0
+        for file in pair:
+            if not file.is_file():
+                raise UserError(f"data.path: {path} has no {file.name} beside the other split")
+            of_labels = file.with_name(f"{file.stem}_labels.npy")
+            labels = _load(of_labels)["images"] if of_labels.is_file() else None
+            stacks.append(_stack(file, _load(file)["images"], labels))
+            classes = max(classes, 0 if labels is None else int(stacks[-1].labels.max()) + 1)
+        return stacks[0], stacks[1], classes
+    splits = [path / "train", path / "test"]
+    if not any(split.is_dir() for split in splits):
+        splits = [path]
+    found = [(split, sorted(split.rglob("*.npy"))) for split in splits]
+    for split, files in found:
+        if not files:
+            raise UserError(f"data.path: {split} has no .npy files")
+    stacks_and_classes = [_stack_of_files(split, files) for split, files in found]
+    classes = max(count for _, count in stacks_and_classes)
+    if len(found) == 1:
+        return *_every_tenth(stacks_and_classes[0][0]), classes
+    return stacks_and_classes[0][0], stacks_and_classes[1][0], classes
+
+
+@functools.lru_cache(2)
+def _open_stacks(path: pathlib.Path, identity: object) -> tuple[Stack, Stack, int]:
+    del identity
+    if path.is_dir():
+        return _stacks_in_folder(path)
+    found = _load(path)
+    if "x_train" in found and "x_test" in found:
+        train = _stack(path, found["x_train"], found.get("y_train"))
+        test = _stack(path, found["x_test"], found.get("y_test"))
+        labelled = "y_train" in found and "y_test" in found
+        classes = int(max(train.labels.max(), test.labels.max())) + 1 if labelled else 0
+        return train, test, classes
+    stack = _stack(
+        path, found[_name_of_images(path, found, "data.path")], found.get("labels")
+    )
+    classes = int(stack.labels.max()) + 1 if "labels" in found and len(stack) else 0
+    return *_every_tenth(stack), classes
+
+
+def open_stacks(path: pathlib.Path) -> tuple[Stack, Stack, int]:
+    """The training and test examples of arrays, and the number of classes (0: no labels).
+
+    Args:
+      path: an .npy of (N, H, W) or (N, H, W, C), memory-mapped; an .npz of the same as `images`
+        or alone, with `labels` if there are any, or of x_train, y_train, x_test, y_test, which is
+        read whole; a folder of train.npy and test.npy (and train_labels.npy, test_labels.npy); or
+        a folder of .npy files of an example each, with subfolders as classes, and with or without
+        splits train/ and test/. Without splits every tenth is a test example.
+
+    Raises:
+      UserError: there are no such arrays, or they can't be read.
+    """
+    if not path.exists() or (path.is_file() and path.suffix not in (".npy", ".npz")):
+        raise UserError(f"data.path: {path} is no .npy or .npz file and no folder of .npy files")
+    train, test, classes = _open_stacks(path, file_identity(path))
+    for stack in (train, test):
+        if not len(stack):
+            raise UserError(f"data.path: {stack.name} has no examples")
+    if (train.shape, train.dtype) != (test.shape, test.dtype):
+        raise UserError(
+            f"data.path: the training examples of {path} are {train.dtype} {train.shape}, the test "
+            f"examples {test.dtype} {test.shape}"
+        )
+    return train, test, classes
+
+
+def whole_stack(path: pathlib.Path, option: str) -> Stack:
+    """All examples of an .npy or .npz file; `option` is the config's field of the path.
+
+    Raises:
+      UserError: there is no such file, or it can't be read.
+    """
+    if not path.is_file() or path.suffix not in (".npy", ".npz"):
+        raise UserError(f"{option}: {path} is no .npy or .npz file")
+    found = _load(path, option)
+    return _stack(path, found[_name_of_images(path, found, option)], None, option)

@@ -39,7 +39,10 @@ _FREE_TO_TRAIN = {
 }
 # Fields that must agree with the training when a network is evaluated; all others may change.
 _FIXED_TO_EVALUATE = {
-    "data": ("dataset", "image_size", "num_channels", "centered", "category"),
+    "data": (
+        *("dataset", "image_size", "image_width", "num_channels", "num_levels", "scale", "pad"),
+        *("centered", "category"),
+    ),
     "training": ("sde", "truncation_time", "unbounded_parametrization", "stabilizing_constant"),
 }
 _FREE_OF_MODEL = ("num_scales", "remat", "dtype", "dropout", "ema_rate", "init_scale")
