@@ -157,11 +157,13 @@ def array_facts(config: ConfigDict) -> dict[str, Any]:
     facts: dict[str, Any] = {"image_size": height, "num_channels": channels}
     facts["image_width"] = 0 if width == height else width
     progress = Progress("reading all arrays once", len(train) + len(test))
-    (low, high), (low_test, high_test) = train.extremes(progress), test.extremes(progress)
+    (low, high), (_, high_test) = train.extremes(progress), test.extremes(progress)
     if train.dtype.kind == "f":
         if data.num_levels:
             raise UserError(f"data.num_levels is for whole numbers; {path} has {train.dtype}")
         scale = tuple(float(value) for value in data.scale) or (float(low), float(high))
+        if low == high:
+            raise UserError(f"data.path: {path} has no other value than {low:g}")
         if not scale[0] < scale[1]:
             raise UserError(f"data.scale is {scale}, of {path}; its first number must be smaller")
         return facts | {"scale": scale, "num_levels": 0, "dequantization": "none"}
@@ -170,8 +172,8 @@ def array_facts(config: ConfigDict) -> dict[str, Any]:
     found = int(max(high, high_test)) + 1
     if data.num_levels and found > data.num_levels:
         raise UserError(f"data.num_levels is {data.num_levels}; {path} has the level {found - 1}")
-    if found < 2 and not data.num_levels:
-        raise UserError(f"data.path: {path} has no other value than 0")
+    if low == high:
+        raise UserError(f"data.path: {path} has no other value than {low:g}")
     return facts | {"num_levels": data.num_levels or found}
 
 

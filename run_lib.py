@@ -52,8 +52,8 @@ from session import (
     sample_batches,
     sample_labels,
     set_up,
-    with_labels,
     with_data_facts,
+    with_labels,
 )
 from train_step import (
     LossSums,

@@ -145,7 +145,7 @@ def _problems(
         yield f"optim.grad_clip is {clip}; it must be positive, or negative for no clipping"
     if config.model.beta_max <= config.model.beta_min:
         yield "model.beta_max must be larger than model.beta_min"
-    if config.data.num_channels not in (1, 3):
+    if config.data.num_channels not in (1, 3) and config.data.dataset != "array":
         yield f"data.num_channels is {config.data.num_channels}; it must be 1 (grey) or 3 (RGB)"
     if 0 < config.eval.num_samples < 4:
         yield f"eval.num_samples is {config.eval.num_samples}; precision and recall need 4 or more"
@@ -303,11 +303,9 @@ def _size_problems(config: ConfigDict) -> Iterator[str]:
     height, width, channels = image_shape(config)
     if height % factor or width % factor:
         own = array_shape(config)
-        near = [(max(1, n // factor) * factor, -(-n // factor) * factor) for n in own[:2]]
+        near = [(n, max(1, n // factor) * factor, -(-n // factor) * factor) for n in own[:2]]
         what = (
-            f"data.image_size is {own[0]}"
-            if height == width
-            else f"the data are {own[0]}×{own[1]}"
+            f"data.image_size is {own[0]}" if height == width else f"the data are {own[0]}×{own[1]}"
         )
         why = (
             f"{model.name} needs a multiple of {factor}"
@@ -315,7 +313,7 @@ def _size_problems(config: ConfigDict) -> Iterator[str]:
             else f"{len(model.ch_mult)} levels in model.ch_mult halve it that many times less one, "
             f"so it must be a multiple of {factor}"
         )
-        sizes = " and ".join(f"{low} or {high} for {n}" for n, (low, high) in zip(own, near))
+        sizes = " and ".join(f"{low} or {high} for {n}" for n, low, high in near)
         pad = "; or set data.pad=True" if is_array else ""
         yield f"{what}; {why}: {sizes}{pad}"
     shown = tuple(config.sampling.show_channels)

@@ -37,9 +37,10 @@ def model_card(name: str, config: ConfigDict, workdir: pathlib.Path, step: int, 
     """
     data, training = config.data, config.training
     own = data.dataset == "folder"  # which only their owner has
+    width = data.image_width or data.image_size
     what, where = (data.path, " --config.data.path=IMAGES") if own else (data.dataset, "")
     about = {
-        "data": f"{what}, {data.image_size}×{data.image_width or data.image_size}×{data.num_channels}",
+        "data": f"{what}, {data.image_size}×{width}×{data.num_channels}",
         "licence of the data": "not known to this program: see where they come from",
         "network": f"{config.model.name}, {count_parameters(params):,} parameters, predicts the "
         f"{config.model.parametrization}",

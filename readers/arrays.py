@@ -25,7 +25,7 @@ def _load(path: pathlib.Path, option: str = "data.path") -> dict[str, np.ndarray
         with loaded:
             return {name: loaded[name] for name in loaded.files}
     except Exception as error:  # a damaged archive can raise any kind of error
-        reason = "it has objects" if "Object arrays" in str(error) else str(error)
+        reason = "it has objects" if "bject" in str(error) else str(error)
         # NumPy takes any other file for a pickle, and advises to allow pickles.
         reason = "it is no file of arrays" if "pickle" in reason else reason
         raise UserError(f"{option}: {path} can't be read: {reason}") from error
@@ -201,7 +201,9 @@ def _stack_of_files(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> tupl
     status = [file.stat() for file in files]
     changes = sum(s.st_size for s in status), max(s.st_mtime_ns for s in status), len(files)
     identity = (str(folder.resolve()), *changes)
-    return Stack(rows, np.arange(len(files)), labels, shape, first.dtype, str(folder), identity), count
+    return Stack(
+        rows, np.arange(len(files)), labels, shape, first.dtype, str(folder), identity
+    ), count
 
 
 def _every_tenth(stack: Stack) -> tuple[Stack, Stack]:
@@ -252,9 +254,7 @@ def _open_stacks(path: pathlib.Path, identity: object) -> tuple[Stack, Stack, in
         labelled = "y_train" in found and "y_test" in found
         classes = int(max(train.labels.max(), test.labels.max())) + 1 if labelled else 0
         return train, test, classes
-    stack = _stack(
-        path, found[_name_of_images(path, found, "data.path")], found.get("labels")
-    )
+    stack = _stack(path, found[_name_of_images(path, found, "data.path")], found.get("labels"))
     classes = int(stack.labels.max()) + 1 if "labels" in found and len(stack) else 0
     return *_every_tenth(stack), classes
 

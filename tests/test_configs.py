@@ -212,7 +212,7 @@ def test_recipes_network_can_be_built_at_full_width(name):
     data = config.data
     count = full_size(mutils.create_model(config), data.image_size, data.num_channels)
     assert count == PARAMETERS.get(name, count)
-    small = config.data.dataset in ("digits", "fashion_mnist", "folder")
+    small = config.data.dataset in ("digits", "fashion_mnist", "folder", "array")
     assert count > (1e5 if small else 3e7)
 
 
