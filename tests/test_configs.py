@@ -221,6 +221,8 @@ def reduced(config):
     config.model.update(nf=4, num_res_blocks=1)
     config.training.batch_size = 2 if config.training.mixed else 1
     config.optim.warmup = 0
+    if config.data.dataset == "array":
+        config.data.num_levels = 256
     # Two pixels are left at the lowest level: attention on one would do nothing.
     config.data.image_size = min(config.data.image_size, 2 ** max(7, len(config.model.ch_mult)))
     if config.data.dataset in ("CelebAHQ", "FFHQ"):
