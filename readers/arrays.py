@@ -141,8 +141,8 @@ class Stack:
         size = max(1, 2**24 // (int(np.prod(self.shape)) * self.dtype.itemsize))
         for start in range(0, len(self), size):
             part = self.read(np.arange(start, min(start + size, len(self))))
-            finite = np.isfinite(part).all(axis=(1, 2, 3))
-            if not finite.all():
+            finite = np.isfinite(part).all(axis=(1, 2, 3)) if self.dtype.kind == "f" else None
+            if finite is not None and not finite.all():
                 index = self.indices[start + int(np.argmin(finite))]
                 raise UserError(
                     f"data.path: {self.name} has NaN or infinite values in example {index}; remove "
