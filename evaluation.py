@@ -90,6 +90,12 @@ class _Run:
     sample: Any  # from session.get_sampler
     scorers: list[Scorer]
 
+    @property
+    def scores_samples(self) -> bool:
+        """Whether something can score samples; arrays have their channels' moments at least."""
+        of_arrays = self.setup.units.of_arrays and self.config.eval.enable_sampling
+        return bool(self.scorers) or of_arrays
+
 
 def _sample_size(config: ConfigDict) -> int:
     size = config.eval.sampling_batch_size or config.eval.batch_size
@@ -147,7 +153,7 @@ def _evaluate_samples(run: _Run, images: Images, folder: pathlib.Path) -> dict[s
     for name, kind in (("", images), ("_of_test_images", images_of(test, 10_000))):
         if levels:
             report[f"share_at_ends{name}"] = _share_at_ends(kind.batches(), levels)
-        if run.config.data.dataset == "array":
+        if run.setup.units.of_arrays:
             report[f"channels{name}"] = channel_moments(kind.batches(), run.setup.units.to_files)
     for scorer in run.scorers:
         report |= score_images(scorer, images, run.results)
@@ -177,7 +183,7 @@ def _evaluate_checkpoint(
         report |= {"weights": "EMA", "weights_digest": short_hash(params)}
         if config.eval.enable_bpd:
             report |= evaluate_bits(run.bits, params)
-        if run.scorers or (config.data.dataset == "array" and config.eval.enable_sampling):
+        if run.scores_samples:
             images, facts = _samples_of_network(run, params)
             report |= facts | _evaluate_samples(run, images, folder)
         return {"json": np.array(json.dumps(report))}
@@ -302,25 +308,23 @@ def _evaluate(
     folder = workdir / "eval"
     results = PartialResults(folder / "parts")
     scorers = get_scorers(config, data, results) if config.eval.enable_sampling else []
-    scores_samples = bool(scorers) or (
-        config.data.dataset == "array" and config.eval.enable_sampling
-    )  # arrays have their channels' moments
-    if config.eval.enable_sampling and not scores_samples and config.eval.enable_bpd and not given:
+    bits = BitsEvaluation(config, setup, data, results, get_bpd_fn(config, setup))
+    sample = get_sampler(config, setup, _sample_size(config))
+    run = _Run(config, setup, results, bits, sample, scorers)
+    none = config.eval.enable_sampling and not run.scores_samples
+    if none and config.eval.enable_bpd and not given:
         log.warning(
             "nothing can score samples of %s, so none are drawn; --mode sample draws and keeps "
             "them",
             data.train.name,
         )
-    if not scores_samples and (given or not config.eval.enable_bpd):
+    if not run.scores_samples and (given or not config.eval.enable_bpd):
         raise UserError("nothing would be scored; see the lines above, and the eval.enable_ fields")
-    bits = BitsEvaluation(config, setup, data, results, get_bpd_fn(config, setup))
-    if scores_samples and not given:
+    if run.scores_samples and not given:
         advise_on_sampling(config, "eval.sampling_batch_size", _sample_size(config))
     if config.eval.enable_bpd and not given:
         _check_density(config)
         advise_on_bits(config, setup, bits.num_test)
-    sample = get_sampler(config, setup, _sample_size(config))
-    run = _Run(config, setup, results, bits, sample, scorers)
     if config.eval.enable_bpd and not given and bits.num_test < 2:
         raise UserError(f"{data.test.name} has one test image; a standard error needs 2 or more")
     about: dict[str, Any] = {"data": data.train.name, "num_levels": setup.num_levels}

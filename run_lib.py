@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn, cast
 
 import jax
@@ -440,11 +440,14 @@ def _generate(
 ) -> pathlib.Path:
     """Draw samples, write them in `sampling.format`, and return the path of their grid."""
     count, kind = config.sampling.n_images, config.sampling.format
-    size = min(config.sampling.batch_size, count)
-    advise_on_sampling(config, "sampling.batch_size", size)
     labels = sample_labels(config, 0, count) if config.model.num_classes else None
-    write = _generate_pngs if kind == "png" else _generate_arrays
-    to, pictures = write(config, setup, state, folder, size, labels)
+    if kind == "png":
+        to, pictures = folder / "png", _generate_pngs(config, setup, state, folder / "png", labels)
+    else:
+        to = folder / f"samples.{kind}"
+        levels = np.concatenate([part for _, part in _draw(config, setup, state)])
+        pictures = setup.units.to_pictures(levels[:_MOST_SHOWN])
+        hosts.on_main(lambda: _write_arrays(to, setup.units.to_files(levels), labels))
     path = folder / "samples.png"
     if hosts.is_main():
         _save_samples_grid(pictures, None if labels is None else labels[: len(pictures)], path)
@@ -452,71 +455,57 @@ def _generate(
     return path
 
 
-def _generate_arrays(
-    config: ConfigDict,
-    setup: Setup,
-    state: TrainState,
-    folder: pathlib.Path,
-    size: int,
-    labels: np.ndarray | None,
-) -> tuple[pathlib.Path, np.ndarray]:
-    """Draw samples into one file; returns its path and pictures of the first samples."""
-    count, kind = config.sampling.n_images, config.sampling.format
-    progress, parts = Progress("sampling", count), []
-    sampler = get_sampler(config, setup, size)
-    for _, part in sample_batches(sampler, state.ema_params, config.seed, count, size):
-        parts.append(part.levels)
-        progress.advance(len(part.levels), f"{part.nfe} evaluations")
-    levels, to = np.concatenate(parts), folder / f"samples.{kind}"
-    arrays = {"samples": setup.units.to_files(levels)}
-    if labels is not None:
-        arrays["labels"] = labels
+def _draw(
+    config: ConfigDict, setup: Setup, state: TrainState, present: Collection[int] = ()
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(index of the first, levels) of each batch of samples that is not `present` as a whole."""
+    count = config.sampling.n_images
+    size = min(config.sampling.batch_size, count)
+    advise_on_sampling(config, "sampling.batch_size", size)
+    progress = Progress("sampling", count)
+    progress.advance(len({i for i in present if i < count}), fresh=False)
+    sampler, params = get_sampler(config, setup, size), state.ema_params
+    for start, part in sample_batches(sampler, params, config.seed, count, size, present=present):
+        yield start, part.levels
+        new = set(range(start, start + len(part.levels))).difference(present)
+        progress.advance(len(new), f"{part.nfe} evaluations")
 
-    def write() -> None:
-        if kind == "npz":
-            np.savez_compressed(to, **cast(Any, arrays))
-        else:
-            for name, array in arrays.items():
-                np.save(to.with_name(f"{name}.npy"), array)
 
-    hosts.on_main(write)
-    return to, setup.units.to_pictures(levels[:_MOST_SHOWN])
+def _write_arrays(to: pathlib.Path, samples: np.ndarray, labels: np.ndarray | None) -> None:
+    """Write samples to an .npz file with their labels, or to an .npy with labels.npy beside it."""
+    arrays = {"samples": samples} if labels is None else {"samples": samples, "labels": labels}
+    if to.suffix == ".npz":
+        np.savez_compressed(to, **cast(Any, arrays))
+        return
+    for name, array in arrays.items():
+        np.save(to.with_name(f"{name}.npy"), array)
 
 
 def _generate_pngs(
     config: ConfigDict,
     setup: Setup,
     state: TrainState,
-    folder: pathlib.Path,
-    size: int,
+    to: pathlib.Path,
     labels: np.ndarray | None,
-) -> tuple[pathlib.Path, np.ndarray]:
-    """Draw the samples that are not there yet into a file each, as `_generate_arrays`."""
-    count, to, params = config.sampling.n_images, folder / "png", state.ema_params
+) -> np.ndarray:
+    """Draw the samples that the folder `to` lacks into a file each; returns the first of all."""
     # These fields do not change a sample, but for the batch's size with some samplers.
     free = ("n_images", "format", "batch_size", "show_channels")
     settings = {name: value for name, value in config.sampling.items() if name not in free}
-    source = {"seed": config.seed, "step": int(state.step), "weights": short_hash(params)}
+    source = {"seed": config.seed, "step": int(state.step), "weights": short_hash(state.ema_params)}
     source |= {"dtype": config.model.dtype, "sampling": settings}
     present: set[int] = hosts.on_main(lambda: start_png_folder(to, source))
-    progress = Progress("sampling", count)
-    progress.advance(len(present & set(range(count))), fresh=False)
-    sampler = get_sampler(config, setup, size)
-    batches = sample_batches(sampler, params, config.seed, count, size, present=present)
     with png_writer(to) if hosts.is_main() else contextlib.nullcontext() as write_pngs:
-        for start, part in batches:
-            images = setup.units.to_files(part.levels)
+        for start, levels in _draw(config, setup, state, present):
             if write_pngs:
-                write_pngs(start, images)
-            new = set(range(start, start + len(images))) - present
-            progress.advance(len(new), f"{part.nfe} evaluations")
+                write_pngs(start, setup.units.to_files(levels))
 
     def finish() -> np.ndarray:
         if labels is not None:
             write_labels(to, labels)
-        return read_pngs(to, min(count, _MOST_SHOWN))
+        return read_pngs(to, min(config.sampling.n_images, _MOST_SHOWN))
 
-    return to, hosts.on_main(finish)
+    return hosts.on_main(finish)
 
 
 _MOST_SHOWN = 1024  # samples in a grid

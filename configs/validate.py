@@ -303,7 +303,7 @@ def _size_problems(config: ConfigDict) -> Iterator[str]:
     height, width, channels = image_shape(config)
     if height % factor or width % factor:
         own = array_shape(config)
-        near = [(n, max(1, n // factor) * factor, -(-n // factor) * factor) for n in own[:2]]
+        near = {n: (n // factor * factor, -(-n // factor) * factor) for n in own[:2] if n % factor}
         what = (
             f"data.image_size is {own[0]}" if height == width else f"the data are {own[0]}×{own[1]}"
         )
@@ -313,7 +313,10 @@ def _size_problems(config: ConfigDict) -> Iterator[str]:
             else f"{len(model.ch_mult)} levels in model.ch_mult halve it that many times less one, "
             f"so it must be a multiple of {factor}"
         )
-        sizes = " and ".join(f"{low} or {high} for {n}" for n, low, high in near)
+        sizes = " and ".join(
+            f"{low} or {high} for {n}" if low else f"{high} for {n}"
+            for n, (low, high) in near.items()
+        )
         pad = "; or set data.pad=True" if is_array else ""
         yield f"{what}; {why}: {sizes}{pad}"
     shown = tuple(config.sampling.show_channels)

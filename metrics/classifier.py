@@ -19,6 +19,7 @@ from jax import Array
 
 import datasets
 from metrics.features import Extractor, apply_batched
+from runtime.locking import waiting_lock
 from runtime.progress import Progress
 
 log = logging.getLogger("soft_truncation")
@@ -92,16 +93,18 @@ def get_classifier(
     digest = hashlib.sha256(repr((train.name, sizes, datasets.fingerprint(train))).encode())
     folder = pathlib.Path(cache_dir)
     path = folder / f"classifier_{train.name}_{digest.hexdigest()[:16]}.msgpack"
-    try:
-        params = serialization.from_bytes(params, path.read_bytes())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if path.exists():
-            log.warning("%s is damaged (%s); training the classifier again", path, error)
-        params = _train_classifier(model, params, train, steps, batch_size)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(serialization.to_bytes(params))
-        partial.replace(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Runs that start at once share one classifier: scores by different ones don't compare.
+    with waiting_lock(path.with_suffix(".lock"), f"another process trains {path.name}"):
+        try:
+            params = serialization.from_bytes(params, path.read_bytes())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if path.exists():
+                log.warning("%s is damaged (%s); training the classifier again", path, error)
+            params = _train_classifier(model, params, train, steps, batch_size)
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(serialization.to_bytes(params))
+            partial.replace(path)
 
     apply = jax.jit(lambda x: model.apply({"params": params}, _normalize(x, train.num_levels)))
 

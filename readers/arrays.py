@@ -1,7 +1,6 @@
 """Arrays in .npy and .npz files: uint8 images, and stacks of any size, channels and units."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -112,7 +111,7 @@ class Stack:
       labels: (len(indices),) int64.
       shape: (H, W, C).
       dtype: uint8, uint16 or floats.
-      name: of the files, for messages.
+      name: the config's field and the path of the files, for messages.
       identity: paths, sizes and modification times of the files.
     """
 
@@ -138,14 +137,14 @@ class Stack:
           UserError: a value is not finite.
         """
         low, high = np.inf, -np.inf
-        size = max(1, 2**24 // (int(np.prod(self.shape)) * self.dtype.itemsize))
+        size = max(1, 2**23 // (int(np.prod(self.shape)) * self.dtype.itemsize))
         for start in range(0, len(self), size):
             part = self.read(np.arange(start, min(start + size, len(self))))
             finite = np.isfinite(part).all(axis=(1, 2, 3)) if self.dtype.kind == "f" else None
             if finite is not None and not finite.all():
                 index = self.indices[start + int(np.argmin(finite))]
                 raise UserError(
-                    f"data.path: {self.name} has NaN or infinite values in example {index}; remove "
+                    f"{self.name} has NaN or infinite values in example {index}; remove "
                     "or replace them"
                 )
             low, high = min(low, float(part.min())), max(high, float(part.max()))
@@ -168,7 +167,8 @@ def _check_stack(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tu
 def _stack(
     path: pathlib.Path, images: np.ndarray, labels: np.ndarray | None, option: str = "data.path"
 ) -> Stack:
-    shape = _check_stack(f"{option}: {path}", images.shape[1:], images.dtype)
+    name = f"{option}: {path}"
+    shape = _check_stack(name, images.shape[1:], images.dtype)
 
     def rows(indices: np.ndarray) -> np.ndarray:
         return np.asarray(images[indices]).reshape(len(indices), *shape)
@@ -177,7 +177,7 @@ def _stack(
     known = np.zeros(count, np.int64) if labels is None else _labels(path, labels, count)
     everything, identity = np.arange(count), file_identity(path)
     of = known.astype(np.int64)
-    return Stack(rows, everything, of, shape, images.dtype, str(path), identity)
+    return Stack(rows, everything, of, shape, images.dtype, name, identity)
 
 
 def _stack_of_files(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> tuple[Stack, int]:
@@ -202,13 +202,13 @@ def _stack_of_files(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> tupl
     changes = sum(s.st_size for s in status), max(s.st_mtime_ns for s in status), len(files)
     identity = (str(folder.resolve()), *changes)
     return Stack(
-        rows, np.arange(len(files)), labels, shape, first.dtype, str(folder), identity
+        rows, np.arange(len(files)), labels, shape, first.dtype, f"data.path: {folder}", identity
     ), count
 
 
 def _every_tenth(stack: Stack) -> tuple[Stack, Stack]:
     if len(stack) < 10:
-        raise UserError(f"data.path: {stack.name} has {len(stack)} examples; 10 or more are needed")
+        raise UserError(f"{stack.name} has {len(stack)} examples; 10 or more are needed")
     train, test = (
         dataclasses.replace(stack, indices=part, labels=stack.labels[part])
         for part in every_tenth(len(stack))
@@ -242,9 +242,7 @@ def _stacks_in_folder(path: pathlib.Path) -> tuple[Stack, Stack, int]:
     return stacks_and_classes[0][0], stacks_and_classes[1][0], classes
 
 
-@functools.lru_cache(2)
-def _open_stacks(path: pathlib.Path, identity: object) -> tuple[Stack, Stack, int]:
-    del identity
+def _open_stacks(path: pathlib.Path) -> tuple[Stack, Stack, int]:
     if path.is_dir():
         return _stacks_in_folder(path)
     found = _load(path)
@@ -274,10 +272,10 @@ def open_stacks(path: pathlib.Path) -> tuple[Stack, Stack, int]:
     """
     if not path.exists() or (path.is_file() and path.suffix not in (".npy", ".npz")):
         raise UserError(f"data.path: {path} is no .npy or .npz file and no folder of .npy files")
-    train, test, classes = _open_stacks(path, file_identity(path))
+    train, test, classes = _open_stacks(path)
     for stack in (train, test):
         if not len(stack):
-            raise UserError(f"data.path: {stack.name} has no examples")
+            raise UserError(f"{stack.name} has no examples")
     if (train.shape, train.dtype) != (test.shape, test.dtype):
         raise UserError(
             f"data.path: the training examples of {path} are {train.dtype} {train.shape}, the test "

@@ -40,8 +40,15 @@ _FREE_TO_TRAIN = {
 # Fields that must agree with the training when a network is evaluated; all others may change.
 _FIXED_TO_EVALUATE = {
     "data": (
-        *("dataset", "image_size", "image_width", "num_channels", "num_levels", "scale", "pad"),
-        *("centered", "category"),
+        "dataset",
+        "category",
+        "image_size",
+        "image_width",
+        "num_channels",
+        "num_levels",
+        "scale",
+        "pad",
+        "centered",
     ),
     "training": ("sde", "truncation_time", "unbounded_parametrization", "stabilizing_constant"),
 }

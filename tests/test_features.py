@@ -228,12 +228,31 @@ def test_batches_of_one_size_cover_everything():
     assert sizes == [3, 3, 3]
 
 
+def test_runs_that_start_at_once_share_a_classifier(tmp_path, monkeypatch):
+    train, test = (datasets.get_dataset(tiny_config(), split) for split in ("train", "test"))
+    trained, both = [], threading.Barrier(2)
+
+    def train_slowly(model, params, *_):
+        trained.append(params)
+        time.sleep(0.5)
+        return jax.tree.map(lambda x: x + len(trained), params)
+
+    def get(_):
+        both.wait()
+        return get_classifier(train, test, tmp_path)[0].weights
+
+    monkeypatch.setattr(classifier, "_train_classifier", train_slowly)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(get, range(2))
+    assert len(trained) == 1 and first == second
+
+
 @pytest.mark.slow
 def test_classifier_is_trained_once_and_tells_classes_apart(tmp_path, monkeypatch):
     train, test = (datasets.get_dataset(tiny_config(), split) for split in ("train", "test"))
     extractor, accuracy = get_classifier(train, test, tmp_path, steps=200)
     assert accuracy > 0.8
-    files = list(tmp_path.iterdir())
+    files = list(tmp_path.glob("*.msgpack"))
     assert len(files) == 1
 
     def fail(*_):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from configs.vp import array_st
 from controllable_generation import _read_mask
 from evaluation import evaluate
 from metrics.report import channel_moments
-from readers.arrays import open_stacks
 from runtime.pictures import save_grid
 from session import with_data_facts
 
@@ -43,18 +43,14 @@ def saved(path, array):
     return path
 
 
-def fields(count=20, shape=(6, 10), seed=0):
-    return np.random.default_rng(seed).normal(280, 15, (count, *shape)).astype(np.float32)
+def fields(count=20, shape=(6, 10)):
+    return np.random.default_rng(0).normal(280, 15, (count, *shape)).astype(np.float32)
 
 
 def levels(count=20, shape=(8, 8), most=999, dtype=np.uint16):
     values = np.random.default_rng(1).integers(0, most + 1, (count, *shape))
     values.flat[0] = most
     return values.astype(dtype)
-
-
-def facts(config, tmp_path):
-    return with_data_facts(config, tmp_path / "no run").data
 
 
 def test_floats_are_scaled_by_the_training_images_and_come_back(tmp_path):
@@ -104,10 +100,16 @@ def test_the_number_of_levels_is_read(array, num_levels, shape, tmp_path):
 
 
 def test_files_are_mapped_and_not_read_whole(tmp_path):
-    train, _, _ = open_stacks(saved(tmp_path / "a.npy", fields(30)))
-    held = [cell.cell_contents for cell in train.rows.__closure__]
-    assert any(isinstance(value, np.memmap) for value in held)
-    assert len(train) == 27 and np.array_equal(train.read(np.array([9]))[0, ..., 0], fields(30)[10])
+    array = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (200, 512, 512))
+    array[10] = 7
+    array.flush()
+    tracemalloc.start()
+    config = with_data_facts(array_config(tmp_path / "a.npy"), tmp_path / "no run")
+    image = datasets.load_data(config).train.source.fetch(np.array([9]))["image"]
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (image == 7).all() and config.data.num_levels == 8
+    assert most < array.nbytes / 2  # it is scanned in parts of 8 MiB
 
 
 def write_labelled_npz(path):
