@@ -113,12 +113,18 @@ def _load_digits() -> Data:
     )
 
 
+def _ends(scale: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The low and high of `data.scale`, float64: () for all channels, or (C,)."""
+    low, high = (np.asarray(end, np.float64) for end in scale)
+    return low, high
+
+
 @dataclasses.dataclass(frozen=True)
 class _StackSource:
     """Arrays as a `Source`: floats from 0 to 1 as `data.scale` says, and padded as `data.pad`."""
 
     stack: Stack
-    scale: tuple[float, ...]
+    scale: tuple[Any, ...]
     shape: tuple[int, int, int]
 
     def __len__(self) -> int:
@@ -128,7 +134,7 @@ class _StackSource:
         """The examples at these indices."""
         images = self.stack.read(indices)
         if self.scale:
-            low, high = self.scale
+            low, high = _ends(self.scale)
             images = ((images.astype(np.float64) - low) / (high - low)).astype(np.float32)
         height, width = (
             (0, wanted - size) for wanted, size in zip(self.shape, images.shape[1:3], strict=False)
@@ -161,19 +167,26 @@ def array_facts(config: ConfigDict) -> dict[str, Any]:
     if train.dtype.kind == "f":
         if data.num_levels:
             raise UserError(f"data.num_levels is for whole numbers; {path} has {train.dtype}")
-        scale = tuple(float(value) for value in data.scale) or (float(low), float(high))
-        if low == high:
-            raise UserError(f"data.path: {path} has no other value than {low:g}")
-        if not scale[0] < scale[1]:
+        read = (low, high) if channels > 1 else (low[0], high[0])
+        scale = tuple(data.scale) or tuple(end.tolist() for end in read)
+        if (low == high).any():
+            channel = int(np.argmax(low == high))
+            raise UserError(
+                f"data.path: {path} has no other value than {low[channel]:g} in channel {channel}"
+            )
+        lows, highs = _ends(scale)
+        if not all(end.shape in ((), (channels,)) for end in (lows, highs)):
+            raise UserError(f"data.scale is {scale}; {path} has {channels} channels")
+        if not (lows < highs).all():
             raise UserError(f"data.scale is {scale}, of {path}; its first number must be smaller")
         return facts | {"scale": scale, "num_levels": 0, "dequantization": "none"}
     if data.scale:
         raise UserError(f"data.scale is for floats; {path} has {train.dtype}")
-    found = int(max(high, high_test)) + 1
+    found = int(max(high.max(), high_test.max())) + 1
     if data.num_levels and found > data.num_levels:
         raise UserError(f"data.num_levels is {data.num_levels}; {path} has the level {found - 1}")
-    if low == high:
-        raise UserError(f"data.path: {path} has no other value than {low:g}")
+    if low.min() == high.max():
+        raise UserError(f"data.path: {path} has no other value than {low[0]:g}")
     return facts | {"num_levels": data.num_levels or found}
 
 
@@ -207,7 +220,7 @@ def array_of_images(config: ConfigDict, path: pathlib.Path, option: str) -> Data
     """
     stack = whole_stack(path, option)
     progress = Progress(f"reading {path.name}", len(stack))
-    if stack.extremes(progress)[1] >= config.data.num_levels > 0:
+    if stack.extremes(progress)[1].max() >= config.data.num_levels > 0:
         raise UserError(f"{option}: {path} has levels beyond the data's {config.data.num_levels}")
     return _stack_dataset(config, stack, path.stem)
 
@@ -400,7 +413,8 @@ class Preprocessing:
       centered: whether the model's range is [-1, 1] instead of [0, 1].
       dequantization: none, uniform or lossless.
       random_flip: whether to mirror images at random in training.
-      width: of floats, what a difference of 1 is in the data's own units.
+      width: of floats, what a difference of 1 is in the data's own units; of channels that differ,
+        the geometric mean.
     """
 
     num_levels: int
@@ -492,7 +506,10 @@ def get_preprocessing(config: ConfigDict, num_levels: int = 0) -> Preprocessing:
     """The preprocessing of a config; `num_levels` replaces the data set's number of levels."""
     data = config.data
     levels = num_levels or get_num_levels(config)
-    width = data.scale[1] - data.scale[0] if data.scale else 1.0
+    width = 1.0
+    if data.scale:
+        low, high = _ends(data.scale)
+        width = float(np.exp(np.mean(np.log(high - low))))
     return Preprocessing(levels, data.centered, data.dequantization, data.random_flip, width)
 
 
@@ -515,14 +532,15 @@ class Units:
     Attributes:
       num_levels: as in `Preprocessing`.
       of_arrays: whether the data set is an array; others' files have pixel values 0 … 255.
-      scale: of floats, the values in the data's units that are 0 and 1 here.
+      scale: of floats, the values in the data's units that are 0 and 1 here; numbers, or one for
+        each channel.
       size: the height and width of the data, without padding.
       show_channels: the channels that pictures show; (): all, side by side if not 1 or 3.
     """
 
     num_levels: int
     of_arrays: bool
-    scale: tuple[float, ...]
+    scale: tuple[Any, ...]
     size: tuple[int, int]
     show_channels: tuple[int, ...]
 
@@ -534,7 +552,7 @@ class Units:
             return levels_to_uint8(levels, self.num_levels)
         if not self.scale:
             return levels
-        low, high = self.scale
+        low, high = _ends(self.scale)
         return (low + (high - low) * levels.astype(np.float64)).astype(np.float32)
 
     def to_pictures(self, levels: np.ndarray) -> np.ndarray:

@@ -51,7 +51,9 @@ def get_default_config() -> ConfigDict:
     data.image_width = 0  # of array, if it is not image_size; 0: it is
     data.num_channels = 3
     data.num_levels = 0  # array of whole numbers: how many values there are; 0: read; floats: 0
-    data.scale = ()  # array of floats: the lowest and highest value of the training images
+    # Array of floats: the lowest and the highest value of the training images; numbers, or a tuple
+    # each with a number for each channel. (): read, for each channel.
+    data.scale = ()
     data.pad = False  # array: whether to pad its images to a size that the network's levels divide
     data.centered = True  # images in [-1, 1] instead of [0, 1]
     data.random_flip = True

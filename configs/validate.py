@@ -341,11 +341,12 @@ def check_array_fields(config: ConfigDict) -> None:
     data = config.data
     if not data.path:
         raise UserError("config: data.dataset=array needs data.path, a file or folder of arrays")
-    numbers = all(isinstance(n, int | float) and math.isfinite(n) for n in data.scale)
-    if data.scale and not (len(data.scale) == 2 and numbers):
+    ends = [end if isinstance(end, list | tuple) else (end,) for end in data.scale]
+    numbers = all(isinstance(n, int | float) and math.isfinite(n) for end in ends for n in end)
+    if ends and not (len(ends) == 2 and numbers):
         raise UserError(
             f"config: data.scale is {tuple(data.scale)}; it must be two numbers, the values that "
-            "become the ends of the model's range"
+            "become the ends of the model's range, or two lists with a number for each channel"
         )
     if not 0 <= data.num_levels <= 65536:
         raise UserError(f"config: data.num_levels is {data.num_levels}; it must be 2 to 65536")

@@ -130,13 +130,13 @@ class Stack:
         """The examples (n, H, W, C) at these indices of the stack."""
         return self.rows(self.indices[chosen])
 
-    def extremes(self, progress: Progress) -> tuple[float, float]:
-        """The lowest and the highest value.
+    def extremes(self, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and the highest value of each channel, (C,) float64 each.
 
         Raises:
           UserError: a value is not finite.
         """
-        low, high = np.inf, -np.inf
+        low, high = np.full(self.shape[2], np.inf), np.full(self.shape[2], -np.inf)
         size = max(1, 2**23 // (int(np.prod(self.shape)) * self.dtype.itemsize))
         for start in range(0, len(self), size):
             part = self.read(np.arange(start, min(start + size, len(self))))
@@ -147,7 +147,8 @@ class Stack:
                     f"{self.name} has NaN or infinite values in example {index}; remove "
                     "or replace them"
                 )
-            low, high = min(low, float(part.min())), max(high, float(part.max()))
+            low = np.minimum(low, part.min(axis=(0, 1, 2)))
+            high = np.maximum(high, part.max(axis=(0, 1, 2)))
             progress.advance(len(part))
         return low, high
 

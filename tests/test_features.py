@@ -1,8 +1,10 @@
+import concurrent.futures
 import functools
 import hashlib
 import http.server
 import json
 import threading
+import time
 
 import jax
 import numpy as np

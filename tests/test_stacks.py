@@ -69,6 +69,30 @@ def test_floats_are_scaled_by_the_training_images_and_come_back(tmp_path):
     assert np.allclose(preprocessing.to_levels(x0 * 1.5), 1.5 * train - 0.25, atol=1e-6)
 
 
+def test_each_channel_of_floats_has_its_own_scale(tmp_path):
+    array = fields(shape=(4, 6, 3)) * np.array([1, 1e-4, 50], np.float32)
+    config = with_data_facts(array_config(saved(tmp_path / "a.npy", array)), tmp_path / "no run")
+    train = datasets.load_data(config).train.source.fetch(np.arange(18))["image"]
+    assert np.allclose(train.min(axis=(0, 1, 2)), 0) and np.allclose(train.max(axis=(0, 1, 2)), 1)
+    of_train = array[np.arange(20) % 10 != 9]
+    back = datasets.get_units(config).to_files(train)
+    assert np.allclose(back, of_train, rtol=1e-6)
+    widths = np.ptp(of_train.astype(np.float64), axis=(0, 1, 2))
+    offset = datasets.get_preprocessing(config).bits_offset
+    assert np.isclose(offset, np.log2(widths / 2).mean())
+    config = array_config(tmp_path / "a.npy", scale=(0.0, (300.0, 1.0, 2e4)))
+    scaled = with_data_facts(config, tmp_path / "no run")
+    train = datasets.load_data(scaled).train.source.fetch(np.arange(18))["image"]
+    assert np.allclose(train, of_train / np.array([300, 1, 2e4]), rtol=1e-5)
+    config.data.scale = (0.0, (300.0, 1.0))
+    with pytest.raises(UserError, match="has 3 channels"):
+        with_data_facts(config, tmp_path / "no run")
+    array[..., 1] = 4
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(UserError, match="no other value than 4 in channel 1"):
+        with_data_facts(array_config(tmp_path / "a.npy"), tmp_path / "no run")
+
+
 def test_bits_of_floats_are_densities_in_their_own_units(tmp_path):
     config = with_data_facts(array_config(saved(tmp_path / "a.npy", fields())), tmp_path / "no run")
     low, high = config.data.scale
