@@ -19,7 +19,7 @@ from runtime.metrics_log import read_metrics
 def image_grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
     """One near-square picture (…, …, C) of images (N, H, W, C) uint8; small ones are enlarged."""
     count, height, width, channels = images.shape
-    columns = columns or int(np.ceil(np.sqrt(count)))
+    columns = columns or int(np.ceil(np.sqrt(count * height / width)))
     rows = -(-count // columns)
     factor = max(1, 48 // height)
     images = images.repeat(factor, axis=1).repeat(factor, axis=2)

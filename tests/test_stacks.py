@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import scipy.stats
+from PIL import Image
 
 import datasets
 import run_lib
@@ -219,7 +220,11 @@ def test_pictures_show_the_chosen_channels(tmp_path):
     config = with_data_facts(config, tmp_path / "no run")
     pictures = datasets.get_units(config).to_pictures(array)
     assert np.array_equal(pictures, array[..., [4, 0, 2]])
-    save_grid(pictures, tmp_path / "grid.png")
+    config.sampling.show_channels = ()
+    wide = datasets.get_units(config).to_pictures(array.repeat(2, axis=0))
+    save_grid(wide, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert wide.shape == (40, 4, 20, 1) and 0.5 < grid.width / grid.height < 2
 
 
 def test_moments_of_channels_are_exact():
