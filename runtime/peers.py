@@ -135,7 +135,11 @@ class Peers:
             why = f"has not answered for {PATIENCE:.0f} seconds"
         except OSError:
             pass
-        self._lost.set()
+        with self._lock:
+            is_first = not self._lost.is_set()
+            self._lost.set()
+        if not is_first:
+            return  # those that are told of the first end, too, and are not what is wrong
         # At once: JAX aborts the others by a stack dump when it notices the loss of process 0.
         at, go_on = self.describe() if not self._index else ("", "")
         go_on = go_on or "from the newest checkpoint"

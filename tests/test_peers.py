@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from runtime import peers
+
 ROOT = pathlib.Path(__file__).parent.parent
 # A process with its connections alone: it says "there" and works until it is told to end.
 ALONE = """
@@ -45,6 +47,23 @@ def start(count, ends=60, indices=None):
         for i in (range(count) if indices is None else indices)
     ]
     return processes
+
+
+def test_those_that_end_because_they_are_told_are_not_what_was_lost(monkeypatch):
+    mine, said = peers.Peers(0, 3), []
+    near, far = zip(*(socket.socketpair() for _ in range(2)), strict=True)
+
+    def tell(_):  # the second process ends before this one does
+        far[1].close()
+        time.sleep(0.3)
+
+    monkeypatch.setattr(mine, "_tell", tell)
+    monkeypatch.setattr(mine, "_end", said.append)
+    for index in (1, 2):
+        mine._add(index, near[index - 1])
+    far[0].close()
+    time.sleep(1)
+    assert said == ["process 1 was lost; the same commands go on from the newest checkpoint"]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
