@@ -1,7 +1,6 @@
 """The command line: python main.py --config configs/vp/digits_st.py --mode train."""
 
 import argparse
-import errno
 import logging
 import os
 import pathlib
@@ -194,9 +193,11 @@ def main(argv: list[str]) -> None:
         hosts.leave(well=False)
         _fail(UserError(f"{error}{_hint_at_config_file(error)}"))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        hosts.leave(well=False)
+        if error.errno is None:
             raise
-        _fail(UserError(f"{error.filename or workdir} can't be written: {error.strerror}"))
+        where = error.filename or workdir
+        _fail(UserError(f"{where}: {error.strerror}; mend that and run the same command again"))
     except Exception:
         hosts.end_after_error()
         raise

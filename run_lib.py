@@ -28,6 +28,7 @@ from metrics.card import model_card
 from official import export_checkpoint, import_checkpoint
 from runtime import checkpointing, exported, hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
+from runtime.files import can_do_without, replacing, write_text
 from runtime.locking import locked
 from runtime.metrics_log import Metrics
 from runtime.pictures import (
@@ -164,7 +165,8 @@ def train(
         if files:
             if not files.saver.settle():
                 raise UserError("the last checkpoint could not be saved; make room, run this again")
-            plot_training(workdir / "metrics.jsonl", workdir / "training.png")
+            with can_do_without(workdir / "training.png"):
+                plot_training(workdir / "metrics.jsonl", workdir / "training.png")
         if step < num_steps:
             log.info("stopped at step %d of %d; the same command resumes training", step, num_steps)
         else:
@@ -321,7 +323,8 @@ class _TrainingLog:
         numbers = {name: repr(float(values[name])) for name in ("loss", "grad_norm")}
         facts = {"step": step, **numbers, "tau": float(tau), "t": np.asarray(t, float).tolist()}
         if self._files:
-            path.write_text(json.dumps(facts, indent=1) + "\n")
+            with can_do_without(path):
+                write_text(path, json.dumps(facts, indent=1) + "\n")
         raise UserError(
             f"the loss is {numbers['loss']} and its gradient's norm {numbers['grad_norm']} at step "
             f"{step} (τ = {float(tau):.3g}, t from {float(t.min()):.3g} to {float(t.max()):.3g}), "
@@ -384,7 +387,8 @@ def _get_grid_fn(
         levels = sample(params, jax.random.key(config.seed + 3)).levels
         path = workdir / "samples" / name
         if hosts.is_main():
-            save_grid(setup.units.to_pictures(levels), path)
+            with can_do_without(path):
+                save_grid(setup.units.to_pictures(levels), path)
         if not num_levels:
             return f"samples in {path}"
         share, usual = (datasets.share_at_ends(part, num_levels) for part in (levels, few))
@@ -430,7 +434,8 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
         pictures = {name: setup.units.to_pictures(part) for name, part in levels.items()}
         save_grid(completion_rows(pictures), path.with_suffix(".png"), PER_IMAGE + 2)
         files = {name: setup.units.to_files(part) for name, part in levels.items()}
-        np.savez_compressed(path.with_suffix(".npz"), **cast(Any, files))
+        with replacing(path.with_suffix(".npz")) as file:
+            np.savez_compressed(file, **cast(Any, files))
     log.info("%d images in %s.png and .npz", len(levels["samples"]), path)
     return path.with_suffix(".png")
 
@@ -475,10 +480,12 @@ def _write_arrays(to: pathlib.Path, samples: np.ndarray, labels: np.ndarray | No
     """Write samples to an .npz file with their labels, or to an .npy with labels.npy beside it."""
     arrays = {"samples": samples} if labels is None else {"samples": samples, "labels": labels}
     if to.suffix == ".npz":
-        np.savez_compressed(to, **cast(Any, arrays))
+        with replacing(to) as file:
+            np.savez_compressed(file, **cast(Any, arrays))
         return
     for name, array in arrays.items():
-        np.save(to.with_name(f"{name}.npy"), array)
+        with replacing(to.with_name(f"{name}.npy")) as file:
+            np.save(file, array)
 
 
 def _generate_pngs(

@@ -28,15 +28,24 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def get_config(workdir: str | pathlib.Path) -> ConfigDict:
-    """The config of a run; fields that did not exist then have their defaults."""
+    """The config of a run; fields that did not exist then have their defaults.
+
+    Raises:
+      UserError: the file can't be read or is damaged.
+    """
     config = get_default_config()
     for section, fields in read(workdir).items():
         if section == "config_file":
             continue
-        if not isinstance(fields, dict):
-            config[section] = fields
-            continue
-        with config[section].unlocked():
-            for name, value in fields.items():
-                config[section][name] = tuple(value) if isinstance(value, list) else value
+        try:
+            if not isinstance(fields, dict):
+                config[section] = fields
+                continue
+            with config[section].unlocked():
+                for name, value in fields.items():
+                    config[section][name] = tuple(value) if isinstance(value, list) else value
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            path = pathlib.Path(workdir) / "config.json"
+            reason = f"its {section!r} is none of a config's"
+            raise UserError(f"{path} is damaged ({reason}); choose another --workdir") from error
     return config

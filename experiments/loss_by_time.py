@@ -289,6 +289,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", required=True, help="only runs whose names match this regular expression"
     )
+    parser.add_argument(
+        "--batches", type=int, default=200, help="mini-batches for each kind of truncation"
+    )
     parser.add_argument("--set", action="append", default=[], help="as in experiments.run")
     options = parser.parse_args(arguments)
     environment.prepare()
@@ -297,7 +300,8 @@ def main(arguments: list[str] | None = None) -> int:
         machine_paths = parse_machine_paths(options.set)
         make_folder(options.out / "loss_by_time", "--out")
         for run in select(load_sweep(options.sweep), only=options.only):
-            measured = measure(run, options.workdirs / run.name, machine_paths)
+            workdir = options.workdirs / run.name
+            measured = measure(run, workdir, machine_paths, num_steps=options.batches)
             path = options.out / "loss_by_time" / f"{run.name}.json"
             path.write_text(json.dumps(measured, indent=1) + "\n")
             log.info("%s", path)

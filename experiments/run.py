@@ -10,7 +10,6 @@ several machines only have to be copied into one folder.
 import argparse
 import json
 import logging
-import os
 import pathlib
 import platform
 import shutil
@@ -28,6 +27,7 @@ import run_lib
 from configs.default import UserError
 from experiments.sweep import Run, load_sweep, parse_machine_paths, select
 from runtime import environment
+from runtime.files import write_text
 from runtime.metrics_log import read_metrics
 from runtime.progress import clock
 from runtime.workdir import first_line, make_folder
@@ -144,9 +144,7 @@ def _compute_row(
 
 def _write_row(row: dict[str, Any], path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(row, indent=1, ensure_ascii=False) + "\n")
 
 
 def run_sweep(

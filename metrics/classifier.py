@@ -19,6 +19,7 @@ from jax import Array
 
 import datasets
 from metrics.features import Extractor, apply_batched
+from runtime.files import replacing
 from runtime.locking import waiting_lock
 from runtime.progress import Progress
 
@@ -102,9 +103,8 @@ def get_classifier(
             if path.exists():
                 log.warning("%s is damaged (%s); training the classifier again", path, error)
             params = _train_classifier(model, params, train, steps, batch_size)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(serialization.to_bytes(params))
-            partial.replace(path)
+            with replacing(path) as file:
+                file.write(serialization.to_bytes(params))
 
     apply = jax.jit(lambda x: model.apply({"params": params}, _normalize(x, train.num_levels)))
 

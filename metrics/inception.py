@@ -3,7 +3,6 @@
 import hashlib
 import http.client
 import logging
-import os
 import pathlib
 import urllib.request
 from typing import Any
@@ -18,6 +17,7 @@ from models import inception
 from official.pth_reader import read_pth
 from runtime import hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
+from runtime.files import replacing
 
 log = logging.getLogger("soft_truncation")
 
@@ -31,15 +31,14 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 def _download(path: pathlib.Path) -> bool:
     """Download Inception's published weights; if that fails, log the reason and return False."""
     log.info("downloading Inception's weights for FID into %s", path)
-    partial = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(INCEPTION_URL, timeout=30) as source:
             data = source.read()
         if hashlib.sha256(data).hexdigest() != INCEPTION_SHA256:
             raise ValueError("what came is not the published file")
-        partial.write_bytes(data)
-        partial.replace(path)
+        with replacing(path) as file:
+            file.write(data)
     except (OSError, ValueError, http.client.HTTPException) as error:
         log.warning(
             "no FID: Inception's weights can't be downloaded (%s); get %s on another machine, and "

@@ -1,6 +1,7 @@
 """Writing the report of an evaluation: the table of scores, remarks, and the best checkpoints."""
 
 import csv
+import io
 import json
 import math
 import pathlib
@@ -8,6 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+
+from runtime.files import replacing, write_text
 
 # (name in the report, description, unit, sign), in the order of the table. The sign is 1 if less is
 # better, -1 if more is better, and 0 for a baseline.
@@ -233,21 +236,21 @@ def _plot_sweep(reports: list[dict[str, Any]], names: list[str], path: pathlib.P
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def write_bits(path: pathlib.Path, names: list[str], columns: dict[str, np.ndarray]) -> None:
     """Write a CSV file with a row for each image: its name and the `columns` (N,)."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["image", *columns])
-        for name, *row in zip(names, *columns.values(), strict=True):
-            table.writerow([name, *(f"{value:.6f}" for value in row)])
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(["image", *columns])
+    for name, *row in zip(names, *columns.values(), strict=True):
+        table.writerow([name, *(f"{value:.6f}" for value in row)])
+    write_text(path, text.getvalue())
 
 
 def _write(report: dict[str, Any], text: list[str], folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text("\n".join(text) + "\n")
-    partial = folder / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(folder / "report.json")
+    write_text(folder / "report.md", "\n".join(text) + "\n")
+    write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")

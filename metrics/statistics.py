@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from configs.default import UserError
 from metrics.distances import Moments
+from runtime.files import replacing
 
 log = logging.getLogger("soft_truncation")
 
@@ -57,9 +57,8 @@ def summarize(
 
 def save_statistics(statistics: Statistics, path: pathlib.Path) -> None:
     """Write an .npz file with `mu` and `sigma`, as in pytorch-fid, `features` and `facts`."""
-    partial = path.with_suffix(f".{os.getpid()}")
     try:
-        with partial.open("wb") as file:
+        with replacing(path) as file:
             np.savez(
                 file,
                 mu=statistics.mean,
@@ -67,7 +66,6 @@ def save_statistics(statistics: Statistics, path: pathlib.Path) -> None:
                 features=statistics.features,
                 facts=np.array(json.dumps(statistics.facts)),
             )
-        partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror}") from error
 

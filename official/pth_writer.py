@@ -79,9 +79,10 @@ def write_pth(path: pathlib.Path, tree: Any) -> None:
     pickler = _Pickler(file)
     pickler.dump(tree)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", file.getvalue())
-        archive.writestr("archive/byteorder", "little")
+        # ZipInfo, not the name alone: it has no time of now, and equal trees make equal files.
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), file.getvalue())
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), "little")
         for i, values in enumerate(pickler.arrays):
             little = values.astype(values.dtype.newbyteorder("<"), copy=False)
-            archive.writestr(f"archive/data/{i}", little.data)
-        archive.writestr("archive/version", "3\n")
+            archive.writestr(zipfile.ZipInfo(f"archive/data/{i}"), little.data)
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")

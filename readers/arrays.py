@@ -22,7 +22,10 @@ def _load(path: pathlib.Path, option: str = "data.path") -> dict[str, np.ndarray
         if isinstance(loaded, np.ndarray):
             return {"images": loaded}
         with loaded:
-            return {name: loaded[name] for name in loaded.files}
+            arrays = {name: loaded[name] for name in loaded.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("a member is no array")
+        return arrays
     except Exception as error:  # a damaged archive can raise any kind of error
         reason = "it has objects" if "bject" in str(error) else str(error)
         # NumPy takes any other file for a pickle, and advises to allow pickles.

@@ -19,6 +19,10 @@ def _records(folder: pathlib.Path) -> Records:
         environment = lmdb.open(
             str(folder), readonly=True, lock=False, readahead=False, create=False, max_readers=512
         )
+        # Reading beyond the end of a file that is cut off would end the program.
+        size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        if (folder / "data.mdb").stat().st_size < size:
+            raise damaged(folder, f"data.mdb is shorter than its {size} bytes")
         with environment.begin() as transaction, transaction.cursor() as cursor:
             # One array instead of a list, since a scene has up to three million keys.
             keys = np.array(list(cursor.iternext(values=False)), np.bytes_)

@@ -155,6 +155,15 @@ def _records(files: _Files, labels: np.ndarray | None) -> Records:
 
 
 def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> Opened:
+    try:
+        return _open_files(train_files, test_files)
+    except UserError:
+        raise
+    except Exception as error:  # Arrow raises many kinds of error for damaged files
+        raise damaged(train_files[0].parent, error) from error
+
+
+def _open_files(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> Opened:
     parts = [_Files(paths) for paths in (train_files, test_files) if paths]
     labels = [part.labels() for part in parts]
     known = [part for part in labels if part is not None]

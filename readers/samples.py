@@ -68,7 +68,10 @@ def _from_npz(path: pathlib.Path, option: str) -> np.ndarray:
             known = [name for name in ("samples", "arr_0") if name in file.files] or file.files
             if len(known) > 1 and known == file.files:
                 raise ValueError(f"it has the arrays {', '.join(known)}, and none named samples")
-            return file[known[0]]
+            array = file[known[0]]
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"its {known[0]} is no array")
+            return array
     except FileNotFoundError as error:
         raise UserError(f"{option}: there is no file or folder {path}") from error
     except Exception as error:  # a damaged archive can raise any kind of error

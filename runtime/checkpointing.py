@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import pathlib
 import shutil
+import threading
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
+from orbax.checkpoint._src.futures import future as orbax_future
 
 from configs.default import UserError
 from runtime import exported, hosts
@@ -139,6 +141,7 @@ class Saver:
         folder = pathlib.Path(self._manager.directory)
         for unfinished in folder.glob(f"{step}.*tmp*"):  # an unfinished save only fills the disk
             shutil.rmtree(unfinished, ignore_errors=True)
+        _release_waiting()
         self._manager.reload()
         reason = f"the checkpoint of step {step} can't be saved ({first_line(error)})"
         if self._failures >= self._max_failures:
@@ -148,6 +151,18 @@ class Saver:
                 f"that are there: {steps}"
             ) from error
         log.warning("%s; training goes on, and the next save tries again", reason)
+
+
+def _release_waiting() -> None:
+    """End the threads of Orbax that wait for a part of a save that has failed.
+
+    They would wait for ten minutes, and the program with them when it ends.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, orbax_future._SignalingThread):
+            thread.cancel()
+            awaited, operation = thread._receive_signals, thread._operation_id
+            orbax_future.set_signals(awaited, operation_id=operation)
 
 
 def steps_to_evaluate(config: ConfigDict, workdir: pathlib.Path) -> list[int]:

@@ -166,6 +166,8 @@ def prepare() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_flags()}".strip()
     _keep_programs()
     _watch_cache()
+    # Of a save of Orbax that has failed, which `runtime.checkpointing` logs.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would show a traceback for a full disk
     # For the same reason: Orbax's threads would print the exceptions that they cannot raise.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -12,19 +12,23 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
+from runtime.files import can_do_without, write_text
 from runtime.workdir import first_line
 
 log = logging.getLogger("soft_truncation")
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl file; an incomplete last line is ignored."""
+    """The rows of a metrics.jsonl file; damaged lines, as an incomplete last one, are left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            if all(isinstance(value, int | float) for value in row.values()):
+                rows.append(row)
     return rows
 
 
@@ -36,16 +40,16 @@ class Metrics:
         path = workdir / "metrics.jsonl"
         if path.exists():  # the steps after the checkpoint are repeated
             kept = [r for r in read_metrics(path) if r["step"] <= first_step]
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            partial.replace(path)
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file, self._full = path.open("ab", buffering=0), False
         self._waiting = b""
         # TensorFlow's writer would take four seconds to import, and tensorboardX's SummaryWriter
         # waits forever when its disk is full.
         folder = workdir / "tensorboard"
-        folder.mkdir(exist_ok=True)
-        self._events: EventsWriter | None = EventsWriter(f"{folder}/events", f".{os.getpid()}")
+        self._events: EventsWriter | None = None
+        with can_do_without(folder):
+            folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(f"{folder}/events", f".{os.getpid()}")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one row; while the disk is full, rows are kept in memory."""

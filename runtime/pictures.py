@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from configs.default import UserError
+from runtime.files import replacing, write_text
 from runtime.metrics_log import read_metrics
 
 
@@ -40,7 +41,8 @@ def save_grid(images: np.ndarray, path: pathlib.Path, columns: int = 0) -> None:
     """Write the `image_grid` of images to a file."""
     canvas = image_grid(images, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _as_picture(canvas).save(path)
+    with replacing(path) as file:
+        _as_picture(canvas).save(file, format="png")
 
 
 def _as_picture(image: np.ndarray) -> Image.Image:
@@ -69,18 +71,8 @@ def start_png_folder(folder: pathlib.Path, source: dict[str, Any]) -> set[int]:
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".*.part"):
         left.unlink()
-    _replace(record, text.encode())
+    write_text(record, text)
     return present
-
-
-def _replace(path: pathlib.Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager
@@ -97,7 +89,8 @@ def png_writer(folder: pathlib.Path) -> Iterator[Callable[[int, np.ndarray], Non
     def write_one(index: int, image: np.ndarray) -> None:
         data = io.BytesIO()
         _as_picture(image).save(data, format="png")
-        _replace(folder / _png_name(index), data.getvalue())
+        with replacing(folder / _png_name(index), sync=False) as file:
+            file.write(data.getvalue())
 
     def settle() -> None:
         while writing:
@@ -121,7 +114,7 @@ def _png_name(index: int) -> str:
 def write_labels(folder: pathlib.Path, labels: np.ndarray) -> None:
     """Write the labels of the PNG files 0, 1, … as dataset.json, which `data.path` reads."""
     pairs = [[_png_name(i), int(label)] for i, label in enumerate(labels)]
-    _replace(folder / "dataset.json", json.dumps({"labels": pairs}).encode())
+    write_text(folder / "dataset.json", json.dumps({"labels": pairs}))
 
 
 def read_pngs(folder: pathlib.Path, count: int) -> np.ndarray:
@@ -149,4 +142,5 @@ def plot_training(metrics: pathlib.Path, path: pathlib.Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)

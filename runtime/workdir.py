@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from configs import saved
 from configs.default import UserError, get_default_config
 from runtime import hosts
+from runtime.files import replacing, write_text
 
 log = logging.getLogger("soft_truncation")
 
@@ -171,10 +172,8 @@ def claim_workdir(
             )
     if record:
         make_folder(workdir, "--workdir")
-        partial = path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(fields, indent=1) + "\n")
-            partial.replace(path)
+            write_text(path, json.dumps(fields, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{path} can't be written: {error.strerror}") from error
 
@@ -225,12 +224,10 @@ class PartialResults:
             return None
 
     def _write(self, path: pathlib.Path, values: dict[str, np.ndarray]) -> None:
-        partial = path.with_suffix(f".{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with replacing(path) as file:
                 np.savez(file, **cast(Any, values))
-            partial.replace(path)
         except OSError as error:
             raise UserError(
                 f"{path} can't be written ({error.strerror}); mend that and run it again: it goes "

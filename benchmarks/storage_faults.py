@@ -1,0 +1,79 @@
+"""Let every call that changes a file fail, in each mode; what it says, and what is lost.
+
+    python -m benchmarks.storage_faults [--jobs train,eval] [--every 1]
+
+For each fault: the job must end well or with one line; the same command afterwards must end as an
+undisturbed run, bit for bit. Prints a table by job and kind of fault, and each case that was not
+so. Needs a C compiler (inject.c).
+"""
+
+import argparse
+import collections
+import sys
+
+from benchmarks.jobs import JOBS, Fault, workshop
+
+# Every how many calls; a quota's fault is a full disk's but for its number.
+_KINDS = {
+    Fault.DISK_FULL: 1,
+    Fault.QUOTA: 5,
+    Fault.READ_ONLY: 5,
+    Fault.IO_ERROR: 1,
+    Fault.SHORT_WRITE: 1,
+    Fault.RENAME_FAILS: 1,
+}
+
+
+def main() -> None:
+    """Inject the faults that the command line asks for; exits with 0 if all were survived."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--jobs", default="all", help="names, divided by commas")
+    parser.add_argument("--every", type=int, default=1, help="every n-th call only")
+    options = parser.parse_args()
+    names = list(JOBS) if options.jobs == "all" else options.jobs.split(",")
+    wrong, table = [], []
+    with workshop("benchmarks.storage_faults") as shop:
+        for job in (JOBS[name] for name in names):
+            folder = shop.fresh(job, "run")
+            calls = folder.with_suffix(".calls")
+            calls.unlink(missing_ok=True)
+            first = shop.run(job, folder, calls=str(calls))
+            whole = shop.digest(job, folder)
+            if first.status or whole == "nothing":
+                sys.exit(f"an undisturbed {job.name} failed: {first.said[-2000:]}")
+            ops = [line.split(" ", 2)[1:] for line in calls.read_text().splitlines()]
+            counts = {kind: collections.Counter[str]() for kind in _KINDS}
+            print(f"{job.name}: {len(ops)} calls, {first.seconds:.1f} s", flush=True)
+            for kind, stride in _KINDS.items():
+                for at in range(1, len(ops) + 1, options.every * stride):
+                    what, path = ops[at - 1]
+                    if kind == Fault.RENAME_FAILS and what not in ("rename", "link"):
+                        continue
+                    if kind == Fault.SHORT_WRITE and what != "write":
+                        continue
+                    folder = shop.fresh(job, "run")
+                    outcome = shop.run(job, folder, kind, at)
+                    again = outcome if outcome.status == 0 else shop.run(job, folder)
+                    same = again.status == 0 and shop.digest(job, folder) == whole
+                    counts[kind]["faults"] += 1
+                    counts[kind]["went on"] += outcome.status == 0
+                    counts[kind]["one line"] += outcome.status != 0 and outcome.is_well_told
+                    counts[kind]["same end"] += same
+                    if not (same and outcome.is_well_told):
+                        wrong.append(f"{job.name}, {kind.name} at call {at}, {what} {path}")
+                        shown = outcome.said[-1500:] if not outcome.is_well_told else ""
+                        shown += "" if same else f"\nagain: {again.status} {again.said[-1500:]}"
+                        print(f"WRONG: {wrong[-1]}: status {outcome.status}\n{shown}", flush=True)
+            table += [(job.name, kind, count) for kind, count in counts.items() if count]
+    columns = ("faults", "went on", "one line", "same end")
+    print(f"\n| mode | fault | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    for name, fault, count in table:
+        numbers = " | ".join(str(count[column]) for column in columns)
+        print(f"| {name} | {fault.name.lower().replace('_', ' ')} | {numbers} |")
+    total = sum(count["faults"] for *_, count in table)
+    print(f"\n{total} faults; {len(wrong)} not survived as they should be")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
