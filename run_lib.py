@@ -122,7 +122,7 @@ def train(
         train_call = get_train_call(config, setup, data.train, first_step=step)
         test_loss = _get_test_loss(config, setup, data.test)
         draw_grid = _get_grid_fn(config, setup, data.test, workdir)
-        training_log = _TrainingLog(config, setup, files, workdir)
+        training_log = _TrainingLog(config, setup, data.train, files, workdir)
         most = steps_a_call(config)
         hosts.describe_run(lambda: (f" at step {step}", _goes_on_from(workdir)))
 
@@ -131,7 +131,7 @@ def train(
             count = most if step % most == 0 and step + most <= num_steps else 1
             packed, values = train_call(packed, count)
             step += count
-            training_log.after_call(step, count, values)
+            training_log.after_call(step, count, values, packed)
             done, stop = step == num_steps, preemption.requested()
             evaluates = step % training.eval_freq == 0 or done
             samples = training.snapshot_sampling and (step % training.snapshot_freq == 0 or done)
@@ -242,9 +242,15 @@ class _TrainingLog:
     """Writes losses, rates and skipped steps to the log and to metrics.jsonl."""
 
     def __init__(
-        self, config: ConfigDict, setup: Setup, files: _Files | None, workdir: pathlib.Path
+        self,
+        config: ConfigDict,
+        setup: Setup,
+        train: datasets.Dataset,
+        files: _Files | None,
+        workdir: pathlib.Path,
     ) -> None:
         self._config, self._setup, self._files, self._workdir = config, setup, files, workdir
+        self._train = train
         self._sums = LossSums()
         self._window_start, self._window_steps, self._compiled = time.time(), 0, False
 
@@ -259,8 +265,12 @@ class _TrainingLog:
         """The number of steps skipped in a row at the end."""
         return int(self._sums.read()["streak"])
 
-    def after_call(self, step: int, count: int, values: dict[str, Array]) -> None:
+    def after_call(
+        self, step: int, count: int, values: dict[str, Array], packed: TrainState
+    ) -> None:
         """Add the metrics of `count` steps, (count,) each, and log them if `step` is due.
+
+        `packed` is the state after them.
 
         Raises:
           UserError: the loss or gradient was not finite for too many steps in a row.
@@ -274,7 +284,7 @@ class _TrainingLog:
         sums = self._sums.read()
         last = {name: value[-1] for name, value in values.items()}
         if sums["streak"] >= training.max_skipped_steps:
-            self._give_up(step, sums["streak"], last)
+            self._give_up(step, sums["streak"], last, packed)
         if not logs and self._compiled:
             return
         seconds = time.time() - self._window_start
@@ -313,23 +323,37 @@ class _TrainingLog:
         self._compiled = True
         self._window_start, self._window_steps = time.time(), 0
 
-    def _give_up(self, step: int, streak: float, values: dict[str, Array]) -> NoReturn:
-        """Write τ and the times of the step to not_finite.json, and raise a UserError."""
+    def _fault(self, step: int, values: dict[str, Array], packed: TrainState) -> str:
+        """What of a step is not finite, the first of what follows from each other."""
+        seed, size = self._config.seed, self._config.training.batch_size
+        images = next(datasets.train_batches(self._train, size, seed, step - 1))["image"]
+        if not np.isfinite(images).all():
+            return "data"
+        params = unpack_state(first_copy(packed)).params
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+            return "parameters"
+        return "gradient" if np.isfinite(values["loss"]) else "loss"
+
+    def _give_up(
+        self, step: int, streak: float, values: dict[str, Array], packed: TrainState
+    ) -> NoReturn:
+        """Write what is known of the step to not_finite.json, and raise a UserError."""
         config = self._config
         tau, t = self._setup.objective.times_of_step(
             config.seed, step - 1, config.training.batch_size
         )
         path = self._workdir / "not_finite.json"
         numbers = {name: repr(float(values[name])) for name in ("loss", "grad_norm")}
-        facts = {"step": step, **numbers, "tau": float(tau), "t": np.asarray(t, float).tolist()}
+        fault, times = self._fault(step, values, packed), np.asarray(t, float).tolist()
+        facts = {"step": step, "first": fault, **numbers, "tau": float(tau), "t": times}
         if self._files:
             with can_do_without(path):
                 write_text(path, json.dumps(facts, indent=1) + "\n")
         raise UserError(
             f"the loss is {numbers['loss']} and its gradient's norm {numbers['grad_norm']} at step "
             f"{step} (τ = {float(tau):.3g}, t from {float(t.min()):.3g} to {float(t.max()):.3g}), "
-            f"not finite for {streak} steps in a row; training stops, the last good checkpoint is "
-            f"kept, and {path} has all times"
+            f"not finite for {streak} steps in a row, and first of all the {fault}; training "
+            f"stops, the last good checkpoint is kept, and {path} has all times"
         )
 
 

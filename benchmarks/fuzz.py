@@ -129,9 +129,9 @@ def _read_metrics(folder: pathlib.Path) -> None:
 
 
 def _data_set(layout: str) -> Format:
-    from tests import make_datasets
-
     def write(folder: pathlib.Path) -> None:
+        from tests import make_datasets
+
         made = make_datasets.LAYOUTS[layout](folder)
         options = {k.removeprefix("data."): v for k, v in made.options.items() if "data." in k}
         told = {"dataset": made.dataset, "path": str(made.path.relative_to(folder))} | options
@@ -149,7 +149,7 @@ def _data_set(layout: str) -> Format:
     return write, read
 
 
-def _formats() -> dict[str, Format]:
+def _get_formats() -> dict[str, Format]:
     formats: dict[str, Format] = {
         "pth": (_pth, lambda folder: read_pth(folder / "x.pth")),
         "safetensors": (_model, _read_model),
@@ -182,6 +182,9 @@ def _formats() -> dict[str, Format]:
         "Parquet": "parquet_hub",
     }
     return formats | {name: _data_set(layout) for name, layout in layouts.items()}
+
+
+FORMATS = _get_formats()
 
 
 def damage(draw: random.Random, data: bytes) -> bytes:
@@ -327,12 +330,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="for each format")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    formats = _formats()
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fuzz_cache_")
     failed = 0
     lines = ["| format | files | read | refused | wrong | crashes |", "|---|---|---|---|---|---|"]
-    for name in formats if options.formats == "all" else options.formats.split(","):
-        counts, wrong = fuzz(formats[name], options.seconds, options.seed)
+    for name in FORMATS if options.formats == "all" else options.formats.split(","):
+        counts, wrong = fuzz(FORMATS[name], options.seconds, options.seed)
         kinds = ("read", "refused", "wrong", "crash")
         numbers = " | ".join(str(counts[kind]) for kind in kinds)
         lines.append(f"| {name} | {sum(counts.values())} | {numbers} |")

@@ -102,7 +102,7 @@ JOBS = {
         ),
         Job("sample", _main(_RUN, "--mode=sample"), ("run/samples/samples.*",), ("run",)),
         Job(
-            "sample, PNG",
+            "sample PNG",
             _main(_RUN, "--mode=sample", "--config.sampling.format=png"),
             ("run/samples/png/*.png",),
             ("run",),
@@ -114,7 +114,7 @@ JOBS = {
         ),
         Job("export", _main(_RUN, "--mode=export", "--to={folder}/model"), ("model/*",), ("run",)),
         Job(
-            "export, .pth",
+            "export .pth",
             _main(_RUN, "--mode=export", "--to={folder}/model.pth", "--format=pth"),
             ("model.pth",),
             ("run",),
@@ -186,7 +186,7 @@ class Workshop:
         _stand_in_for_inception()
         self._programs = {"main": main, "experiments.run": experiments.run}
         del run_lib
-        for name, job in (("run", "train"), ("given.pth", "export, .pth")):
+        for name, job in (("run", "train"), ("given.pth", "export .pth")):
             made = self.fresh(JOBS[job], "making")
             outcome = self.run(JOBS[job], made)
             if outcome.status:

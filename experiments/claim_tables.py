@@ -2,7 +2,8 @@
 
     python -m experiments.claim_tables results/claim_photographs
 
-reads results/claim_photographs/rows, and writes tables.md and tradeoff.png beside them.
+reads results/claim_photographs/rows, and loss_by_time if it is there, and writes tables.md and
+figures beside them; samples.png, of experiments.sample_rows, is shown too.
 """
 
 import argparse
@@ -12,7 +13,16 @@ import sys
 
 from configs.default import UserError
 from experiments import figures
-from experiments.tables import Rows, get_difference, get_score, line, load_rows, origin
+from experiments.tables import (
+    Rows,
+    get_difference,
+    get_score,
+    gradient_table,
+    line,
+    load_curves,
+    load_rows,
+    origin,
+)
 from runtime import environment
 
 log = logging.getLogger("soft_truncation")
@@ -90,7 +100,7 @@ def _points(rows: Rows, names: dict[str, str]) -> list[figures.Point]:
 
 
 def write_tables(folder: pathlib.Path) -> None:
-    """Write tables.md and tradeoff.png; UserError if there are no rows or they don't compare."""
+    """Write tables.md and its figures; UserError if there are no rows or they don't compare."""
     rows = load_rows(folder)
     every = [row for of_point in rows.values() for row in of_point]
     first = every[0]
@@ -140,6 +150,13 @@ def write_tables(folder: pathlib.Path) -> None:
     if any(series.values()):
         figures.draw_tradeoff("Likelihood against samples", series, folder / "tradeoff.png")
         text += ["", "![Likelihood against samples](tradeoff.png)"]
+    if curves := load_curves(folder):
+        figures.draw_times(curves, folder / "times.png")
+        text += ["", "## Loss and gradient by diffusion time", "", *gradient_table(curves)]
+        text += ["", "![Loss and gradient by diffusion time](times.png)"]
+    if (folder / "samples.png").exists():
+        text += ["", "## Samples, each point's first seed, from the same noise", ""]
+        text += ["![Samples](samples.png)"]
     (folder / "tables.md").write_text("\n".join(text) + "\n")
 
 

@@ -175,7 +175,7 @@ def load_curves(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(p.read_text()) for p in sorted((folder / "loss_by_time").glob("*.json"))]
 
 
-def _gradients(curves: list[dict[str, Any]]) -> list[str]:
+def gradient_table(curves: list[dict[str, Any]]) -> list[str]:
     """A table of the losses and gradients for each truncation, at each run's parameters."""
     heads = ("loss", "its variance", "norm of the mean gradient", "gradient's variance", "batches")
     lines = [line("parameters of", "truncation", *heads), "|" + "---|" * (len(heads) + 2)]
@@ -243,7 +243,7 @@ def write_tables(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
     if curves:
         drawn.append(out / "e.png")
         figures.draw_times(curves, drawn[-1])
-        text += ["", "## (e) Loss and gradient by diffusion time", "", *_gradients(curves)]
+        text += ["", "## (e) Loss and gradient by diffusion time", "", *gradient_table(curves)]
         text += ["", "![Loss and gradient by diffusion time](e.png)"]
     (out / "tables.md").write_text("\n".join(text) + "\n")
     return drawn

@@ -26,9 +26,10 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            if all(isinstance(value, int | float) for value in row.values()):
-                rows.append(row)
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            continue
+        if all(isinstance(value, int | float) for value in row.values()):
+            rows.append(row)
     return rows
 
 

@@ -1,12 +1,17 @@
 """What clusters, disks and people do to a run, done to it really."""
 
+import dataclasses
+import errno
+import fcntl
 import logging
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from types import SimpleNamespace
@@ -16,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from orbax.checkpoint._src.futures.future import _SignalingThread
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
@@ -23,9 +29,12 @@ import datasets
 import losses
 import run_lib
 import session
+import train_step
+from benchmarks import fuzz
 from configs.default import UserError
 from readers import tfrecords
-from runtime import environment, exported, hosts
+from readers.source import ArraySource
+from runtime import checkpointing, environment, exported, files, hosts, locking
 from runtime.metrics_log import Metrics
 from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
@@ -99,11 +108,82 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(run):
     process = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE)
     process.stdout.readline()
     config = tiny_config(n_iters=9, snapshot_freq=3)
-    with pytest.raises(UserError, match="another process is at work"):
+    who = f"process {process.pid} on {socket.gethostname()} is at work in"
+    with pytest.raises(UserError, match=who):
         run_lib.train(config, run)
     process.kill()
     process.wait()
     assert int(run_lib.train(config, run).step) == 9
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locking.locked(tmp_path):
+        assert "has no locks: start no second run there" in caplog.text
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(call, tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    files.write_text(path, "before")
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, call, fails)
+    with pytest.raises(OSError, match="Input/output"):
+        files.write_text(path, "after")
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    files.write_text(path, "after")
+    assert path.read_text() == "after"
+
+
+def test_a_save_that_fails_leaves_no_thread_that_waits(tmp_path, monkeypatch):
+    make = os.mkdir
+
+    def mkdir(path, *args, **kwargs):
+        if "checkpoint-tmp" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        make(path, *args, **kwargs)
+
+    with checkpointing.checkpoints(tiny_config(), tmp_path) as manager:
+        saver = checkpointing.Saver(manager, max_failures=2)
+        monkeypatch.setattr(os, "mkdir", mkdir)
+        saver.save(1, {"x": np.ones(3)})
+        assert not saver.settle()
+        monkeypatch.undo()
+        until = time.monotonic() + 5
+        while any(isinstance(t, _SignalingThread) for t in threading.enumerate()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        saver.save(2, {"x": np.ones(3)})
+        assert saver.settle()
+    assert steps_of(tmp_path) == [2]
+
+
+def test_what_is_not_finite_first_is_told(tmp_path):
+    config = tiny_config()
+    setup, data = session.set_up(config), datasets.load_data(config)
+    state = session.init_state(config, setup.model, setup.optimizer)
+    training = run_lib._TrainingLog(config, setup, data.train, None, tmp_path)
+
+    def fault(state, loss):
+        packed = train_step.replicate(train_step.pack_state(state), 1)
+        return training._fault(3, {"loss": np.float32(loss)}, packed)
+
+    assert fault(state, np.nan) == "loss"
+    assert fault(state, 1.0) == "gradient"
+    spoiled = jax.tree.map(lambda x: x * np.inf, state.params)
+    assert fault(dataclasses.replace(state, params=spoiled), np.nan) == "parameters"
+
+    images = np.full((20, 8, 8, 1), np.nan, np.float32)
+    source = ArraySource(images, np.zeros(20, np.int32))
+    training._train = dataclasses.replace(data.train, source=source)
+    assert fault(state, np.nan) == "data"
 
 
 def poisoned(monkeypatch, steps):
@@ -394,3 +474,26 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 3 * 80_000_000 // 4096  # 20 times as many without it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", fuzz.FORMATS)
+def test_a_damaged_file_is_read_or_refused_in_one_line(name):
+    counts, wrong = fuzz.fuzz(fuzz.FORMATS[name], seconds=1.0, seed=1000)
+    assert not wrong
+    assert counts["refused"] or name == "metrics.jsonl"  # whose damaged lines are left out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="the injector is C")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["benchmarks.storage_faults", "--jobs=export", "--every=3"],
+        ["benchmarks.kill_training", "--kills=6", "--modes=sample PNG"],
+    ],
+)
+def test_faults_and_kills_at_calls_are_survived(command):
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| sample PNG | 6 |" in done.stdout or "0 not survived" in done.stdout
