@@ -77,9 +77,19 @@ def highest(num_levels: int) -> int:
 
 def _load_known(config: ConfigDict) -> Data:
     data = config.data
-    known, found = published.PUBLISHED[data.dataset], published.find(data)
-    fit = published.get_fit(data)
-    decoded = cache.decode(data.dataset, found, fit, data.skip_unreadable, data.cache)
+    known, fit = published.PUBLISHED[data.dataset], published.get_fit(data)
+    try:
+        found = published.find(data)
+        decoded = cache.decode(data.dataset, found, fit, data.skip_unreadable, data.cache)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise any kind of error for damaged files
+        log.debug("while reading data", exc_info=True)
+        if isinstance(error, OSError) and error.errno:
+            raise  # a full disk
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        where = data.path or data.tfrecords_path or data.dataset
+        raise UserError(f"data.path: {where} can't be read; it is damaged ({reason})") from error
     counts = (len(decoded.train), len(decoded.test))
     notes = decoded.notes
     if known.counts and counts != known.counts:
