@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-_SECONDS = 60  # after which a job hangs
+_SECONDS = 60  # after which a job hangs; longer while programs are compiled
 
 
 class Fault(enum.IntEnum):
@@ -188,7 +188,7 @@ class Workshop:
         del run_lib
         for name, job in (("run", "train"), ("given.pth", "export .pth")):
             made = self.fresh(JOBS[job], "making")
-            outcome = self.run(JOBS[job], made)
+            outcome = self.run(JOBS[job], made, limit=600)
             if outcome.status:
                 raise SystemExit(f"an undisturbed {job} failed: {outcome.said[-2000:]}")
             path = made / ("run" if name == "run" else "model.pth")
@@ -216,6 +216,7 @@ class Workshop:
         at: int = 0,
         calls: str = "",
         kill_after: float | None = None,
+        limit: float = _SECONDS,
     ) -> Outcome:
         """Run a job in its folder.
 
@@ -225,12 +226,13 @@ class Workshop:
           at: the number.
           calls: a file that gets a line for each call.
           kill_after: seconds after which it is killed.
+          limit: seconds after which it counts as hanging.
         """
         says, began = folder.with_suffix(".log"), time.monotonic()
         child = os.fork()
         if not child:
             self._in_child(job, folder, says, (fault, at, calls))
-        until = began + (_SECONDS if kill_after is None else kill_after)
+        until = began + (limit if kill_after is None else kill_after)
         while True:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:

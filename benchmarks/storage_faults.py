@@ -37,7 +37,7 @@ def main() -> None:
             folder = shop.fresh(job, "run")
             calls = folder.with_suffix(".calls")
             calls.unlink(missing_ok=True)
-            first = shop.run(job, folder, calls=str(calls))
+            first = shop.run(job, folder, calls=str(calls), limit=600)
             whole = shop.digest(job, folder)
             if first.status or whole == "nothing":
                 sys.exit(f"an undisturbed {job.name} failed: {first.said[-2000:]}")

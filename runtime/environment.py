@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import glob
 import importlib.metadata
 import importlib.util
@@ -62,11 +63,23 @@ def mend_cache(message: str) -> bool:
     if kind == "writing":
         log.info("compiled programs are not kept in %s (%s)", folder, reason.split("\n")[0])
         return True
-    log.info("a damaged program in %s is compiled anew", folder)
-    for path in folder.glob(f"{glob.escape(name)}-*"):
-        with contextlib.suppress(OSError):
+    try:
+        for path in folder.glob(f"{glob.escape(name)}-*"):
             path.unlink()
+        log.info("a damaged program in %s is compiled anew", folder)
+    except OSError:
+        _tell_unreadable(folder)
     return True
+
+
+@functools.cache
+def _tell_unreadable(folder: pathlib.Path) -> None:
+    """Say once that programs of a cache can be neither read nor replaced."""
+    log.info(
+        "compiled programs in %s can be neither read nor replaced, are they of another user? "
+        "JAX_COMPILATION_CACHE_DIR names another folder",
+        folder,
+    )
 
 
 def _watch_cache() -> None:
