@@ -68,8 +68,8 @@ def _main(*flags: str) -> Callable[[pathlib.Path], list[str]]:
     config = [f"--config={ROOT}/configs/vp/folder_st.py", "--config.data.image_size=8"]
     config += ["--config.data.num_channels=1", "--config.model.nf=8", "--config.model.ch_mult=(1,)"]
     config += ["--config.model.attn_resolutions=()", "--config.model.parametrization=noise"]
-    config += ["--config.training.batch_size=8", "--config.training.n_iters=6"]
-    config += ["--config.training.log_freq=1", "--config.training.eval_freq=3"]
+    config += ["--config.training.batch_size=8", "--config.training.n_iters=4"]
+    config += ["--config.training.log_freq=1", "--config.training.eval_freq=4"]
     config += ["--config.training.snapshot_freq=4"]
     config += ["--config.training.snapshot_freq_for_preemption=2", "--config.sampling.num_steps=2"]
     config += ["--config.sampling.batch_size=8", "--config.sampling.n_images=16"]
@@ -93,7 +93,7 @@ _RUN = "--workdir={folder}/run"
 JOBS = {
     job.name: job
     for job in (
-        Job("train", _main(_RUN, "--mode=train"), ("run/checkpoints/6", "run/metrics.jsonl")),
+        Job("train", _main(_RUN, "--mode=train"), ("run/checkpoints/4", "run/metrics.jsonl")),
         Job(
             "eval",
             _main(_RUN, "--mode=eval", "--config.eval.cache_dir={folder}/cache"),
@@ -122,7 +122,7 @@ JOBS = {
         Job(
             "import",
             _main("--workdir={folder}/new", "--mode=import", "--checkpoint={folder}/given.pth"),
-            ("new/checkpoints/6",),
+            ("new/checkpoints/4",),
             ("given.pth",),
         ),
         Job("experiments.run", _sweep, ("out/rows/*.json",), program="experiments.run"),

@@ -13,6 +13,7 @@ import sys
 
 from benchmarks.jobs import JOBS, Fault, workshop
 
+_COLUMNS = ("faults", "went on", "one line", "same end")
 # Every how many calls; a quota's fault is a full disk's but for its number.
 _KINDS = {
     Fault.DISK_FULL: 1,
@@ -64,13 +65,14 @@ def main() -> None:
                         shown = outcome.said[-1500:] if not outcome.is_well_told else ""
                         shown += "" if same else f"\nagain: {again.status} {again.said[-1500:]}"
                         print(f"WRONG: {wrong[-1]}: status {outcome.status}\n{shown}", flush=True)
-            table += [(job.name, kind, count) for kind, count in counts.items() if count]
-    columns = ("faults", "went on", "one line", "same end")
-    print(f"\n| mode | fault | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
-    for name, fault, count in table:
-        numbers = " | ".join(str(count[column]) for column in columns)
-        print(f"| {name} | {fault.name.lower().replace('_', ' ')} | {numbers} |")
-    total = sum(count["faults"] for *_, count in table)
+                if counts[kind]:
+                    numbers = " | ".join(str(counts[kind][column]) for column in _COLUMNS)
+                    what = kind.name.lower().replace("_", " ")
+                    table.append((f"| {job.name} | {what} | {numbers} |", counts[kind]["faults"]))
+                    print(table[-1][0], flush=True)
+    print(f"\n| mode | fault | {' | '.join(_COLUMNS)} |\n|---|---|{'---|' * len(_COLUMNS)}")
+    print("\n".join(text for text, _ in table))
+    total = sum(count for _, count in table)
     print(f"\n{total} faults; {len(wrong)} not survived as they should be")
     sys.exit(bool(wrong))
 

@@ -116,6 +116,14 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(run):
     assert int(run_lib.train(config, run).step) == 9
 
 
+def test_the_second_at_a_folder_is_told_who_is_the_first(tmp_path):
+    me = f"process {os.getpid()} on {socket.gethostname()} is at work in"
+    with locking.locked(tmp_path), pytest.raises(UserError, match=me), locking.locked(tmp_path):
+        pass
+    with locking.locked(tmp_path):
+        pass
+
+
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
