@@ -4,7 +4,8 @@ python -m benchmarks.train                                 # CIFAR-10's DDPM++, 
 python -m benchmarks.train --peer torch edm                # also in PyTorch, if it is installed
 python -m benchmarks.train --peer --nf 32 --num_res_blocks 1 --batch 64 --dtype float32   # a CPU
 
-Trains on noise with the objective of configs/vp/cifar10_st.py, by the same calls as `--mode train`.
+Trains on noise with the objective of configs/vp/cifar10_st.py, by the same calls as `--mode train`;
+`--recipe` takes the network of another: of digits_st, or of the sweep of photographs.
 The peers are the same network in PyTorch, compiled on a GPU, and the one of EDM, which has no level
 of half the channels (55.7 M parameters); --only_peer leaves ours out.
 The operations of a training step are counted as those of three forward passes. The share is
@@ -39,7 +40,8 @@ from benchmarks.measure import (
     seconds_a_call,
     take_turn,
 )
-from configs.vp import cifar10_st
+from configs.vp import cifar10_st, digits_st
+from experiments import claim_photographs
 from models import utils as mutils
 from readers.source import ArraySource
 from runtime import environment
@@ -132,6 +134,13 @@ def peers(config: ConfigDict, names: Sequence[str], compiled: str) -> Iterator[d
             yield {**row, "": whose + row[""] + how, "gflop": gflop * (3 if training else 1)}
 
 
+_RECIPES: dict[str, Callable[[], ConfigDict]] = {
+    "cifar10": cifar10_st.get_config,
+    "digits": digits_st.get_config,
+    "photographs": lambda: claim_photographs.get_sweep().config,
+}
+
+
 def main() -> None:
     """Measure all batch sizes, and print the table."""
     environment.prepare()
@@ -140,8 +149,9 @@ def main() -> None:
     on_cpu = jax.default_backend() == "cpu"
     parser.add_argument("--batch", type=int, nargs="+", default=[64] if on_cpu else [128, 512])
     parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
-    parser.add_argument("--nf", type=int, default=128)
-    parser.add_argument("--num_res_blocks", type=int, default=4)
+    parser.add_argument("--recipe", choices=_RECIPES, default="cifar10")
+    parser.add_argument("--nf", type=int, help="by default the recipe's")
+    parser.add_argument("--num_res_blocks", type=int, help="by default the recipe's")
     parser.add_argument(
         "--peer", nargs="*", choices=("torch", "edm"), help="also measure PyTorch (torch)"
     )
@@ -160,8 +170,11 @@ def main() -> None:
     columns = ("images/s", "ms", "TFLOP/s", "share", "peak GiB", "first call s")
     table = Table("", "batch", *columns)
     for batch in flags.batch:
-        config = cifar10_st.get_config()
-        config.model.update(nf=flags.nf, num_res_blocks=flags.num_res_blocks, dtype=flags.dtype)
+        config = _RECIPES[flags.recipe]()
+        config.model.dtype = flags.dtype
+        for name in ("nf", "num_res_blocks"):
+            if getattr(flags, name):
+                config.model[name] = getattr(flags, name)
         config.training.batch_size = batch
         rows = [] if flags.only_peer else list(ours(config, flags.profile))
         rows += peers(config, networks, flags.compiled)

@@ -239,6 +239,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"error: {error.filename}: {error.strerror}; the same command goes on", file=sys.stderr
+        )
+        return 2
     except (Stopped, KeyboardInterrupt):
         print("stopped; the same command goes on", file=sys.stderr)
         return 1
