@@ -614,7 +614,8 @@ def _exporting(to: pathlib.Path) -> Iterator[pathlib.Path]:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def export(
