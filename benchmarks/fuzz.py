@@ -170,15 +170,15 @@ def _get_formats() -> dict[str, Format]:
     layouts = {
         "TFRecord": "celebahq_tfrecords",
         "IDX": "fashion_mnist_raw",
-        "IDX, gz": "fashion_mnist_gz",
-        "CIFAR-10, tar.gz": "cifar10_python_tar",
-        "SVHN, mat": "svhn_mat",
-        "STL-10, tar": "stl10_tar",
+        "IDX gz": "fashion_mnist_gz",
+        "CIFAR-10 tar.gz": "cifar10_python_tar",
+        "SVHN mat": "svhn_mat",
+        "STL-10 tar": "stl10_tar",
         "zip": "plain_zip",
         "tar": "plain_tar",
-        "CelebA, zip": "celeba_zip",
-        "EDM, zip": "edm_zip",
-        "LSUN, lmdb": "lsun_lmdb",
+        "CelebA zip": "celeba_zip",
+        "EDM zip": "edm_zip",
+        "LSUN lmdb": "lsun_lmdb",
         "Parquet": "parquet_hub",
     }
     return formats | {name: _data_set(layout) for name, layout in layouts.items()}
