@@ -570,7 +570,7 @@ def import_official(
     setup = set_up(config)
     state = import_checkpoint.load_state(path, config)
     exported.refuse(workdir)
-    if (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+    if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         raise UserError(f"{workdir} has checkpoints already; choose another --workdir")
     claim_workdir(config, workdir, record=True, config_file=config_file)
     with locked(workdir), checkpointing.checkpoints(config, workdir) as manager:
