@@ -280,6 +280,18 @@ class Workshop:
             traceback.print_exc()
             return 1
 
+    def undisturbed(self, job: Job) -> tuple[str, list[tuple[str, str]], float]:
+        """Run a job without faults; returns (digest, (call, path) of each call, seconds)."""
+        folder = self.fresh(job, "run")
+        calls = folder.with_suffix(".calls")
+        calls.unlink(missing_ok=True)
+        outcome = self.run(job, folder, calls=str(calls), limit=600)
+        whole = self.digest(job, folder)
+        if outcome.status or whole == "nothing":
+            raise SystemExit(f"an undisturbed {job.name} failed: {outcome.said[-2000:]}")
+        lines = [line.split(" ", 2) for line in calls.read_text().splitlines()]
+        return whole, [(what, path) for _, what, path in lines], outcome.seconds
+
     def digest(self, job: Job, folder: pathlib.Path) -> str:
         """A hash of what the job has made; "nothing" if a file is not there or can't be read."""
         reading, writing = os.pipe()

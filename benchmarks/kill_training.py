@@ -40,15 +40,8 @@ def main() -> None:
         for number, name in enumerate(names):
             job, count = JOBS[name], collections.Counter[str]()
             table[name] = count
-            folder = shop.fresh(job, "run")
-            calls = folder.with_suffix(".calls")
-            calls.unlink(missing_ok=True)
-            first = shop.run(job, folder, calls=str(calls), limit=600)
-            whole = shop.digest(job, folder)
-            if first.status or whole == "nothing":
-                sys.exit(f"an undisturbed {name} failed: {first.said[-2000:]}")
-            ops = [line.split(" ", 2)[1] for line in calls.read_text().splitlines()]
-            renames = [i for i, what in enumerate(ops, 1) if what == "rename"]
+            whole, ops, seconds = shop.undisturbed(job)
+            renames = [i for i, (what, _) in enumerate(ops, 1) if what == "rename"]
             wanted = (options.kills + number) // len(names)
             tries = 0
             while count["kills"] < wanted:
@@ -57,7 +50,7 @@ def main() -> None:
                     moment = _MOMENTS[tries % 3]
                     tries += 1
                     if moment == "at a time":
-                        after = draw.uniform(0, first.seconds)
+                        after = draw.uniform(0, seconds)
                         outcome = shop.run(job, folder, kill_after=after)
                     else:
                         at = draw.choice(renames if moment == "at a rename" else range(1, len(ops)))

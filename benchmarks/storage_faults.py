@@ -35,16 +35,9 @@ def main() -> None:
     wrong, table = [], []
     with workshop("benchmarks.storage_faults") as shop:
         for job in (JOBS[name] for name in names):
-            folder = shop.fresh(job, "run")
-            calls = folder.with_suffix(".calls")
-            calls.unlink(missing_ok=True)
-            first = shop.run(job, folder, calls=str(calls), limit=600)
-            whole = shop.digest(job, folder)
-            if first.status or whole == "nothing":
-                sys.exit(f"an undisturbed {job.name} failed: {first.said[-2000:]}")
-            ops = [line.split(" ", 2)[1:] for line in calls.read_text().splitlines()]
+            whole, ops, seconds = shop.undisturbed(job)
             counts = {kind: collections.Counter[str]() for kind in _KINDS}
-            print(f"{job.name}: {len(ops)} calls, {first.seconds:.1f} s", flush=True)
+            print(f"{job.name}: {len(ops)} calls, {seconds:.1f} s", flush=True)
             for kind, stride in _KINDS.items():
                 for at in range(1, len(ops) + 1, options.every * stride):
                     what, path = ops[at - 1]
