@@ -21,6 +21,20 @@ _GRACE = 3.0  # seconds for this process to end by itself, when another one has 
 _ALIVE, _DONE, _FAILED = b".", b"!", b"?"
 
 
+def _notice_lost_machine(connection: socket.socket) -> None:
+    """Let the kernel end a connection whose other machine has been silent for 15 seconds.
+
+    A process that is busy may say nothing for longer, but its kernel answers.
+    """
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {"KEEPIDLE": 5, "KEEPINTVL": 3, "KEEPCNT": 3, "USER_TIMEOUT": 15_000}
+    for name, value in options.items():
+        if hasattr(socket, f"TCP_{name}"):  # as on Linux
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
+
+
 class Peers:
     """The connections of this process; ends it, with one line, when another one is lost."""
 
@@ -108,6 +122,7 @@ class Peers:
 
     def _add(self, index: int, connection: socket.socket) -> None:
         connection.settimeout(PATIENCE)
+        _notice_lost_machine(connection)
         with self._lock:
             self._sockets[index] = connection
         threading.Thread(target=self._watch, args=(index, connection), daemon=True).start()
@@ -131,8 +146,9 @@ class Peers:
                     why = "ended with an error"
                     time.sleep(_GRACE)  # all may have the same error
                     break
-        except TimeoutError:
-            why = f"has not answered for {PATIENCE:.0f} seconds"
+        except TimeoutError as error:
+            if error.errno is None:  # else the kernel has given its machine up
+                why = f"has not answered for {PATIENCE:.0f} seconds"
         except OSError:
             pass
         with self._lock:

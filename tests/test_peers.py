@@ -66,6 +66,20 @@ def test_those_that_end_because_they_are_told_are_not_what_was_lost(monkeypatch)
     assert said == ["process 1 was lost; the same commands go on from the newest checkpoint"]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the options are Linux's")
+def test_the_kernel_gives_a_silent_machine_up_after_15_seconds():
+    mine = peers.Peers(0, 2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        far = socket.create_connection(server.getsockname())
+        near, _ = server.accept()
+    mine._add(1, near)
+    options = (socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)
+    assert [near.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [15_000, 5, 3]
+    mine.leave(well=True)
+    far.sendall(b"!")
+    far.close()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_all_are_told_of_one_that_is_lost_or_hangs(victim, number):
