@@ -496,14 +496,8 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="the injector is C")
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["benchmarks.storage_faults", "--jobs=export", "--every=3"],
-        ["benchmarks.kill_training", "--kills=6", "--modes=sample PNG"],
-    ],
-)
-def test_faults_and_kills_at_calls_are_survived(command):
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+def test_a_call_that_fails_is_survived():
+    command = [sys.executable, "-m", "benchmarks.storage_faults", "--jobs=export", "--every=3"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| sample PNG | 6 |" in done.stdout or "0 not survived" in done.stdout
+    assert "| export | disk full | 4 |" in done.stdout and "0 not survived" in done.stdout
