@@ -3,9 +3,9 @@
     python -m benchmarks.fuzz [--formats pth,npz] [--seconds 3600] [--seed 0]
 
 Bytes are changed, cut, doubled and set to extreme numbers, in members of archives too. A child
-process of at most 4 GiB reads one damaged file after the other. Wrong are: an exception that is no
-UserError, a message of several lines, a crash, a read of more than 20 seconds, and a file that
-appears outside. Prints a table, and each file that was wrong.
+process reads one damaged file after the other, with 4 GiB of memory. Wrong are: an exception that
+is no UserError, a message of several lines, a crash, a read of more than 20 seconds, and a file
+that appears outside. Prints a table, and each file that was wrong.
 """
 
 import argparse
@@ -263,7 +263,8 @@ def _try_one(read: Callable[[pathlib.Path], Any], folder: pathlib.Path) -> tuple
 def _in_child(
     form: Format, place: pathlib.Path, whole: pathlib.Path, seed: int, end: float
 ) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    taken = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, taken + _MEMORY))
 
     def too_long(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"longer than {_SECONDS_A_FILE} seconds")
