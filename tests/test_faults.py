@@ -488,16 +488,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_damaged_files_are_read_or_refused_in_one_line():
     # LMDB's C library ends the process for some damaged pages.
     names = ",".join(name for name in fuzz.FORMATS if name != "LSUN lmdb")
-    command = [sys.executable, "-m", "benchmarks.fuzz", "--seconds=0.7", "--seed=1000"]
+    command = [sys.executable, "-m", "benchmarks.fuzz", "--seconds=0.4", "--seed=1000"]
     done = subprocess.run([*command, f"--formats={names}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("| 0 | 0 |") == 2 * (len(fuzz.FORMATS) - 1)  # as they come, and again
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("cc") is None, reason="the injector is C")
-def test_a_call_that_fails_is_survived():
-    command = [sys.executable, "-m", "benchmarks.storage_faults", "--jobs=export", "--every=3"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "| export | disk full | 4 |" in done.stdout and "0 not survived" in done.stdout
