@@ -193,9 +193,10 @@ def main(argv: list[str]) -> None:
         hosts.leave(well=False)
         _fail(UserError(f"{error}{_hint_at_config_file(error)}"))
     except OSError as error:
-        hosts.leave(well=False)
         if error.errno is None:
+            hosts.end_after_error()
             raise
+        hosts.leave(well=False)
         where = error.filename or workdir
         _fail(UserError(f"{where}: {error.strerror}; mend that and run the same command again"))
     except Exception:

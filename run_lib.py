@@ -413,10 +413,11 @@ def _get_grid_fn(
         if hosts.is_main():
             with can_do_without(path):
                 save_grid(setup.units.to_pictures(levels), path)
+        where = f"samples in {path}" if path.exists() else "samples"
         if not num_levels:
-            return f"samples in {path}"
+            return where
         share, usual = (datasets.share_at_ends(part, num_levels) for part in (levels, few))
-        return f"samples in {path}; {share:.1%} at the ends of the range ({usual:.1%} of test data)"
+        return f"{where}; {share:.1%} at the ends of the range ({usual:.1%} of test data)"
 
     return draw
 

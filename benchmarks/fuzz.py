@@ -228,7 +228,7 @@ def damage_archive(draw: random.Random, data: bytes) -> bytes:
             if name == hit:
                 kind = draw.randrange(8)
                 if kind == 0:
-                    to = draw.choice(("../", "/tmp/../", "a/../../", "..\\")) + name
+                    to = draw.choice(("../", "/nowhere/../", "a/../../", "..\\")) + name
                 elif kind == 1:
                     continue
                 elif kind == 2 and draw.random() < 0.1:

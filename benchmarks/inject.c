@@ -58,9 +58,9 @@ static int fails(int what, const char *path) {
     syscall(SYS_write, log_fd, line, size);
   }
   if (kind == KILL && n == at) syscall(SYS_kill, getpid(), SIGKILL);
-  int takes_room = what == WRITE || what == OPEN || what == MKDIR || what == LINK || what == RENAME;
-  if (kind == ENOSPC_FROM && n >= at && takes_room && what != RENAME) error = ENOSPC;
-  if (kind == EDQUOT_FROM && n >= at && takes_room && what != RENAME) error = EDQUOT;
+  int takes_room = what == WRITE || what == OPEN || what == MKDIR || what == LINK;
+  if (kind == ENOSPC_FROM && n >= at && takes_room) error = ENOSPC;
+  if (kind == EDQUOT_FROM && n >= at && takes_room) error = EDQUOT;
   if (kind == EROFS_FROM && n >= at && what != SYNC) error = EROFS;
   if (kind == EIO_ONCE && n == at) error = EIO;
   if (kind == RENAME_ONCE && n == at && (what == RENAME || what == LINK)) error = EIO;

@@ -181,20 +181,19 @@ class Workshop:
         self._inject = ctypes.CDLL(os.environ["LD_PRELOAD"]).inject_arm
         import experiments.run
         import main
-        import run_lib
+        import run_lib  # noqa: F401  (main imports it late)
 
         _stand_in_for_inception()
         self._programs = {"main": main, "experiments.run": experiments.run}
-        del run_lib
-        for name, job in (("run", "train"), ("given.pth", "export .pth")):
-            made = self.fresh(JOBS[job], "making")
-            outcome = self.run(JOBS[job], made, limit=600)
+        for job, made, given in (
+            ("train", "run", "run"),
+            ("export .pth", "model.pth", "given.pth"),
+        ):
+            place = self.fresh(JOBS[job], "making")
+            outcome = self.run(JOBS[job], place, limit=600)
             if outcome.status:
                 raise SystemExit(f"an undisturbed {job} failed: {outcome.said[-2000:]}")
-            path = made / ("run" if name == "run" else "model.pth")
-            path.rename(self._given / name)
-            if name == "run":  # images were read from another folder
-                shutil.rmtree(self._given / "run" / "samples", ignore_errors=True)
+            (place / made).rename(self._given / given)
 
     def fresh(self, job: Job, name: str) -> pathlib.Path:
         """A new folder with what the job is given."""
@@ -241,7 +240,8 @@ class Workshop:
                 os.kill(child, signal.SIGKILL)
                 _, status = os.waitpid(child, 0)
                 if kill_after is None:
-                    says.open("a").write("\nhung\n")
+                    with says.open("a") as file:
+                        file.write("\nhung\n")
                 break
             time.sleep(0.002)
         seconds = time.monotonic() - began
@@ -323,14 +323,9 @@ def _stand_in_for_inception() -> None:
     evaluation.get_inception = lambda *_: extractor  # type: ignore[assignment]
 
 
-# What differs between two runs of the same command.
-_FREE = ("seconds", "images_per_second", "train_seconds", "eval_seconds", "versions", "wall_time")
-
-
 def _without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        kept = {k: _without_times(v) for k, v in value.items()}
-        return {k: v for k, v in kept.items() if not (k in _FREE or "second" in k)}
+        return {k: _without_times(v) for k, v in value.items() if "second" not in k}
     return value
 
 

@@ -4,7 +4,7 @@
 #   python -m experiments.make_data fashion_mnist DIR --size 32 …
 #   bash experiments/claim_gpu.sh DIR OUT WORKDIRS [SECONDS]
 #
-# Ten runs at a time; on an H200 with 16 cores the first ten rows were there after 590 s, 15 after
+# Ten runs at a time; on an H200 with 16 cores the first ten rows were there after 560 s, 15 after
 # 810 s. After SECONDS (540) all are stopped, with a checkpoint; the same command goes on, and skips
 # the rows that are there.
 set -u

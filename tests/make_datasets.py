@@ -1057,6 +1057,15 @@ def break_other_imagenet32(root, dataset, layout):
     return dataclasses.replace(LAYOUTS[layout](root), dataset=dataset)
 
 
+def break_lsun_cut(root):
+    """The training environment's file ends in its middle."""
+    whole = LAYOUTS["lsun_lmdb"](root)
+    path = root / "bedroom_train_lmdb" / "data.mdb"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    return whole
+
+
 def break_npz_floats(root):
     """Images as floats, whose range no reader can know."""
     images = splits(8)
@@ -1141,6 +1150,7 @@ BROKEN: dict[str, Callable[[pathlib.Path], Made]] = {
     ),
     "npz_floats": break_npz_floats,
     "npz_object": break_npz_object,
+    "lsun_cut": break_lsun_cut,
     "tfrecord_cut": break_tfrecord_cut,
     "tfrecord_other_shape": break_tfrecord_other_shape,
     "png_broken": break_png_broken,

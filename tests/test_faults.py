@@ -35,7 +35,7 @@ from configs.default import UserError
 from readers import tfrecords
 from readers.source import ArraySource
 from runtime import checkpointing, environment, exported, files, hosts, locking
-from runtime.metrics_log import Metrics
+from runtime.metrics_log import Metrics, read_metrics
 from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
 
@@ -344,6 +344,15 @@ def test_tensorboards_file_has_the_metrics_and_a_failing_one_is_told_once(tmp_pa
     assert list(losses_of(tmp_path)) == [50, 100, 150]
 
 
+def test_damaged_lines_of_the_metrics_are_left_out_and_those_after_them_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    bad = b'{"step": 2, "lo\n\xff\xfe\n[1]\n{"loss": 1}\n{"step": 3, "loss": "x"}\n'
+    path.write_bytes(b'{"step": 1, "loss": 0.5}\n' + bad + b'{"step": 4, "loss": 0.25}\n{"step": 5')
+    assert [row["step"] for row in read_metrics(path)] == [1, 4]
+    Metrics(tmp_path, 4).close()
+    assert losses_of(tmp_path) == {1: 0.5, 4: 0.25}
+
+
 def test_a_broken_image_is_named_at_the_start_or_left_out(tmp_path, caplog):
     for i in range(20):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
@@ -463,6 +472,19 @@ def test_a_program_cut_off_in_the_compile_cache_is_compiled_anew(compile_cache, 
         caplog.clear()
         assert compute() == value
         assert not caplog.messages
+
+
+def test_a_program_that_can_not_be_replaced_is_told_once(compile_cache, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    caplog.set_level("INFO", "soft_truncation")
+    (compile_cache / "jit_f-12-cache").touch()
+    monkeypatch.setattr(os, "unlink", refuse)
+    warning = "Error reading persistent compilation cache entry for 'jit_f-12': denied"
+    assert environment.mend_cache(warning) and environment.mend_cache(warning)
+    (said,) = caplog.messages
+    assert "neither read nor replaced" in said
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
