@@ -324,6 +324,37 @@ def ddpmpp_rows(job: dict[str, Any], wait: Callable[[], None]) -> Iterator[dict[
         yield {**row, "seconds": _seconds_a_call(call, wait, 3.0)}
 
 
+def _layer(kind: str, inputs: int, outputs: int, size: int) -> Callable[[Tensor], Tensor]:
+    """A layer of `cpu.layer`."""
+    if kind == "attention":
+        return Attention(inputs)
+    if kind == "convolution":
+        return _conv(inputs, outputs, size)
+    norm, dropout = _norm(inputs), nn.Dropout(0.1, inplace=True)
+    if kind == "normalisation":
+        return lambda x: F.silu(norm(x))
+    return lambda x: dropout(F.silu(norm(x + x.new_ones(len(x), inputs, 1, 1))))
+
+
+def layer_rows(job: dict[str, Any], wait: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    """Rows for benchmarks/cpu.py: seconds of each layer's forward pass, and with its gradient."""
+    for kind, (n, h, w, channels), outputs, size in job["layers"]:
+        layer = _layer(kind, channels, outputs, size)
+        x = torch.randn(n, channels, h, w).to(memory_format=torch.channels_last)
+        x.requires_grad_()
+        g = torch.randn_like(layer(x))
+
+        @torch.no_grad()
+        def forward(layer: Any = layer, x: Tensor = x) -> None:
+            layer(x)
+
+        def both(layer: Any = layer, x: Tensor = x, g: Tensor = g) -> None:
+            x.grad = None
+            layer(x).backward(g)
+
+        yield {"seconds": [_seconds_a_call(call, wait, 0.5) for call in (forward, both)]}
+
+
 def build_inception() -> tuple[str, nn.Module, Callable[[Tensor], Any]]:
     """Inception-v3 with random weights: torch-fidelity's if it is installed, else torchvision's.
 
@@ -380,7 +411,8 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     wait = torch.cuda.synchronize if on_gpu else (lambda: None)
     rows = []
-    for row in (inception_rows if "sizes" in job else ddpmpp_rows)(job, wait):
+    measure = inception_rows if "sizes" in job else layer_rows if "layers" in job else ddpmpp_rows
+    for row in measure(job, wait):
         row["peak"] = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
         rows.append(row)
     print(json.dumps(rows))

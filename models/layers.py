@@ -137,14 +137,21 @@ class Conv(nn.Module):
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            (self.gain * kernel).astype(self.dtype),
-            self.strides,
-            self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=self.precision,
-        )
+        x, kernel = x.astype(self.dtype), (self.gain * kernel).astype(self.dtype)
+        if shape[:2] == (1, 1) and self.strides == (1, 1) and jax.default_backend() == "cpu":
+            # There XLA's convolution takes twice a matrix product's time for the gradient.
+            flat = x.reshape(-1, x.shape[-1])
+            y = jnp.matmul(flat, kernel[0, 0], precision=self.precision)
+            y = y.reshape(*x.shape[:-1], self.features)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                self.strides,
+                self.padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=self.precision,
+            )
         y = checkpoint_name(y, "convolution")
         bias = self.gain * bias
         return (y, bias) if apart else y + bias.astype(self.dtype)
@@ -252,6 +259,31 @@ class DropoutKeys(nn.Module):
         return jax.random.key_data(jax.vmap(lambda key: jax.random.fold_in(key, layer))(keys))
 
 
+def _reduce_rows(join: Callable[[Array, Array], Array], x: Array) -> Array:
+    """Join all values of each row, (…, P) → (…, 1), by halves, which XLA vectorises on a CPU."""
+    while x.shape[-1] % 2 == 0:
+        x = join(*jnp.split(x, 2, axis=-1))
+    return functools.reduce(join, jnp.split(x, x.shape[-1], axis=-1))
+
+
+def attend(query: Array, key: Array, value: Array) -> Array:
+    """Attention of one head (arXiv 1706.03762): three times (N, P, C) → (N, P, C).
+
+    The softmax is in float32, or in the arguments' dtype if that is wider.
+    """
+    if jax.default_backend() != "cpu":
+        heads = (x[:, :, None, :] for x in (query, key, value))
+        return jax.nn.dot_product_attention(*heads)[:, :, 0, :]
+    # The same in fewer passes over the scores: what divides them is divided from the result.
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    scores = product("npc,nkc->npk", query, key)
+    largest = _reduce_rows(jnp.maximum, jax.lax.stop_gradient(scores))
+    weights = jnp.exp((scores - largest) / math.sqrt(query.shape[-1]))
+    y = product("npk,nkc->npc", weights.astype(value.dtype), value)
+    return (y / _reduce_rows(jnp.add, weights)).astype(value.dtype)
+
+
 class AttnBlock(nn.Module):
     """Single-head self-attention over the pixels, with a residual connection."""
 
@@ -263,14 +295,13 @@ class AttnBlock(nn.Module):
     def __call__(self, x: Array, train: bool = False) -> Array:
         """(N, H, W, C) → the same."""
         n, h, w, c = x.shape
-        y = GroupNorm(silu=False, dtype=self.dtype)(x, train=train).reshape(n, h * w, c)
+        y = GroupNorm(silu=False, dtype=self.dtype)(x, train=train).reshape(-1, c)
 
         def dense(scale: Any) -> Any:
             return nn.Dense(c, kernel_init=variance_scaling(scale), dtype=self.dtype)
 
-        query, key, value = (dense(0.1)(y)[:, :, None, :] for _ in range(3))
-        y = jax.nn.dot_product_attention(query, key, value)[:, :, 0, :]
-        x = x + dense(self.init_scale)(y).reshape(x.shape)
+        y = attend(*(dense(0.1)(y).reshape(n, h * w, c) for _ in range(3)))
+        x = x + dense(self.init_scale)(y.reshape(-1, c)).reshape(x.shape)
         return x / math.sqrt(2) if self.skip_rescale else x
 
 

@@ -1,42 +1,68 @@
 """LSUN's LMDB environments: keys are hashes, values are encoded images."""
 
+import contextlib
 import pathlib
+import struct
+import subprocess
+import sys
+import threading
 
 import numpy as np
 
 from configs.default import UserError
+from readers import lmdb_server
 from readers.containers import damaged, file_identity
 from readers.image_files import find_splits
-from readers.layout import Found, Item, Opened, Records
+from readers.layout import Found, Opened, Records
 
 _SPLITS = ("train", "val")
 
 
-def _records(folder: pathlib.Path) -> Records:
-    import lmdb
+class _Environment:
+    """An LMDB environment, read by lmdb_server.py in another process."""
 
-    try:
-        environment = lmdb.open(
-            str(folder), readonly=True, lock=False, readahead=False, create=False, max_readers=512
+    def __init__(self, folder: pathlib.Path) -> None:
+        """Open it, and read its keys."""
+        command = [sys.executable, lmdb_server.__file__, str(folder)]
+        self._folder, self._lock = folder, threading.Lock()
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        # Reading beyond the end of a file that is cut off would end the program.
-        size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        if (folder / "data.mdb").stat().st_size < size:
-            raise damaged(folder, f"data.mdb is shorter than its {size} bytes")
-        with environment.begin() as transaction, transaction.cursor() as cursor:
-            # One array instead of a list, since a scene has up to three million keys.
-            keys = np.array(list(cursor.iternext(values=False)), np.bytes_)
-    except lmdb.Error as error:
-        raise damaged(folder, error) from error
+        # One array instead of a list, since a scene has up to three million keys.
+        self.keys = np.array(list(iter(self._reply, b"")), np.bytes_)
 
-    def read(i: int) -> Item:
-        with environment.begin() as transaction:
-            value = transaction.get(bytes(keys[i]))
-        if value is None:
-            raise damaged(folder, f"it has no value of {keys[i]}")
-        return bytes(value), 0
+    def _read(self, count: int) -> bytes:
+        assert self._process.stdout is not None
+        value = self._process.stdout.read(count)
+        if len(value) < count:
+            raise damaged(self._folder, "LMDB's library ended at one of its pages")
+        return value
 
-    return Records(len(keys), read, lambda i: f"{folder}, {keys[i].decode()}")
+    def _reply(self) -> bytes:
+        (length,) = struct.unpack("<q", self._read(8))
+        value = self._read(abs(length))
+        if length < 0:
+            raise damaged(self._folder, value.decode())
+        return value
+
+    def get(self, key: bytes) -> bytes:
+        """The value of a key; threads take turns."""
+        assert self._process.stdin is not None
+        with self._lock:
+            with contextlib.suppress(BrokenPipeError):  # its end is told by the reply
+                self._process.stdin.write(struct.pack("<q", len(key)) + key)
+                self._process.stdin.flush()
+            return self._reply()
+
+
+def _records(folder: pathlib.Path) -> Records:
+    environment = _Environment(folder)
+    keys = environment.keys
+    return Records(
+        len(keys),
+        lambda i: (environment.get(bytes(keys[i])), 0),
+        lambda i: f"{folder}, {keys[i].decode()}",
+    )
 
 
 def find(path: pathlib.Path, category: str) -> Found | None:
