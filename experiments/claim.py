@@ -51,6 +51,7 @@ def get_claim(
     """
     base.optim.update(lr=2e-3, warmup=100)
     base.training.update(
+        truncation="soft",
         stratified_times=True,
         batch_size=batch_size,
         n_iters=n_iters,

@@ -30,6 +30,8 @@ def get_sweep() -> Sweep:
     )
     config.optim.update(lr=2e-3, warmup=100)
     config.training.update(
+        truncation="soft",
+        stratified_times=False,
         batch_size=32,
         n_iters=2000,
         log_freq=50,

@@ -1066,6 +1066,18 @@ def break_lsun_cut(root):
     return whole
 
 
+def break_lsun_page(root):
+    """A value is said to have 2 GiB, beyond the map; LMDB's library ends the process there."""
+    whole = LAYOUTS["lsun_lmdb"](root)
+    path = root / "bedroom_train_lmdb" / "data.mdb"
+    content = bytearray(path.read_bytes())
+    values, _ = lsun_values("train", NUM_TRAIN, "mixed")
+    node = content.index(min(values).encode()) - 8
+    content[node : node + 4] = (2**31 - 1).to_bytes(4, "little")
+    path.write_bytes(content)
+    return whole
+
+
 def break_npz_floats(root):
     """Images as floats, whose range no reader can know."""
     images = splits(8)
@@ -1151,6 +1163,7 @@ BROKEN: dict[str, Callable[[pathlib.Path], Made]] = {
     "npz_floats": break_npz_floats,
     "npz_object": break_npz_object,
     "lsun_cut": break_lsun_cut,
+    "lsun_page": break_lsun_page,
     "tfrecord_cut": break_tfrecord_cut,
     "tfrecord_other_shape": break_tfrecord_other_shape,
     "png_broken": break_png_broken,

@@ -105,6 +105,7 @@ REFUSED = {
     "npz_floats": "x_train of float32",
     "npz_object": "it has objects",
     "lsun_cut": "data.mdb is shorter than its",
+    "lsun_page": "LMDB's library ended at one of its pages",
     "tfrecord_cut": "ends within record",
     "tfrecord_other_shape": "record 11 is 16×16 pixels",
     "png_broken": "1 of 60 files .* the first of them .*023.png",

@@ -2,7 +2,8 @@
 
 A DDPM++ of 7.0 M parameters for one GPU. Larger images: `data.image_size` and a `model.ch_mult` of
 one more level each time that it doubles. The network predicts the velocity, since the noise
-parametrisation gives saturated samples for a long time (results/parametrisations.md).
+parametrisation gives saturated samples for a long time (results/parametrisations.md), and τ is
+weighed, not drawn (results/README.md).
 """
 
 from ml_collections import ConfigDict
@@ -18,6 +19,8 @@ def get_config() -> ConfigDict:
     config.model.parametrization = "velocity"
     config.optim.warmup = 1000
     config.training.update(
+        truncation="equivalent_weight",
+        stratified_times=True,
         batch_size=64,
         n_iters=100_000,
         log_freq=100,
