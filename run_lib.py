@@ -26,7 +26,7 @@ from datasets import Data, load_data
 from evaluation import evaluate, make_statistics
 from metrics.card import model_card
 from official import export_checkpoint, import_checkpoint
-from runtime import checkpointing, exported, hosts
+from runtime import checkpointing, environment, exported, hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.files import can_do_without, replacing, write_text
 from runtime.locking import locked
@@ -69,6 +69,8 @@ from train_step import (
 __all__ = ["evaluate", "export", "import_official", "make_statistics", "sample", "train"]
 
 log = logging.getLogger("soft_truncation")
+
+_STEPS_THAT_PAY = 100  # for loading a training step that has been compiled
 
 
 def train(
@@ -320,6 +322,8 @@ class _TrainingLog:
             )
         if logs:
             self._sums.reset(int(sums["streak"]))
+        if not self._compiled and training.n_iters - step >= _STEPS_THAT_PAY:
+            environment.load_compiled()
         self._compiled = True
         self._window_start, self._window_steps = time.time(), 0
 

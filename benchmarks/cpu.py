@@ -68,7 +68,8 @@ def _find_layers(config: ConfigDict) -> collections.Counter[Layer]:
 
     def see(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if args and context.method_name == "__call__" and "AttnBlock" not in "".join(module.path[:-1]):
+        inside = any(name.startswith("AttnBlock") for name in module.path[:-1])
+        if args and context.method_name == "__call__" and not inside:
             shape, name = np.shape(args[0]), type(module).__name__
             if name == "AttnBlock":
                 found["attention", shape, shape[-1], 1] += 1

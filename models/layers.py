@@ -275,13 +275,13 @@ def attend(query: Array, key: Array, value: Array) -> Array:
         heads = (x[:, :, None, :] for x in (query, key, value))
         return jax.nn.dot_product_attention(*heads)[:, :, 0, :]
     # The same in fewer passes over the scores: what divides them is divided from the result.
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    product = functools.partial(jnp.einsum, preferred_element_type=wide)
-    scores = product("npc,nkc->npk", query, key)
+    dtype, wide = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    query, key, value = (x.astype(wide) for x in (query, key, value))
+    scores = jnp.einsum("npc,nkc->npk", query, key)
     largest = _reduce_rows(jnp.maximum, jax.lax.stop_gradient(scores))
     weights = jnp.exp((scores - largest) / math.sqrt(query.shape[-1]))
-    y = product("npk,nkc->npc", weights.astype(value.dtype), value)
-    return (y / _reduce_rows(jnp.add, weights)).astype(value.dtype)
+    y = jnp.einsum("npk,nkc->npc", weights, value)
+    return (y / _reduce_rows(jnp.add, weights)).astype(dtype)
 
 
 class AttnBlock(nn.Module):

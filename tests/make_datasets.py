@@ -1067,13 +1067,13 @@ def break_lsun_cut(root):
 
 
 def break_lsun_page(root):
-    """A value is said to have 2 GiB, beyond the map; LMDB's library ends the process there."""
+    """The page of the last key is no leaf; LMDB's library ends a process that comes to it."""
     whole = LAYOUTS["lsun_lmdb"](root)
     path = root / "bedroom_train_lmdb" / "data.mdb"
     content = bytearray(path.read_bytes())
     values, _ = lsun_values("train", NUM_TRAIN, "mixed")
-    node = content.index(min(values).encode()) - 8
-    content[node : node + 4] = (2**31 - 1).to_bytes(4, "little")
+    place = content.index(max(values).encode())
+    content[place - place % 4096 + 10] = 4  # the flag of a page that continues a large value
     path.write_bytes(content)
     return whole
 

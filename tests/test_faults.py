@@ -474,6 +474,26 @@ def test_a_program_cut_off_in_the_compile_cache_is_compiled_anew(compile_cache, 
         assert not caplog.messages
 
 
+def test_a_program_that_was_compiled_is_loaded_from_the_cache(compile_cache):
+    environment._listen()
+    loaded = []
+
+    def note(event, **_):
+        loaded.extend([event] if event == "/jax/compilation_cache/cache_hits" else [])
+
+    jax.monitoring.register_event_listener(note)
+    function, x = jax.jit(lambda x: jnp.cumsum(x) * 3), jnp.arange(5.0)
+    first = function(x)
+    assert environment._just_compiled and not loaded
+    environment.load_compiled()
+    np.testing.assert_array_equal(function(x), first)
+    assert loaded and not environment._just_compiled
+    loaded.clear()
+    environment.load_compiled()  # nothing was compiled since
+    function(x)
+    assert not loaded
+
+
 def test_a_program_that_can_not_be_replaced_is_told_once(compile_cache, monkeypatch, caplog):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")

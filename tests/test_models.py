@@ -205,6 +205,35 @@ def test_ncsnv2_has_the_published_size():
     assert round(num_params(config) / 1e6, 1) == 29.7
 
 
+@pytest.mark.parametrize("pixels", [16, 12, 9, 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-4), (jnp.bfloat16, 0.02)])
+def test_attention_is_that_of_jax(pixels, dtype, tolerance):
+    draw = np.random.default_rng(pixels).standard_normal((4, 3, pixels, 8))
+    query, key, value, back = (jnp.asarray(8 * x, dtype) for x in draw)
+
+    def reference(*args):
+        return jax.nn.dot_product_attention(*(x[:, :, None, :] for x in args))[:, :, 0, :]
+
+    for ours, theirs in zip(
+        *(jax.vjp(f, query, key, value) for f in (layers.attend, reference)), strict=True
+    ):
+        pairs = (ours(back), theirs(back)) if callable(ours) else ([ours], [theirs])
+        for a, b in zip(*pairs, strict=True):
+            assert a.dtype == dtype
+            error = float(jnp.linalg.norm((a - b).astype(jnp.float32)))
+            assert error <= tolerance * float(jnp.linalg.norm(back.astype(jnp.float32)))
+
+
+def test_a_1x1_convolution_is_lax_convolution():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 6, 5))
+    module = layers.Conv(7, (1, 1), gain=0.5)
+    kernel, bias = (jax.random.normal(jax.random.key(1), s) for s in ((1, 1, 5, 7), (7,)))
+    params = {"params": {"kernel": kernel, "bias": bias}}
+    dims = ("NHWC", "HWIO", "NHWC")
+    whole = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dims) + bias
+    np.testing.assert_allclose(module.apply(params, x), 0.5 * whole, atol=1e-5)
+
+
 def test_instance_norm_plus():
     x = np.random.default_rng(0).standard_normal((3, 4, 5, 6)).astype(np.float32) * 2 + 1
     module = ncsnv2.InstanceNormPlus()
