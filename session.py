@@ -75,6 +75,10 @@ def init_state(
 ) -> TrainState:
     """The state before the first step, a function of the config's seed."""
     params = mutils.init_params(config, model, jax.random.key(config.seed))
+    return _first_state(optimizer, params)
+
+
+def _first_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -142,7 +146,8 @@ def set_up(config: ConfigDict) -> Setup:
         losses.check_prior(prior, sde, training.truncation_time, training.prior)
     optimizer = get_optimizer(config)
     try:
-        shape = jax.eval_shape(lambda: init_state(config, model, optimizer))
+        params = mutils.params_shape(config, model)
+        shape = jax.eval_shape(functools.partial(_first_state, optimizer), params)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"config.model: no network can be built: {error}") from error
     return Setup(

@@ -79,10 +79,22 @@ def create_model(config: ConfigDict) -> Model:
     )
 
 
+def _init(config: ConfigDict, model: Model) -> Callable[[Array], Any]:
+    """The function from a key to initial parameters; it can be traced."""
+    x = jnp.zeros((1, *image_shape(config)))
+    return lambda key: model.init(key, x, jnp.ones(1))["params"]
+
+
 def init_params(config: ConfigDict, model: Model, key: Array) -> Any:
     """Initial parameters, float32."""
-    x = jnp.zeros((1, *image_shape(config)))
-    return jax.jit(lambda key: model.init(key, x, jnp.ones(1)))(key)["params"]
+    # It runs once: on a CPU, XLA's optimisation of it would take four times as long as the rest.
+    once = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(_init(config, model), compiler_options=once)(key)
+
+
+def params_shape(config: ConfigDict, model: Model) -> Any:
+    """The shapes of `init_params`; nothing is computed."""
+    return jax.eval_shape(lambda: _init(config, model)(jax.random.key(0)))
 
 
 def _get_labels_fn(config: ConfigDict, sde: SDE) -> Callable[[Array], Array]:

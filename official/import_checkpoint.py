@@ -156,8 +156,7 @@ def _load(path: str | pathlib.Path, config: ConfigDict) -> _Official:
     check_network(config)
     official = _read_official(path)
     model = mutils.create_model(config)
-    expected = jax.eval_shape(lambda: mutils.init_params(config, model, jax.random.key(0)))
-    _check_shapes(path, official, expected)
+    _check_shapes(path, official, mutils.params_shape(config, model))
     return official
 
 

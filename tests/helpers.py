@@ -72,8 +72,7 @@ def tiny_config(**training):
 
 
 def param_shapes(config):
-    model = mutils.create_model(config)
-    return jax.eval_shape(lambda: mutils.init_params(config, model, jax.random.key(0)))
+    return mutils.params_shape(config, mutils.create_model(config))
 
 
 def random_params(config):
