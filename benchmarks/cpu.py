@@ -1,6 +1,6 @@
 """Training and the forward pass on a CPU beside PyTorch's, in alternation.
 
-    python -m benchmarks.cpu [--networks cifar10,digits] [--rounds 5] [--before CHECKOUT]
+    python -m benchmarks.cpu [--networks cifar10 digits] [--rounds 5] [--before CHECKOUT]
 
 In each round a network is timed in processes of their own, one after the other: ours as it was in
 an older checkout (which has a copy of this folder of benchmarks), ours, and PyTorch's, all on the
@@ -138,11 +138,11 @@ def main() -> None:
     """Measure all networks, and print the table."""
     environment.prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--networks", default=",".join(_NETWORKS), help="divided by commas")
+    parser.add_argument("--networks", nargs="+", choices=_NETWORKS, default=list(_NETWORKS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", choices=_NETWORKS, help="of this network, each alone")
     parser.add_argument("--before", type=pathlib.Path, help="an older checkout")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--job", choices=_NETWORKS, help="time ours alone, once")
     options = parser.parse_args()
     if hasattr(environment, "keep_freed_memory"):  # not in the oldest checkouts
         environment.keep_freed_memory()
@@ -157,7 +157,7 @@ def main() -> None:
     checkouts = {"before": options.before, "ours": here} if options.before else {"ours": here}
     columns = [f"{side}, ms" for side in (*checkouts, "PyTorch")]
     table = Table("network", "", *columns, *(f"{side} / PyTorch" for side in checkouts))
-    for name in options.networks.split(","):
+    for name in options.networks:
         times: dict[str, list[list[float]]] = {}
         for _ in range(options.rounds):
             sides = [_measure_ours(name, checkout) for checkout in checkouts.values()]

@@ -325,7 +325,7 @@ def ddpmpp_rows(job: dict[str, Any], wait: Callable[[], None]) -> Iterator[dict[
 
 
 def _layer(kind: str, inputs: int, outputs: int, size: int) -> Callable[[Tensor], Tensor]:
-    """A layer of `cpu.layer`."""
+    """A layer of `benchmarks.cpu.Layer`."""
     if kind == "attention":
         return Attention(inputs)
     if kind == "convolution":

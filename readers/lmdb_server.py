@@ -4,10 +4,11 @@ LMDB's C library trusts its file: at some damaged pages it ends the process that
 
 Replies are a length in eight bytes and as many bytes; a negative length comes before an error's
 text. The first ones are the keys, and an empty one. Then a length and a key are asked for their
-value, until there is no more to read.
+value, until standard input ends.
 """
 
 import pathlib
+import signal
 import struct
 import sys
 
@@ -20,6 +21,9 @@ def main(folder: str) -> None:
     """Serve the environment in `folder`."""
     import lmdb
 
+    # Ctrl-C reaches this process, too, but the training finishes its step and needs its images.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     try:
         environment = lmdb.open(
             folder, readonly=True, lock=False, readahead=False, create=False, max_readers=512
@@ -43,7 +47,9 @@ def main(folder: str) -> None:
             with environment.begin() as transaction:
                 key = sys.stdin.buffer.read(*struct.unpack("<q", length))
                 value = transaction.get(key)
-            _reply(value) if value else _reply(f"it has no value of {key!r}".encode(), -1)
+            if value is None:
+                raise lmdb.NotFoundError(f"it has no value of {key!r}")
+            _reply(value)
     except lmdb.Error as error:
         _reply(str(error).encode() or b"unreadable", -1)
         sys.stdout.buffer.flush()

@@ -228,6 +228,17 @@ def test_attention_is_that_of_jax(pixels, dtype, tolerance):
         assert error <= tolerance * max(scale, float(jnp.linalg.norm(theirs)))
 
 
+def test_the_initialisation_is_the_models_own():
+    config = tiny_config()
+    model, key = mutils.create_model(config), jax.random.key(3)
+    size, channels = config.data.image_size, config.data.num_channels
+    x = jnp.zeros((1, size, size, channels))
+    expected = jax.jit(lambda key: model.init(key, x, jnp.ones(1)))(key)["params"]
+    params = mutils.init_params(config, model, key)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, param_shapes(config))
+
+
 def test_a_1x1_convolution_is_lax_convolution():
     x = jax.random.normal(jax.random.key(0), (2, 4, 6, 5))
     module = layers.Conv(7, (1, 1), gain=0.5)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 import datasets
 from configs.default import UserError, get_default_config
-from readers import cache, download, image_files
+from readers import cache, download, image_files, lsun
 from readers.decode import Fit, open_image
 from readers.layout import Records
 from readers.source import RecordSource
@@ -125,6 +126,17 @@ def test_what_is_broken_is_refused(name, tmp_path):
     # Nothing is left in the cache that a second start would take for the data.
     with pytest.raises(UserError, match=REFUSED[name]):
         datasets.load_data(config_of(made))
+
+
+def test_an_lmdb_environment_is_read_on_after_a_signal_to_all_processes(tmp_path):
+    write(tmp_path, make_datasets.LAYOUTS["lsun_lmdb"])
+    (folder,) = tmp_path.rglob("bedroom_val_lmdb")
+    served = lsun._Environment(folder)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        served._process.send_signal(number)
+    assert all(served.get(bytes(key)) for key in served.keys)
+    served._process.stdin.close()  # as when the program ends
+    assert served._process.wait(10) == 0
 
 
 @pytest.mark.parametrize("name", ["celeba_zip", "folder_splits", "stl10_tar", "lsun_lmdb"])
