@@ -22,8 +22,8 @@ def main(folder: str) -> None:
     import lmdb
 
     # Ctrl-C reaches this process, too, but the training finishes its step and needs its images.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
     try:
         environment = lmdb.open(
             folder, readonly=True, lock=False, readahead=False, create=False, max_readers=512
