@@ -2,7 +2,8 @@
 
 `Workshop.run` runs a job in a forked process, so that nothing is imported a second time. The calls
 that change files below its folder are counted, and one of them fails, or the process is killed
-there (inject.c, which needs a C compiler). Only Inception's network is a stand-in.
+there (inject.c, which needs a C compiler). Inception's network is a stand-in, and the classifier
+trains for a few steps only.
 """
 
 import atexit
@@ -10,6 +11,7 @@ import contextlib
 import ctypes
 import dataclasses
 import enum
+import functools
 import hashlib
 import json
 import os
@@ -67,7 +69,8 @@ class Job:
 def _main(*flags: str) -> Callable[[pathlib.Path], list[str]]:
     config = [f"--config={ROOT}/configs/vp/folder_st.py", "--config.data.image_size=8"]
     config += ["--config.data.num_channels=1", "--config.model.nf=8", "--config.model.ch_mult=(1,)"]
-    config += ["--config.model.attn_resolutions=()", "--config.model.parametrization=noise"]
+    config += ["--config.model.num_res_blocks=1", "--config.model.attn_resolutions=()"]
+    config += ["--config.model.parametrization=noise"]
     config += ["--config.training.batch_size=8", "--config.training.n_iters=4"]
     config += ["--config.training.log_freq=1", "--config.training.eval_freq=4"]
     config += ["--config.training.snapshot_freq=4"]
@@ -134,7 +137,7 @@ from experiments.sweep import Sweep
 
 def get_sweep():
     config = digits_st.get_config()
-    config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
+    config.model.update(nf=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=())
     config.training.update(batch_size=8, n_iters=4, log_freq=1, eval_freq=4, snapshot_freq=4)
     config.training.update(snapshot_freq_for_preemption=2, snapshot_sampling=False)
     config.eval.update(num_test_data=8, batch_size=4, nll_steps=32, nelbo_draws=1)
@@ -179,11 +182,16 @@ class Workshop:
                 levels = draw.integers(0, 256, (8, 8), np.uint8)
                 Image.fromarray(levels).save(self._given / "images" / label / f"{i}.png")
         self._inject = ctypes.CDLL(os.environ["LD_PRELOAD"]).inject_arm
+        # These are imported when they are needed; here once, and not in each job.
+        import matplotlib.figure  # noqa: F401
+        import sklearn.datasets
+        import sklearn.metrics.pairwise  # noqa: F401
+
         import experiments.run
         import main
-        import run_lib  # noqa: F401  (main imports it late)
+        import run_lib  # noqa: F401
 
-        _stand_in_for_inception()
+        _make_small()
         self._programs = {"main": main, "experiments.run": experiments.run}
         for job, made, given in (
             ("train", "run", "run"),
@@ -309,9 +317,14 @@ class Workshop:
         return said
 
 
-def _stand_in_for_inception() -> None:
+def _make_small() -> None:
+    """Replace Inception's network, and let the classifier train for 20 steps instead of 1,000."""
     import evaluation
+    from metrics import classifier, scorers
     from metrics.features import Extractor
+
+    briefly = functools.partial(classifier.get_classifier, steps=20, batch_size=8)
+    scorers.get_classifier = briefly  # type: ignore[assignment]
 
     projection = np.random.default_rng(0).standard_normal((64, 2048)).astype(np.float32)
 

@@ -1,6 +1,6 @@
 """Let every call that changes a file fail, in each mode; what it says, and what is lost.
 
-    python -m benchmarks.storage_faults [--jobs train,eval] [--every 1]
+    python -m benchmarks.storage_faults [--jobs train,eval] [--kinds "disk full"] [--every 1]
 
 For each fault: the job must end well or with one line; the same command afterwards must end as an
 undisturbed run, bit for bit. Prints a table by job and kind of fault, and each case that was not
@@ -29,17 +29,24 @@ def main() -> None:
     """Inject the faults that the command line asks for; exits with 0 if all were survived."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--jobs", default="all", help="names, divided by commas")
+    parser.add_argument("--kinds", default="all", help="names, divided by commas")
     parser.add_argument("--every", type=int, default=1, help="every n-th call only")
     options = parser.parse_args()
     names = list(JOBS) if options.jobs == "all" else options.jobs.split(",")
+    every = {kind.name.lower().replace("_", " "): kind for kind in _KINDS}
+    chosen = list(every) if options.kinds == "all" else options.kinds.split(",")
+    known = (*JOBS, *every)
+    for name in (*names, *chosen):
+        if name not in known:
+            parser.error(f"{name} is none of {', '.join(known)}")
     wrong, table = [], []
     with workshop("benchmarks.storage_faults") as shop:
         for job in (JOBS[name] for name in names):
             whole, ops, seconds = shop.undisturbed(job)
             counts = {kind: collections.Counter[str]() for kind in _KINDS}
             print(f"{job.name}: {len(ops)} calls, {seconds:.1f} s", flush=True)
-            for kind, stride in _KINDS.items():
-                for at in range(1, len(ops) + 1, options.every * stride):
+            for kind in (every[name] for name in chosen):
+                for at in range(1, len(ops) + 1, options.every * _KINDS[kind]):
                     what, path = ops[at - 1]
                     if kind == Fault.RENAME_FAILS and what not in ("rename", "link"):
                         continue
@@ -60,8 +67,8 @@ def main() -> None:
                         print(f"WRONG: {wrong[-1]}: status {outcome.status}\n{shown}", flush=True)
                 if counts[kind]:
                     numbers = " | ".join(str(counts[kind][column]) for column in _COLUMNS)
-                    what = kind.name.lower().replace("_", " ")
-                    table.append((f"| {job.name} | {what} | {numbers} |", counts[kind]["faults"]))
+                    name = kind.name.lower().replace("_", " ")
+                    table.append((f"| {job.name} | {name} | {numbers} |", counts[kind]["faults"]))
                     print(table[-1][0], flush=True)
     print(f"\n| mode | fault | {' | '.join(_COLUMNS)} |\n|---|---|{'---|' * len(_COLUMNS)}")
     print("\n".join(text for text, _ in table))

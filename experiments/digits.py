@@ -22,5 +22,6 @@ def get_sweep() -> Sweep:
         snapshot_sampling=False,
     )
     config.sampling.update(method="dpm_solver", num_steps=20, truncation_time=1e-3)
+    config.sampling.update(batch_size=64, n_images=64)
     config.eval.update(num_samples=10_000, nelbo_draws=32, nll_steps=64)
     return Sweep("digits", config, get_points(sigma_max=5.0), seeds=(0, 1, 2))

@@ -28,6 +28,7 @@ from runtime import environment
 from session import REGISTRIES
 from tests.helpers import times_of_step
 
+ROOT = pathlib.Path(__file__).parent.parent
 SWEEP = """
 from experiments.sweep import Sweep
 from tests.helpers import tiny_config
@@ -223,6 +224,16 @@ def test_all_points_are_valid_and_none_is_there_twice(module, count):
     for run in sweep.runs:
         validate(run.config({"data.path": "here"} if sweep.prepared else {}), 1, REGISTRIES)
     assert len({run.config_hash for run in sweep.runs}) == len(sweep.runs) == count
+
+
+@pytest.mark.parametrize("rows", sorted(ROOT.glob("results/*/rows")), ids=lambda x: x.parent.name)
+def test_the_rows_in_results_are_of_the_sweeps_as_they_are(rows, monkeypatch):
+    on_gpu = rows.parent.name.endswith("_32")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if on_gpu else "cpu")
+    name = rows.parent.name.removesuffix("_32")
+    hashes = {run.name: run.config_hash for run in load_sweep(f"{ROOT}/experiments/{name}.py").runs}
+    found = {path.stem: json.loads(path.read_text())["config_hash"] for path in rows.glob("*")}
+    assert found and found.items() <= hashes.items()
 
 
 def test_the_tables_of_digits_have_all_its_points():

@@ -15,5 +15,4 @@ def get_config() -> ConfigDict:
     """The recipe."""
     config = digits_st.get_config()
     config.model.num_classes = 10
-    config.sampling.update(n_images=100, batch_size=100)
     return config

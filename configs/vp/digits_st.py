@@ -33,6 +33,8 @@ def get_config() -> ConfigDict:
         snapshot_freq_for_preemption=200,
     )
     config.sampling.update(method="dpm_solver", num_steps=20, truncation_time=1e-3)
+    # eval.batch_size, so that training's grids, samples and evaluation are one compiled program
+    config.sampling.update(batch_size=100, n_images=100)
     config.sampling.update(rtol=1e-3, atol=1e-3)  # of method=ode
     config.eval.update(
         enable_fid=False,  # 8×8 digits are not what Inception knows
