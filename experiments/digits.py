@@ -11,7 +11,8 @@ from experiments.sweep import Sweep
 def get_sweep() -> Sweep:
     """The sweep on digits."""
     config = digits_st.get_config()
-    config.model.update(nf=16, parametrization="noise")
+    config.model.update(nf=16, ch_mult=(1, 2), parametrization="noise")
+    config.optim.lr = 2e-3
     config.training.update(
         stratified_times=False,
         n_iters=1000,

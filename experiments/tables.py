@@ -156,7 +156,7 @@ def origin(rows: Rows) -> str:
             value: Any = row
             for key in keys:
                 value = value.get(key) if isinstance(value, dict) else None
-            found.add(str(value))
+            found.add(f"{value:.3g}" if isinstance(value, float) else str(value))
         return ", ".join(sorted(found))
 
     return (

@@ -15,14 +15,14 @@ def get_config() -> ConfigDict:
     config.data.update(dataset="digits", image_size=8, num_channels=1, random_flip=False)
     config.model.update(
         nf=32,
-        ch_mult=(1, 2),
+        ch_mult=(1, 1),
         num_res_blocks=1,
         attn_resolutions=(4,),
         dropout=0.0,
         ema_rate=0.999,
         parametrization="velocity",
     )
-    config.optim.update(lr=2e-3, warmup=100)
+    config.optim.update(lr=3e-3, warmup=100)
     config.training.update(
         stratified_times=True,
         batch_size=64,
