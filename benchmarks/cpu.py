@@ -38,11 +38,11 @@ Layer = tuple[str, tuple[int, ...], int, int]
 _WHOSE, _SPANS = ("ours", "PyTorch"), ("forward", "with gradient")
 
 # name: (recipe, its fields, batch size)
-_NETWORKS: dict[str, tuple[str, dict[str, int], int]] = {
+_NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
     "cifar10": ("cifar10", {"nf": 32, "num_res_blocks": 1}, 64),
     "cifar10_wide": ("cifar10", {"nf": 64, "num_res_blocks": 1}, 64),
     "photographs": ("photographs", {}, 32),
-    "digits": ("digits", {}, 64),
+    "digits": ("digits", {"ch_mult": (1, 1)}, 64),  # of today, for older checkouts too
 }
 
 

@@ -60,6 +60,8 @@ def main() -> None:
                     counts[kind]["went on"] += outcome.status == 0
                     counts[kind]["one line"] += outcome.status != 0 and outcome.is_well_told
                     counts[kind]["same end"] += same
+                    if counts[kind]["faults"] % 25 == 0:
+                        print(f"{kind.name}: call {at} of {len(ops)}", flush=True)
                     if not (same and outcome.is_well_told):
                         wrong.append(f"{job.name}, {kind.name} at call {at}, {what} {path}")
                         shown = outcome.said[-1500:] if not outcome.is_well_told else ""
