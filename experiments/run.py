@@ -183,11 +183,11 @@ def run_sweep(
         workdir = workdirs / run.name
         try:
             row = _compute_row(run, workdir, machine_paths or {}, versions)
-        except UserError as error:
+        except (UserError, OSError) as error:
             log.error("run %s failed: %s", run.name, error)
             failed.append(run.name)
             continue
-        except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
+        except (ValueError, RuntimeError, ArithmeticError) as error:
             log.exception("run %s failed: %s", run.name, first_line(error))
             failed.append(run.name)
             continue

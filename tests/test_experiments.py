@@ -147,22 +147,27 @@ def test_shards_and_a_cut_give_the_same_table(folder, real, request, monkeypatch
     assert_same_tables(folder, parts, whole)
 
 
-def test_a_failed_run_does_not_stop_the_others(folder, stand_ins, monkeypatch, capsys, caplog):
+@pytest.mark.parametrize("error", [UserError("the loss is nan"), OSError(28, "No space left")])
+def test_a_failed_run_does_not_stop_the_others(
+    error, folder, stand_ins, monkeypatch, capsys, caplog
+):
     train, (name, other) = run_lib.train, RUNS
 
     def failing(config, workdir):
         if config.training.n_iters == 3:
-            raise UserError("the loss is nan")
+            raise error
         return train(config, workdir)
 
+    out = type(error).__name__
     with monkeypatch.context() as patch:
         patch.setattr(run_lib, "train", failing)
-        assert sweep_main(folder, "some") == 1
+        assert sweep_main(folder, out) == 1
     assert capsys.readouterr().err.strip() == f"error: 1 runs failed: {name}"
-    assert f"run {name} failed: the loss is nan" in caplog.text
-    assert list(read_rows(folder / "some")) == [other]
-    assert sweep_main(folder, "some") == 0
-    assert sorted(read_rows(folder / "some")) == RUNS
+    assert f"run {name} failed: {error}" in caplog.messages
+    assert not any(record.exc_info for record in caplog.records)  # no traceback
+    assert list(read_rows(folder / out)) == [other]
+    assert sweep_main(folder, out) == 0
+    assert sorted(read_rows(folder / out)) == RUNS
 
 
 def test_a_row_of_another_config_is_refused(folder, stand_ins, monkeypatch, capsys):
