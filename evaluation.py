@@ -307,7 +307,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     folder = workdir / "eval"
     results = PartialResults(folder / "parts")
-    scorers = get_scorers(config, data, results) if config.eval.enable_sampling else []
+    scorers = get_scorers(config, data) if config.eval.enable_sampling else []
     bits = BitsEvaluation(config, setup, data, results, get_bpd_fn(config, setup))
     sample = get_sampler(config, setup, _sample_size(config))
     run = _Run(config, setup, results, bits, sample, scorers)

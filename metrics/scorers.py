@@ -153,7 +153,7 @@ def inception_statistics(
     return statistics, path
 
 
-def get_scorers(config: ConfigDict, data: Data, results: PartialResults) -> list[Scorer]:
+def get_scorers(config: ConfigDict, data: Data) -> list[Scorer]:
     """The scorers that are possible: Inception if it has weights, a classifier if there are labels.
 
     Raises:
@@ -180,9 +180,10 @@ def get_scorers(config: ConfigDict, data: Data, results: PartialResults) -> list
         log.warning("%s has no labels, or too few images: no fd_classifier", data.train.name)
         return scorers
     extractor, accuracy = get_classifier(data.train, data.test, folder)
+    kept = PartialResults(folder / "features")  # for later evaluations
 
     def statistics_of(images: Images, name: str) -> Statistics:
-        rows = _features_only(_kept_features(extractor, images, results, name))
+        rows = _features_only(_kept_features(extractor, images, kept, name))
         return summarize({}, rows, images.count)
 
     reference = statistics_of(

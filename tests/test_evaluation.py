@@ -59,6 +59,24 @@ def inception(monkeypatch):
     return stand_in_for_inception(monkeypatch, 256)  # whose distances are sooner computed
 
 
+def test_features_of_the_data_are_computed_once(tmp_path, monkeypatch):
+    config, computed = eval_config(tmp_path), []
+
+    def fn(levels):
+        computed.append(len(levels))
+        return {"features": levels.reshape(len(levels), -1).astype(np.float32)}
+
+    extractor = Extractor("classifier", "abc", fn, 500)
+    monkeypatch.setattr(scorers, "get_classifier", lambda *_: (extractor, 0.5))
+    data = datasets.load_data(config)
+    (first,) = scorers.get_scorers(config, data)
+    assert sum(computed) == len(data.train) + len(data.test)
+    (again,) = scorers.get_scorers(config, data)
+    assert sum(computed) == len(data.train) + len(data.test)
+    assert first.facts == again.facts
+    np.testing.assert_array_equal(first.reference.mean, again.reference.mean)
+
+
 class Cut(Exception):
     """The machine is taken away."""
 
