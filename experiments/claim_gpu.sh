@@ -6,12 +6,15 @@
 #
 # Ten runs at a time; on an H200 with 16 cores the first ten rows were there after 560 s, 15 after
 # 810 s. After SECONDS (540) all are stopped, with a checkpoint; the same command goes on, and skips
-# the rows that are there.
+# the rows that are there. SWEEP is another sweep's file, and NAMES are other runs:
+#
+#   SWEEP=experiments/claim_fashion_mnist_long.py NAMES='velocity_soft_k1_seed0 …' bash …
 set -u
 data=${1:?usage: bash experiments/claim_gpu.sh DIR OUT WORKDIRS [SECONDS]} out=${2:?} workdirs=${3:?}
 python=${PYTHON:-python} sweep=${SWEEP:-experiments/claim_fashion_mnist.py}
 export XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_PYTHON_CLIENT_MEM_FRACTION=.07
 names() {
+  if [ -n "${NAMES:-}" ]; then printf '%s\n' $NAMES; return; fi
   for seed in 0 1 2; do
     for truncation in soft_k1 fixed_1e-5 fixed_1e-3 fixed_1e-4 weight_k1 sigmoid; do
       case $seed$truncation in [12]fixed_1e-[34]) continue ;; esac
