@@ -8,6 +8,7 @@ figures beside them; samples.png, of experiments.sample_rows, is shown too.
 
 import argparse
 import logging
+import math
 import pathlib
 import sys
 
@@ -52,17 +53,20 @@ _NAMES = {
 _NOTES = """Less is better but for precision and recall. NLL and NELBO are in bits/dim, with
 residual, each at the run's own ε. *distance* is a Fréchet distance between features of a classifier
 of the data's labels, no FID. ± is the standard error over seeds; one seed is marked *, and its
-error is of the evaluation alone (images or samples), which all runs share. Differences are within
-seeds."""
+error is of the evaluation alone (images or samples). Differences are within seeds; of one seed the
+error of NLL and NELBO is that of the images' differences, if the rows have each image's bits."""
 
 
 def best_fixed(rows: Rows, parametrization: str) -> str | None:
-    """The fixed truncation with the least NLL on validation images in seed 0; None without rows."""
+    """The fixed truncation with the least NLL on validation images in seed 0; None without rows.
+
+    A row without that NLL is the best only if it is alone.
+    """
     found = {}
     for name in _NAMES:
         of_point = rows.get(f"{parametrization}_{name}", [])
         if name.startswith("fixed") and of_point and of_point[0]["seed"] == 0:
-            found[name] = of_point[0]["scores"]["validation_nll"]
+            found[name] = of_point[0]["scores"].get("validation_nll", math.inf)
     return min(found, key=lambda name: found[name]) if found else None
 
 

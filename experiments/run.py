@@ -8,6 +8,7 @@ several machines only have to be copied into one folder.
 """
 
 import argparse
+import csv
 import json
 import logging
 import pathlib
@@ -81,27 +82,33 @@ def _versions() -> dict[str, str | None]:
     return found | {"python": platform.python_version(), "commit": _git_commit()}
 
 
-def _evaluate_prepared(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def _evaluate_prepared(
+    config: ConfigDict, workdir: pathlib.Path
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Evaluate a run with the folders of `experiments.make_data`.
 
     Returns:
-      The report of bits/dim of the test images; with it the scores of samples, on features of a
+      The report of bits/dim of the test images, with the scores of samples, on features of a
       classifier of the folder `features`, and `validation_nll` and `validation_nelbo` with their
-      standard errors.
+      standard errors; and the NLL and NELBO of each test image.
     """
     folder = pathlib.Path(config.data.path).parent
     of_samples, of_validation, of_test = (config.copy_and_resolve_references() for _ in range(3))
     of_samples.data.path = str(folder / "features")
     of_samples.eval.enable_bpd = False
     of_validation.eval.images = str(folder / "validation")
-    of_test.eval.enable_sampling = False
+    of_test.eval.images = "test"
     samples = run_lib.evaluate(of_samples, workdir)
     validation = run_lib.evaluate(of_validation, workdir)
     report = samples | run_lib.evaluate(of_test, workdir)
     for score in ("nll", "nelbo"):
         for name in (score, f"{score}_stderr"):
             report[f"validation_{name}"] = validation[name]
-    return report
+    tables = (workdir / "eval").glob("images_*/bits_per_dim.csv")
+    newest = max(tables, key=lambda path: path.stat().st_mtime)
+    with open(newest, newline="") as file:
+        images = list(csv.DictReader(file))
+    return report, {name: [float(image[name]) for image in images] for name in ("nll", "nelbo")}
 
 
 def _compute_row(
@@ -117,8 +124,9 @@ def _compute_row(
         raise Stopped
     if step > config.training.n_iters:
         raise UserError(f"{workdir} is at step {step}, beyond the sweep's; choose other --workdirs")
+    of_images: dict[str, list[float]] = {}
     if run.sweep.prepared:
-        report = _evaluate_prepared(config, workdir)
+        report, of_images = _evaluate_prepared(config, workdir)
     else:
         report = run_lib.evaluate(config, workdir)
     if report["step"] != step:
@@ -139,6 +147,7 @@ def _compute_row(
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": versions,
         "scores": report,
+        "of_images": of_images,
     }
 
 

@@ -99,7 +99,10 @@ def get_score(rows: list[dict[str, Any]], name: str) -> Score | None:
 def get_difference(
     first: list[dict[str, Any]], second: list[dict[str, Any]], name: str
 ) -> Score | None:
-    """The second point's score minus the first's, seed by seed; None without a common seed."""
+    """The second point's score minus the first's, seed by seed; None without a common seed.
+
+    The error of one seed is that of the mean of the images' differences, where both rows have them.
+    """
     values = [
         {r["seed"]: r["scores"][name] for r in p if name in r["scores"]} for p in (first, second)
     ]
@@ -111,6 +114,9 @@ def get_difference(
         estimate = Estimate.of(differences)
         return Score(estimate.value, estimate.stderr, len(seeds))
     same = [[row for row in p if row["seed"] == seeds[0]] for p in (first, second)]
+    of_images = [np.array(row.get("of_images", {}).get(name, ())) for (row,) in same]
+    if len(of_images[0]) == len(of_images[1]) > 1:
+        return Score(float(differences[0]), Estimate.of(of_images[1] - of_images[0]).stderr, 1)
     errors = [get_score(p, name) for p in same]
     known = [e.error for e in errors if e is not None and e.error is not None]
     return Score(

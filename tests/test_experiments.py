@@ -23,8 +23,10 @@ from experiments import (
     tables,
 )
 from experiments import run as runner
+from experiments.figures import Score
 from experiments.grid import TABLES
 from experiments.sweep import load_sweep, parse_machine_paths, select
+from metrics.report import write_bits
 from runtime import environment
 from session import REGISTRIES
 from tests.helpers import times_of_step
@@ -347,6 +349,17 @@ def test_the_claims_tables_compare_with_the_best_fixed_truncation_of_validation(
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
 
 
+def test_the_error_of_a_difference_is_of_the_images_differences():
+    first, second = (
+        [{"seed": 0, "scores": {"nll": np.mean(of)}, "of_images": {"nll": of}}]
+        for of in ([1.0, 3.0, 8.0], [1.1, 3.3, 8.2])
+    )
+    assert tables.get_difference(first, second, "nll") == Score(
+        pytest.approx(0.2), pytest.approx(0.1 / 3**0.5), 1
+    )
+    assert tables.get_difference(first, [second[0] | {"of_images": {}}], "nll").error is None
+
+
 def test_crops_of_a_photograph_are_in_one_split(tmp_path, monkeypatch):
     few = {group: dict.fromkeys(parts, 10) for group, parts in make_data.CROPS.items()}
     monkeypatch.setattr(make_data, "CROPS", few)
@@ -373,6 +386,13 @@ def test_a_prepared_sweep_is_scored_on_folders_of_its_own(tmp_path, stand_ins, m
         scores = dict.fromkeys(names, 3.0 if parts[2] else value) if parts[0] else {}
         if parts[1] and not parts[2]:
             scores["fd_classifier"] = value
+        if parts[2] == "test":
+            scores |= dict.fromkeys(names, value)
+        if parts[2]:
+            kept = workdir / "eval" / f"images_{pathlib.Path(parts[2]).name}"
+            kept.mkdir(parents=True, exist_ok=True)
+            columns = {"nelbo": np.full(2, scores["nelbo"]), "nll": np.full(2, scores["nll"])}
+            write_bits(kept / "bits_per_dim.csv", ["0", "7"], columns)
         return {"step": config.training.n_iters, **scores}
 
     monkeypatch.setattr(run_lib, "evaluate", evaluate)
@@ -380,5 +400,7 @@ def test_a_prepared_sweep_is_scored_on_folders_of_its_own(tmp_path, stand_ins, m
     with pytest.raises(UserError, match=r"needs --set data\.path=DIR, a folder that"):
         runner._compute_row(run, tmp_path / "run", paths, {})
     (tmp_path / "training").mkdir()
-    scores = runner._compute_row(run, tmp_path / "run", paths, {})["scores"]
+    row = runner._compute_row(run, tmp_path / "run", paths, {})
+    scores = row["scores"]
     assert (scores["nll"], scores["validation_nll"], scores["fd_classifier"]) == (1.0, 3.0, 2.0)
+    assert row["of_images"] == {"nll": [1.0, 1.0], "nelbo": [1.0, 1.0]}
