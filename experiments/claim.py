@@ -35,7 +35,7 @@ def _get_truncations() -> dict[str, dict[str, Any]]:
 def get_claim(
     name: str,
     base: ConfigDict,
-    best: dict[str, str],
+    best: dict[str, tuple[str, ...]],
     num_images: int,
     batch_size: int = 32,
     n_iters: int = 2000,
@@ -45,7 +45,7 @@ def get_claim(
     Args:
       name: the sweep's name.
       base: the data and the size of the network.
-      best: the best fixed truncation by validation NLL, for each parametrization.
+      best: the fixed truncations of the best validation NLL, for each parametrization.
       num_images: the number of images for NLL and NELBO.
       batch_size, n_iters: of training.
     """
@@ -85,6 +85,6 @@ def get_claim(
     deciding += [
         f"{parametrization}_{truncation}"
         for parametrization, fixed in best.items()
-        for truncation in (*_DECIDING, fixed)
+        for truncation in (*_DECIDING, *fixed)
     ]
     return Sweep(name, base, points, (0, 1, 2), tuple(deciding), prepared=True)

@@ -4,7 +4,10 @@ from configs.vp import folder_st
 from experiments.claim import get_claim
 from experiments.sweep import Sweep
 
-_BEST = {"noise": "fixed_1e-5", "velocity": "fixed_1e-5"}
+_BEST: dict[str, tuple[str, ...]] = {
+    "noise": ("fixed_1e-5",),
+    "velocity": ("fixed_1e-4", "fixed_1e-5"),
+}
 
 
 def get_sweep() -> Sweep:
