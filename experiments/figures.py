@@ -1,6 +1,7 @@
 """The figures of experiments.tables, as PNG files."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -31,9 +32,13 @@ class Score:
     num_seeds: int
 
     def __str__(self) -> str:
-        """The cell of a table."""
-        error = "" if self.error is None else f" ± {self.error:.4f}"
-        return f"{self.value:.4f}{error}{'' if self.num_seeds > 1 else '*'}"
+        """The cell of a table, with the first two digits of the error, but four decimals at most."""
+        star = "" if self.num_seeds > 1 else "*"
+        if self.error is None:
+            return f"{self.value:#.4g}{star}"
+        digits = 1 - math.floor(math.log10(self.error)) if self.error else 4
+        decimals = min(max(digits, 0), 4)
+        return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}{star}"
 
 
 Point = tuple[str, Score | None, Score | None]  # label, NLL, Fréchet distance

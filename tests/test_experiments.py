@@ -285,8 +285,8 @@ def test_tables_say_mean_and_error(tmp_path):
     assert [path.name for path in drawn] == ["c.png"] and drawn[0].stat().st_size < 100_000
     text = (tmp_path / "out" / "tables.md").read_text()
     # 0.2 / √3
-    assert "| VE: fixed ε | 3.2000 ± 0.1155 | not run | not run | 2.0000 ± 0.5774 | 3 |" in text
-    assert "| RVE: soft truncation | 4.0000 ± 0.2500* | not run | not run | 2.0000* | 1 |" in text
+    assert "| VE: fixed ε | 3.20 ± 0.12 | not run | not run | 2.00 ± 0.58 | 3 |" in text
+    assert "| RVE: soft truncation | 4.00 ± 0.25* | not run | not run | 2.000* | 1 |" in text
     assert "VE: soft truncation less fixed ε | -0.5000 ± 0.0000 |" in text
 
 
@@ -345,7 +345,7 @@ def test_the_claims_tables_compare_with_the_best_fixed_truncation_of_validation(
     claim_tables.write_tables(tmp_path)
     text = (tmp_path / "tables.md").read_text()
     assert "Less fixed, ε = 1e-4, the best fixed ε by validation NLL" in text
-    assert "| soft, k = 1 | -0.1500 ± 0.0500 |  | 0.0000 ± 0.0000 |  |  | 2 |" in text
+    assert "| soft, k = 1 | -0.150 ± 0.050 |  | 0.0000 ± 0.0000 |  |  | 2 |" in text
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
 
 
