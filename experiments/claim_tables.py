@@ -128,14 +128,14 @@ def write_tables(folder: pathlib.Path) -> None:
             text += _differences(
                 rows, [(_NAMES[n], f"{parametrization}_{n}", point) for n in others]
             )
-        for kind in ("fixed", "soft"):
-            ends = {n: label for n, label in _NAMES.items() if label.startswith(f"{kind}, ")}
+        for kind in ("fixed", "soft", "equivalent weight"):
             short = {
                 f"{parametrization}_{n}": label.split(", ")[1]
-                for n, label in ends.items()
-                if "from" not in label and " = " in label and "independent" not in label
+                for n, label in _NAMES.items()
+                if label.startswith(f"{kind}, ") and label.count(",") == 1 and " = " in label
             }
-            series[f"{parametrization}, {kind}"] = _points(rows, short)
+            if points := _points(rows, short):
+                series[f"{parametrization}, {kind}"] = points
     text += ["", "## Velocity less noise", ""]
     text += _differences(
         rows, [(label, f"velocity_{n}", f"noise_{n}") for n, label in _NAMES.items()]
@@ -151,7 +151,7 @@ def write_tables(folder: pathlib.Path) -> None:
             for label, a, b in pairs
         ],
     )
-    if any(series.values()):
+    if series:
         figures.draw_tradeoff("Likelihood against samples", series, folder / "tradeoff.png")
         text += ["", "![Likelihood against samples](tradeoff.png)"]
     if curves := load_curves(folder):

@@ -11,6 +11,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 _AXES = ("NLL with residual (bits/dim)", "Fréchet distance, classifier")
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
@@ -85,7 +86,7 @@ def draw_tradeoff(title: str, series: dict[str, list[Point]], path: pathlib.Path
             [y.value for *_, y in known],
             [y.error or 0 for *_, y in known],
             [x.error or 0 for _, x, _ in known],
-            marker="os"[i % 2],
+            marker="osD"[i % 3],
             color=_COLOURS[i],
             elinewidth=0.8,
             label=name,
@@ -101,6 +102,7 @@ def draw_tradeoff(title: str, series: dict[str, list[Point]], path: pathlib.Path
         yscale="log",
     )
     axes.grid(alpha=0.3, which="both")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend()
