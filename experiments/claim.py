@@ -2,8 +2,9 @@
 
 For the noise and for the velocity as what the network predicts: fixed truncation at four ε, soft
 truncation by its exponent k and by the ε it starts from, its equivalent weight, and the sigmoid
-prior; all with likelihood weighting and stratified, importance-sampled times. The points that
-decide have three seeds, the others one.
+prior; all with likelihood weighting and stratified, importance-sampled times. With the velocity
+also without stratified times, and without clipping of gradients. The points that decide have three
+seeds, the others one.
 """
 
 from typing import Any
@@ -81,6 +82,10 @@ def get_claim(
         "model.parametrization": "velocity",
         "training.stratified_times": False,
     }
+    # Clipped to a norm, the gradient of a drawn τ is no longer on average that of the weight.
+    for truncation in ("fixed_1e-5", "soft_k1", "weight_k1"):
+        point = f"velocity_{truncation}"
+        points[f"{point}_unclipped"] = points[point] | {"optim.grad_clip": -1.0}
     deciding = ["velocity_soft_k1_independent"]
     deciding += [
         f"{parametrization}_{truncation}"

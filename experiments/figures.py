@@ -33,7 +33,7 @@ class Score:
     num_seeds: int
 
     def __str__(self) -> str:
-        """The cell of a table, with the first two digits of the error, but four decimals at most."""
+        """The cell of a table, with the error's first two digits, but four decimals at most."""
         star = "" if self.num_seeds > 1 else "*"
         if self.error is None:
             return f"{self.value:#.4g}{star}"
