@@ -143,7 +143,11 @@ def write_tables(folder: pathlib.Path) -> None:
     text += _differences(
         rows, [(label, f"velocity_{n}", f"noise_{n}") for n, label in _NAMES.items()]
     )
-    pairs = [("soft, k = 1, less its equivalent weight", "soft_k1", "weight_k1")]
+    pairs = [
+        ("soft, k = 1, less its equivalent weight", "soft_k1", "weight_k1"),
+        ("soft, k = 1, less fixed, ε = 1e-5", "soft_k1", "fixed_1e-5"),
+        ("equivalent weight, k = 1, less fixed, ε = 1e-5", "weight_k1", "fixed_1e-5"),
+    ]
     pairs += [
         (f"{label}, gradients not clipped", f"{a}_unclipped", f"{b}_unclipped")
         for label, a, b in pairs

@@ -36,7 +36,7 @@ class Score:
         """The cell of a table, with the error's first two digits, but four decimals at most."""
         star = "" if self.num_seeds > 1 else "*"
         if self.error is None:
-            return f"{self.value:#.4g}{star}"
+            return f"{self.value:.3f}{star}"
         digits = 1 - math.floor(math.log10(self.error)) if self.error else 4
         decimals = min(max(digits, 0), 4)
         return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}{star}"
