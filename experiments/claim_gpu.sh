@@ -6,7 +6,7 @@
 #
 # Ten runs at a time, after the first has taken its first step: what it has compiled and tried is
 # then in JAX's cache for the others. (Begun at once, on an H100 with 16 cores, eight took their
-# first steps after 220 s; then they trained at 17,500 images/s together, and 20 s after they were
+# first steps after 180 s; then they trained at 17,500 images/s together, and 20 s after they were
 # resumed. On an H200 the first ten of 2,000 steps had their rows after 560 s.) After SECONDS (540)
 # all are stopped, with a checkpoint; the same command goes on, and skips the rows that are there.
 # SWEEP is another sweep's file, and NAMES are other runs:
