@@ -15,6 +15,7 @@ from configs.validate import validate
 from experiments import (
     claim_fashion_mnist,
     claim_fashion_mnist_long,
+    claim_fashion_mnist_longest,
     claim_photographs,
     claim_tables,
     digits,
@@ -231,6 +232,7 @@ def test_gradients_are_told_from_their_noise():
         (claim_photographs, 48),
         (claim_fashion_mnist, 46),
         (claim_fashion_mnist_long, 46),
+        (claim_fashion_mnist_longest, 46),
     ],
 )
 def test_all_points_are_valid_and_none_is_there_twice(module, count):
