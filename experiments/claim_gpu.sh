@@ -5,10 +5,11 @@
 #   bash experiments/claim_gpu.sh DIR OUT WORKDIRS [SECONDS]
 #
 # Ten runs at a time, after the first has taken its first step: what it has compiled and tried is
-# then in JAX's cache for the others. (Begun at once, on an H100 with 16 cores, eight took their
-# first steps after 180 s; then they trained at 17,500 images/s together, and 20 s after they were
-# resumed. On an H200 the first ten of 2,000 steps had their rows after 560 s.) After SECONDS (540)
-# all are stopped, with a checkpoint; the same command goes on, and skips the rows that are there.
+# then in JAX's cache for the others. (On an H100 with 16 cores eight that begin at once take their
+# first steps after 180 s; alone, the first does so after 90 s, of which it decodes images for 26,
+# and the second 35 s later, or 25 s after it was resumed. All together, or any one of them alone,
+# train at 16,000 to 17,700 images/s.) After SECONDS (540) all are stopped, with a checkpoint; the
+# same command goes on, and skips the rows that are there.
 # SWEEP is another sweep's file, and NAMES are other runs:
 #
 #   SWEEP=experiments/claim_fashion_mnist_long.py NAMES='velocity_soft_k1_seed0 …' bash …

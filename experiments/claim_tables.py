@@ -120,7 +120,9 @@ def write_tables(folder: pathlib.Path) -> None:
         _NOTES,
     ]
     series = {}
-    for parametrization in ("noise", "velocity"):
+    both = ("noise", "velocity")
+    parametrizations = [name for name in both if any(point.startswith(name) for point in rows)]
+    for parametrization in parametrizations:
         best = best_fixed(rows, parametrization)
         text += ["", f"## The network predicts the {parametrization}", ""]
         text += _table(rows, parametrization)
@@ -141,10 +143,11 @@ def write_tables(folder: pathlib.Path) -> None:
             }
             if points := _points(rows, short):
                 series[f"{parametrization}, {kind}"] = points
-    text += ["", "## Velocity less noise", ""]
-    text += _differences(
-        rows, [(label, f"velocity_{n}", f"noise_{n}") for n, label in _NAMES.items()]
-    )
+    if len(parametrizations) > 1:
+        text += ["", "## Velocity less noise", ""]
+        text += _differences(
+            rows, [(label, f"velocity_{n}", f"noise_{n}") for n, label in _NAMES.items()]
+        )
     pairs = [
         ("soft, k = 1, less its equivalent weight", "soft_k1", "weight_k1"),
         ("soft, k = 1, less fixed, ε = 1e-5", "soft_k1", "fixed_1e-5"),
@@ -160,11 +163,11 @@ def write_tables(folder: pathlib.Path) -> None:
         rows,
         [
             (f"{parametrization}: {label}", f"{parametrization}_{a}", f"{parametrization}_{b}")
-            for parametrization in ("noise", "velocity")
+            for parametrization in parametrizations
             for label, a, b in pairs
         ],
     )
-    if series:
+    if series and len(rows) > 2:
         figures.draw_tradeoff("Likelihood against samples", series, folder / "tradeoff.png")
         text += ["", "![Likelihood against samples](tradeoff.png)"]
     if curves := load_curves(folder):
