@@ -12,6 +12,8 @@ import math
 import pathlib
 import sys
 
+import numpy as np
+
 from configs.default import UserError
 from experiments import figures
 from experiments.tables import (
@@ -106,6 +108,35 @@ def _points(rows: Rows, names: dict[str, str]) -> list[figures.Point]:
     ]
 
 
+def _losses(rows: Rows, point: str) -> dict[int, float]:
+    """The test loss of a point's first seed by step."""
+    return dict(rows[point][0].get("test_loss", ())) if point in rows else {}
+
+
+def _step_of(losses: dict[int, float], loss: float) -> float | None:
+    """The step, interpolated in its logarithm, after which a run had a loss; None if unknown."""
+    steps, values = np.array(list(losses)), np.array(list(losses.values()))
+    if not values[-1] <= loss <= values[0]:
+        return None
+    return float(np.exp(np.interp(-loss, -values, np.log(steps))))
+
+
+def _loss_table(rows: Rows, parametrizations: list[str]) -> list[str]:
+    """Test losses of soft truncation and of its equivalent weight after 2^-j of all steps."""
+    lines = [line("", "step", "soft", "weight", "soft's after this step of the weight's")]
+    lines.append("|" + "---|" * 5)
+    for parametrization in parametrizations:
+        soft, weight = (
+            _losses(rows, f"{parametrization}_{name}") for name in ("soft_k1", "weight_k1")
+        )
+        last = max(soft, default=0)
+        for step in (step for step in soft if weight and math.log2(last / step).is_integer()):
+            same = _step_of(weight, soft[step])
+            cells = (f"{soft[step]:.4f}", f"{weight[step]:.4f}", f"{same:.0f}" if same else "")
+            lines.append(line(parametrization, step, *cells))
+    return lines if len(lines) > 2 else []
+
+
 def write_tables(folder: pathlib.Path) -> None:
     """Write tables.md and its figures; UserError if there are no rows or they don't compare."""
     rows = load_rows(folder)
@@ -167,6 +198,13 @@ def write_tables(folder: pathlib.Path) -> None:
             for label, a, b in pairs
         ],
     )
+    if table := _loss_table(rows, parametrizations):
+        text += ["", "## Test loss by step: drawing or weighing, k = 1, first seed", ""]
+        text += [
+            "The same expectation, of the same images and noise, with EMA weights.",
+            "",
+            *table,
+        ]
     if series and len(rows) > 2:
         figures.draw_tradeoff("Likelihood against samples", series, folder / "tradeoff.png")
         text += ["", "![Likelihood against samples](tradeoff.png)"]

@@ -131,8 +131,8 @@ def _compute_row(
         report = run_lib.evaluate(config, workdir)
     if report["step"] != step:
         raise UserError(f"{workdir} has no checkpoint of its last step, {step}")
-    rates = [row.get("images_per_second") for row in read_metrics(workdir / "metrics.jsonl")]
-    known = [rate for rate in rates if rate is not None]
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    rates = [row["images_per_second"] for row in metrics if "images_per_second" in row]
     return {
         "sweep": run.sweep.name,
         "point": run.point,
@@ -140,7 +140,7 @@ def _compute_row(
         "overrides": run.overrides,
         "config_hash": run.config_hash,
         "steps": step,
-        "images_per_second": statistics.median(known) if known else None,
+        "images_per_second": statistics.median(rates) if rates else None,
         # Including compilation; not known for an interrupted run.
         "train_seconds": trained - start if whole else None,
         "eval_seconds": time.time() - trained,
@@ -148,6 +148,7 @@ def _compute_row(
         "versions": versions,
         "scores": report,
         "of_images": of_images,
+        "test_loss": [(row["step"], row["test_loss"]) for row in metrics if "test_loss" in row],
     }
 
 

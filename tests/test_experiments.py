@@ -62,7 +62,7 @@ def stand_ins(monkeypatch):
 
     def train(config, workdir):
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (workdir / "metrics.jsonl").touch()
+        (workdir / "metrics.jsonl").write_text('{"step": 1, "test_loss": 0.5}\n')
         return SimpleNamespace(step=config.training.n_iters)
 
     def evaluate(config, workdir):
@@ -351,6 +351,19 @@ def test_the_claims_tables_compare_with_the_best_fixed_truncation_of_validation(
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
 
 
+def test_a_loss_is_given_the_step_at_which_the_equivalent_weight_had_it():
+    rows = {
+        "velocity_soft_k1": [{"test_loss": [[10, 3.0], [30, 2.5], [40, 1.5]]}],
+        "velocity_weight_k1": [{"test_loss": [[10, 2.5], [20, 2.0], [40, 1.0]]}],
+    }
+    table = claim_tables._loss_table(rows, ["noise", "velocity"])
+    assert table[2:] == [
+        "| velocity | 10 | 3.0000 | 2.5000 |  |",
+        f"| velocity | 40 | 1.5000 | 1.0000 | {20 * 2**0.5:.0f} |",
+    ]
+    assert not claim_tables._loss_table({}, ["noise"])
+
+
 def test_the_error_of_a_difference_is_of_the_images_differences():
     first, second = (
         [{"seed": 0, "scores": {"nll": np.mean(of)}, "of_images": {"nll": of}}]
@@ -406,3 +419,4 @@ def test_a_prepared_sweep_is_scored_on_folders_of_its_own(tmp_path, stand_ins, m
     scores = row["scores"]
     assert (scores["nll"], scores["validation_nll"], scores["fd_classifier"]) == (1.0, 3.0, 2.0)
     assert row["of_images"] == {"nll": [1.0, 1.0], "nelbo": [1.0, 1.0]}
+    assert row["test_loss"] == [(1, 0.5)]
