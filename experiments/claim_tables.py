@@ -199,12 +199,16 @@ def write_tables(folder: pathlib.Path) -> None:
         ],
     )
     if table := _loss_table(rows, parametrizations):
-        text += ["", "## Test loss by step: drawing or weighing, k = 1, first seed", ""]
-        text += [
-            "The same expectation, of the same images and noise, with EMA weights.",
-            "",
-            *table,
-        ]
+        title = "Test loss by step: drawing or weighing, k = 1, first seed"
+        losses = {
+            f"{parametrization}, {label}": _losses(rows, f"{parametrization}_{name}")
+            for parametrization in parametrizations
+            for name, label in (("soft_k1", "soft"), ("weight_k1", "equivalent weight"))
+        }
+        figures.draw_losses(title, losses, folder / "losses.png")
+        text += ["", f"## {title}", ""]
+        text += ["The same expectation, of the same images and noise, with EMA weights.", ""]
+        text += [*table, "", f"![{title}](losses.png)"]
     if series and len(rows) > 2:
         figures.draw_tradeoff("Likelihood against samples", series, folder / "tradeoff.png")
         text += ["", "![Likelihood against samples](tradeoff.png)"]

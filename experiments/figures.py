@@ -11,7 +11,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 _AXES = ("NLL with residual (bits/dim)", "Fréchet distance, classifier")
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
@@ -105,6 +105,25 @@ def draw_tradeoff(title: str, series: dict[str, list[Point]], path: pathlib.Path
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend()
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def draw_losses(title: str, losses: dict[str, dict[int, float]], path: pathlib.Path) -> None:
+    """Plot the test losses of runs against the step; {label: {step: loss}}."""
+    figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    for i, (label, of_run) in enumerate(losses.items()):
+        x, y = list(of_run), list(of_run.values())
+        axes.plot(x, y, marker="osD"[i % 3], markersize=4, color=_COLOURS[i], label=label)
+    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="loss on test images, EMA weights")
+    steps = sorted({step for of_run in losses.values() for step in of_run})
+    halves = [step for step in steps if math.log2(steps[-1] / step).is_integer()]
+    axes.set_xticks(halves, map(str, halves))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:.2f}")
+    axes.yaxis.set_minor_formatter("{x:.2f}")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
