@@ -77,30 +77,39 @@ def draw_curve(title: str, points: list[Point], path: pathlib.Path) -> None:
 
 
 def draw_tradeoff(title: str, series: dict[str, list[Point]], path: pathlib.Path) -> None:
-    """Plot Fréchet distance against NLL, a line for each series; labels are "name = value"."""
+    """Plot Fréchet distance against NLL, a line for each series, with the errors over seeds."""
     figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     for i, (name, points) in enumerate(series.items()):
         known = [(label, x, y) for label, x, y in points if x is not None and y is not None]
+        x, y = [x for _, x, _ in known], [y for *_, y in known]
+        errors = [[s.error or 0 if s.num_seeds > 1 else 0 for s in of] for of in (x, y)]
         axes.errorbar(
-            [x.value for _, x, _ in known],
-            [y.value for *_, y in known],
-            [y.error or 0 for *_, y in known],
-            [x.error or 0 for _, x, _ in known],
+            [s.value for s in x],
+            [s.value for s in y],
+            errors[1],
+            errors[0],
             marker="osD"[i % 3],
             color=_COLOURS[i],
             elinewidth=0.8,
             label=name,
         )
-        for label, x, y in known:
-            text = label.split(" = ")[1]
+        place, align = (((5, 4), "left"), ((5, -11), "left"), ((-5, -11), "right"))[i % 3]
+        for label, nll, distance in known:
             axes.annotate(
-                text, (x.value, y.value), (5, 5), textcoords="offset points", color=_COLOURS[i]
+                label,
+                (nll.value, distance.value),
+                place,
+                textcoords="offset points",
+                ha=align,
+                color=_COLOURS[i],
+                fontsize=8,
             )
     axes.set(
         xlabel=f"{_AXES[0]}: less is better",
         ylabel=f"{_AXES[1]}: less is better",
         yscale="log",
     )
+    axes.margins(0.12, 0.08)
     axes.grid(alpha=0.3, which="both")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -165,6 +166,7 @@ def origin(rows: Rows) -> str:
             found.add(f"{value:.3g}" if isinstance(value, float) else str(value))
         return ", ".join(sorted(found))
 
+    commits = re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"\1", values("versions", "commit"))
     return (
         f"Sweep {values('sweep')}: {len(every)} runs of {len(rows)} points, {values('steps')} "
         f"steps each; {values('scores', 'num_test_images')} test images, "
@@ -172,7 +174,7 @@ def origin(rows: Rows) -> str:
         f"evaluations. For scale, fd_classifier of real test images: "
         f"{values('scores', 'fd_classifier_of_test_images')}. On {values('device')}; JAX "
         f"{values('versions', 'jax')}, Flax {values('versions', 'flax')}, Python "
-        f"{values('versions', 'python')}, commit {values('versions', 'commit')}."
+        f"{values('versions', 'python')}, commit {commits}."
     )
 
 
