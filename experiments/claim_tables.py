@@ -1,9 +1,10 @@
 """Make the tables and the figure of the claim from the rows of its sweep.
 
-    python -m experiments.claim_tables results/claim_photographs
+    python -m experiments.claim_tables results/claim_*
 
-reads results/claim_photographs/rows, and loss_by_time if it is there, and writes tables.md and
-figures beside them; samples.png, of experiments.sample_rows, is shown too.
+reads the rows in each folder, and loss_by_time if it is there, and writes tables.md and figures
+beside them; samples.png, of experiments.sample_rows, is shown too. Of several folders, the
+differences that answer the paper's claim come to claim.md beside the folders.
 """
 
 import argparse
@@ -55,6 +56,18 @@ _NAMES = {
     "soft_k1_unclipped": "soft, k = 1, gradients not clipped",
     "weight_k1_unclipped": "equivalent weight, k = 1, gradients not clipped",
 }
+# (what, compared with what), in claim.md.
+_COMPARED = (
+    ("fixed_1e-5", "fixed_1e-3"),
+    ("soft_k1", "fixed_1e-5"),
+    ("soft_k1", "fixed_1e-4"),
+    ("soft_k1", "fixed_1e-3"),
+    ("weight_k1", "fixed_1e-5"),
+    ("weight_k1", "fixed_1e-4"),
+    ("weight_k1", "fixed_1e-3"),
+    ("soft_k1", "weight_k1"),
+    ("sigmoid", "weight_k1"),
+)
 _NOTES = """Less is better but for precision and recall. NLL and NELBO are in bits/dim, with
 residual, each at the run's own ε. *distance* is a Fréchet distance between features of a classifier
 of the data's labels, no FID. ± is the standard error over seeds; one seed is marked *, and its
@@ -222,19 +235,55 @@ def write_tables(folder: pathlib.Path) -> None:
     (folder / "tables.md").write_text("\n".join(text) + "\n")
 
 
+def write_comparisons(folders: list[pathlib.Path], path: pathlib.Path) -> None:
+    """Write a table for each of the claim's differences, with a line for each folder's rows."""
+    every = [load_rows(folder) for folder in folders]
+    text = [
+        "# Differences that answer the claim",
+        "",
+        "Scores of the first less those of the second, run by run of the same seed, test images "
+        "and noise. Errors as in the tables of each sweep: over seeds; of one seed, marked *, of "
+        "the evaluation.",
+    ]
+    for first, second in _COMPARED:
+        heads = ("sweep", "steps", "network", *(head for _, head in _SCORES), "seeds")
+        lines = [line(*heads), "|" + "---|" * len(heads)]
+        for rows in every:
+            row = next(iter(rows.values()))[0]
+            for parametrization in ("noise", "velocity"):
+                points = (f"{parametrization}_{name}" for name in (second, first))
+                pair = [rows.get(point, []) for point in points]
+                scores = [get_difference(pair[0], pair[1], name) for name, _ in _SCORES]
+                known = [score for score in scores if score is not None]
+                if known:
+                    cells = ("" if s is None else s for s in scores)
+                    name = (row["sweep"], row["steps"], parametrization)
+                    lines.append(line(*name, *cells, known[0].num_seeds))
+        if len(lines) > 2:
+            text += ["", f"## {_NAMES[first]}: compared with {_NAMES[second]}", "", *lines]
+    path.write_text("\n".join(text) + "\n")
+
+
 def main() -> int:
-    """Make the tables of the folder that the command line names; returns the exit status."""
+    """Make the tables of the folders that the command line names; returns the exit status."""
     parser = argparse.ArgumentParser(prog="experiments.claim_tables")
-    parser.add_argument("folder", type=pathlib.Path, help="the --out of experiments.run")
-    options = parser.parse_args()
+    parser.add_argument(
+        "folders", type=pathlib.Path, nargs="+", help="each the --out of experiments.run"
+    )
+    folders = parser.parse_args().folders
     environment.prepare()
     log.setLevel(logging.INFO)
     try:
-        write_tables(options.folder)
+        for folder in folders:
+            write_tables(folder)
+            log.info("wrote %s", folder / "tables.md")
+        if len(folders) > 1:
+            path = folders[0].resolve().parent / "claim.md"
+            write_comparisons(folders, path)
+            log.info("wrote %s", path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    log.info("wrote %s", options.folder / "tables.md")
     return 0
 
 

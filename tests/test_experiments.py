@@ -349,6 +349,10 @@ def test_the_claims_tables_compare_with_the_best_fixed_truncation_of_validation(
     assert "Less fixed, ε = 1e-4, the best fixed ε by validation NLL" in text
     assert "| soft, k = 1 | -0.150 ± 0.050 |  | 0.0000 ± 0.0000 |  |  | 2 |" in text
     assert (tmp_path / "tradeoff.png").stat().st_size > 10_000
+    claim_tables.write_comparisons([tmp_path, tmp_path], tmp_path / "claim.md")
+    text = (tmp_path / "claim.md").read_text()
+    assert text.count("\n## ") == 2  # the rows have no other pair
+    assert text.count("| s | 7 | noise | -0.150 ± 0.050 |  | 0.0000 ± 0.0000 |  |  | 2 |") == 2
 
 
 def test_a_loss_is_given_the_step_at_which_the_equivalent_weight_had_it():
