@@ -28,7 +28,8 @@ def _get_truncations() -> dict[str, dict[str, Any]]:
             points[f"soft_k1_from_{name}"] = {"training.k": 1.0, **at}
     for k in (0.8, 1.0, 1.2):
         points[f"soft_k{k:g}"] = {"training.k": k}
-    points["weight_k1"] = {"training.truncation": "equivalent_weight", "training.k": 1.0}
+    for k in (1.0, 1.2):
+        points[f"weight_k{k:g}"] = {"training.truncation": "equivalent_weight", "training.k": k}
     points["sigmoid"] = {"training.prior": "sigmoid"}
     return points
 
