@@ -3,8 +3,8 @@
     python -m experiments.claim_tables results/claim_*
 
 reads the rows in each folder, and loss_by_time if it is there, and writes tables.md and figures
-beside them; samples.png, of experiments.sample_rows, is shown too. Of several folders, the
-differences that answer the paper's claim come to claim.md beside the folders.
+beside them; samples.png, of experiments.sample_rows, is shown too. Of several folders, it prints
+the differences that answer the paper's claim, the tables of results/README.md.
 """
 
 import argparse
@@ -57,18 +57,26 @@ _NAMES = {
     "soft_k1_unclipped": "soft, k = 1, gradients not clipped",
     "weight_k1_unclipped": "equivalent weight, k = 1, gradients not clipped",
 }
-# (what, compared with what), in claim.md.
-_COMPARED = (
-    ("fixed_1e-5", "fixed_1e-3"),
-    ("soft_k1", "fixed_1e-5"),
-    ("soft_k1", "fixed_1e-4"),
-    ("soft_k1", "fixed_1e-3"),
-    ("weight_k1", "fixed_1e-5"),
-    ("weight_k1", "fixed_1e-4"),
-    ("weight_k1", "fixed_1e-3"),
-    ("soft_k1", "weight_k1"),
-    ("sigmoid", "weight_k1"),
-)
+_FIXED = ("fixed_1e-5", "fixed_1e-4", "fixed_1e-3")
+# The tables of results/README.md: {question: ((heading, point, what it is compared with), …)}.
+_COMPARISONS = {
+    f"{name}, {parametrization}": tuple(
+        (
+            f"less {_NAMES[other].split(', ')[-1]}",
+            f"{parametrization}_{point}",
+            f"{parametrization}_{other}",
+        )
+        for other in _FIXED
+    )
+    for name, point in (("soft", "soft_k1"), ("weight", "weight_k1"))
+    for parametrization in ("noise", "velocity")
+} | {
+    f"{name} less weight": tuple(
+        (parametrization, f"{parametrization}_{point}", f"{parametrization}_weight_k1")
+        for parametrization in ("noise", "velocity")
+    )
+    for name, point in (("soft", "soft_k1"), ("sigmoid", "sigmoid"))
+}
 _NOTES = """Less is better but for precision and recall. NLL and NELBO are in bits/dim, with
 residual, each at the run's own ε. *distance* is a Fréchet distance between features of a classifier
 of the data's labels, no FID. ± is the standard error over seeds; one seed is marked *, and its
@@ -236,33 +244,32 @@ def write_tables(folder: pathlib.Path) -> None:
     (folder / "tables.md").write_text("\n".join(text) + "\n")
 
 
-def write_comparisons(folders: list[pathlib.Path], path: pathlib.Path) -> None:
-    """Write a table for each of the claim's differences, with a line for each folder's rows."""
+def get_comparisons(folders: list[pathlib.Path]) -> str:
+    """The tables of results/README.md: differences of points, with a line for each folder."""
     every = [load_rows(folder) for folder in folders]
-    text = [
-        "# Differences that answer the claim",
-        "",
-        "Scores of the first less those of the second, run by run of the same seed, test images "
-        "and noise. Errors as in the tables of each sweep: over seeds; of one seed, marked *, of "
-        "the evaluation.",
-    ]
-    for first, second in _COMPARED:
-        heads = ("sweep", "steps", "network", *(head for _, head in _SCORES), "seeds")
-        lines = [line(*heads), "|" + "---|" * len(heads)]
+    text = []
+    for question, columns in _COMPARISONS.items():
+        heads = [f"{score}, {head}" for head, *_ in columns for score in ("NLL", "distance")]
+        lines = [line(question, *heads), "|" + "---|" * (len(heads) + 1)]
         for rows in every:
             row = next(iter(rows.values()))[0]
-            for parametrization in ("noise", "velocity"):
-                points = (f"{parametrization}_{name}" for name in (second, first))
-                pair = [rows.get(point, []) for point in points]
-                scores = [get_difference(pair[0], pair[1], name) for name, _ in _SCORES]
-                known = [score for score in scores if score is not None]
-                if known:
-                    cells = ("" if s is None else s for s in scores)
-                    name = (row["sweep"], row["steps"], parametrization)
-                    lines.append(line(*name, *cells, known[0].num_seeds))
-        if len(lines) > 2:
-            text += ["", f"## {_NAMES[first]}: compared with {_NAMES[second]}", "", *lines]
-    path.write_text("\n".join(text) + "\n")
+            differences = [
+                get_difference(rows.get(other, []), rows.get(point, []), score)
+                for _, point, other in columns
+                for score in ("nll", "fd_classifier")
+            ]
+            if any(differences):
+                cells = ["" if d is None else f"{'+' * (d.value > 0)}{d}" for d in differences]
+                lines.append(line(_label(row["sweep"], row["steps"]), *cells))
+        text.append("\n".join(lines))
+    return "\n\n".join(text)
+
+
+def _label(sweep: str, steps: int) -> str:
+    """The name of a sweep's line: its images, and its steps."""
+    images = {"claim_photographs": "photographs", "claim_fashion_mnist": "Fashion-MNIST, 16×16"}
+    large = "Fashion-MNIST, 32×32" if sweep.startswith("claim_fashion_mnist_32") else sweep
+    return f"{images.get(sweep, large)}, {steps:,} steps"
 
 
 def main() -> int:
@@ -279,9 +286,7 @@ def main() -> int:
             write_tables(folder)
             log.info("wrote %s", folder / "tables.md")
         if len(folders) > 1:
-            path = folders[0].resolve().parent / "claim.md"
-            write_comparisons(folders, path)
-            log.info("wrote %s", path)
+            print(get_comparisons(folders))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
