@@ -28,7 +28,7 @@ def _get_truncations() -> dict[str, dict[str, Any]]:
             points[f"soft_k1_from_{name}"] = {"training.k": 1.0, **at}
     for k in (0.8, 1.0, 1.2):
         points[f"soft_k{k:g}"] = {"training.k": k}
-    for k in (1.0, 1.2):
+    for k in (1.0, 1.2, 1.5):
         points[f"weight_k{k:g}"] = {"training.truncation": "equivalent_weight", "training.k": k}
     points["sigmoid"] = {"training.prior": "sigmoid"}
     return points
@@ -87,7 +87,7 @@ def get_claim(
     for truncation in ("fixed_1e-5", "soft_k1", "weight_k1"):
         point = f"velocity_{truncation}"
         points[f"{point}_unclipped"] = points[point] | {"optim.grad_clip": -1.0}
-    deciding = ["velocity_soft_k1_independent"]
+    deciding = ["velocity_soft_k1_independent", "velocity_weight_k1.2"]
     deciding += [
         f"{parametrization}_{truncation}"
         for parametrization, fixed in best.items()

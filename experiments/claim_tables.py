@@ -51,6 +51,7 @@ _NAMES = {
     "soft_k1_from_1e-2": "soft, k = 1, from ε = 1e-2",
     "weight_k1": "equivalent weight, k = 1",
     "weight_k1.2": "equivalent weight, k = 1.2",
+    "weight_k1.5": "equivalent weight, k = 1.5",
     "sigmoid": "soft, sigmoid prior",
     "soft_k1_independent": "soft, k = 1, independent times",
     "fixed_1e-5_unclipped": "fixed, ε = 1e-5, gradients not clipped",

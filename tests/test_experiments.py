@@ -229,10 +229,10 @@ def test_gradients_are_told_from_their_noise():
     "module, count",
     [
         (digits, 60),
-        (claim_photographs, 50),
-        (claim_fashion_mnist, 48),
-        (claim_fashion_mnist_long, 48),
-        (claim_fashion_mnist_longest, 48),
+        (claim_photographs, 54),
+        (claim_fashion_mnist, 52),
+        (claim_fashion_mnist_long, 52),
+        (claim_fashion_mnist_longest, 52),
     ],
 )
 def test_all_points_are_valid_and_none_is_there_twice(module, count):
