@@ -63,7 +63,7 @@ _FIXED = ("fixed_1e-5", "fixed_1e-4", "fixed_1e-3")
 _COMPARISONS = {
     f"{name}, {parametrization}": tuple(
         (
-            f"less {_NAMES[other].split(', ')[-1]}",
+            f"minus that of {_NAMES[other].split(', ')[-1]}",
             f"{parametrization}_{point}",
             f"{parametrization}_{other}",
         )
@@ -72,7 +72,7 @@ _COMPARISONS = {
     for name, point in (("soft", "soft_k1"), ("weight", "weight_k1"))
     for parametrization in ("noise", "velocity")
 } | {
-    f"{name} less weight": tuple(
+    f"{name} minus weight": tuple(
         (parametrization, f"{parametrization}_{point}", f"{parametrization}_weight_k1")
         for parametrization in ("noise", "velocity")
     )
