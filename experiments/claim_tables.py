@@ -1,4 +1,4 @@
-"""Make the tables and the figure of the claim from the rows of its sweep.
+"""Make the tables and figures of the claim from the rows of its sweeps.
 
     python -m experiments.claim_tables results/claim_*
 
@@ -131,33 +131,40 @@ def _points(rows: Rows, names: dict[str, str]) -> list[figures.Point]:
     ]
 
 
-def _losses(rows: Rows, point: str) -> dict[int, float]:
-    """The test loss of a point's first seed by step."""
-    return dict(rows[point][0].get("test_loss", ())) if point in rows else {}
+Losses = dict[str, tuple[dict[int, float], dict[int, float]]]
+
+
+def _losses(rows: Rows) -> Losses:
+    """{parametrization: test losses by step, of soft truncation and its weight, first seed}."""
+    losses = {}
+    for parametrization in ("noise", "velocity"):
+        soft, weight = (
+            dict(rows[point][0].get("test_loss", ())) if point in rows else {}
+            for point in (f"{parametrization}_soft_k1", f"{parametrization}_weight_k1")
+        )
+        if soft and weight:
+            losses[parametrization] = soft, weight
+    return losses
 
 
 def _step_of(losses: dict[int, float], loss: float) -> float | None:
-    """The step, interpolated in its logarithm, after which a run had a loss; None if unknown."""
-    steps, values = np.array(list(losses)), np.array(list(losses.values()))
+    """The step, interpolated in its logarithm, by which a run had a loss; None if unknown."""
+    steps, values = np.array(list(losses)), np.minimum.accumulate(list(losses.values()))
     if not values[-1] <= loss <= values[0]:
         return None
     return float(np.exp(np.interp(-loss, -values, np.log(steps))))
 
 
-def _loss_table(rows: Rows, parametrizations: list[str]) -> list[str]:
+def _loss_table(losses: Losses) -> list[str]:
     """Test losses of soft truncation and of its equivalent weight after 2^-j of all steps."""
     lines = [line("", "step", "soft", "weight", "soft's after this step of the weight's")]
     lines.append("|" + "---|" * 5)
-    for parametrization in parametrizations:
-        soft, weight = (
-            _losses(rows, f"{parametrization}_{name}") for name in ("soft_k1", "weight_k1")
-        )
-        last = max(soft, default=0)
-        for step in (step for step in soft if weight and math.log2(last / step).is_integer()):
+    for parametrization, (soft, weight) in losses.items():
+        for step in (step for step in soft if math.log2(max(soft) / step).is_integer()):
             same = _step_of(weight, soft[step])
             cells = (f"{soft[step]:.4f}", f"{weight[step]:.4f}", f"{same:.0f}" if same else "")
             lines.append(line(parametrization, step, *cells))
-    return lines if len(lines) > 2 else []
+    return lines
 
 
 def write_tables(folder: pathlib.Path) -> None:
@@ -221,17 +228,20 @@ def write_tables(folder: pathlib.Path) -> None:
             for label, a, b in pairs
         ],
     )
-    if table := _loss_table(rows, parametrizations):
+    if losses := _losses(rows):
         title = "Test loss by step: drawing or weighing, k = 1, first seed"
-        losses = {
-            f"{parametrization}, {label}": _losses(rows, f"{parametrization}_{name}")
-            for parametrization in parametrizations
-            for name, label in (("soft_k1", "soft"), ("weight_k1", "equivalent weight"))
-        }
-        figures.draw_losses(title, losses, folder / "losses.png")
+        figures.draw_losses(
+            title,
+            {
+                f"{parametrization}, {label}": of_run
+                for parametrization, pair in losses.items()
+                for label, of_run in zip(("soft", "equivalent weight"), pair, strict=True)
+            },
+            folder / "losses.png",
+        )
         text += ["", f"## {title}", ""]
         text += ["The same expectation, of the same images and noise, with EMA weights.", ""]
-        text += [*table, "", f"![{title}](losses.png)"]
+        text += [*_loss_table(losses), "", f"![{title}](losses.png)"]
     if series and len(rows) > 2:
         figures.draw_tradeoff("Likelihood against samples", series, folder / "tradeoff.png")
         text += ["", "![Likelihood against samples](tradeoff.png)"]
@@ -262,7 +272,8 @@ def get_comparisons(folders: list[pathlib.Path]) -> str:
             if any(differences):
                 cells = ["" if d is None else f"{'+' * (d.value > 0)}{d}" for d in differences]
                 lines.append(line(_label(row["sweep"], row["steps"]), *cells))
-        text.append("\n".join(lines))
+        if len(lines) > 2:
+            text.append("\n".join(lines))
     return "\n\n".join(text)
 
 
