@@ -1,22 +1,27 @@
 #!/usr/bin/env bash
-# The tables of docs/speed.md for one GPU of 80 GB, in one call of under ten minutes:
+# The tables of docs/speed.md, for one GPU of 80 GB:
 #
-#   bash benchmarks/gpu.sh OUT            on a GPU; the peers too, if PyTorch is installed, and
-#                                         jax-triton's normalisation kernels, if that is
-#   bash benchmarks/gpu.sh OUT --smoke    the same parts, small, on any machine
+#   bash benchmarks/gpu.sh OUT [ours|peers]          on a GPU; without a word both, one after the other
+#   bash benchmarks/gpu.sh OUT [ours|peers] --smoke  the same parts, small, on any machine
 #
-# The parts of a group compile side by side, and then measure one after the other, each alone. OUT
-# gets a log of each part, and tables.md, which is copied to results/gpu.
+# `peers` are what training is beside: no kernels, jax-triton's, and PyTorch, if that is installed.
+# On an H100 each took six to eight minutes. The parts of each compile side by side, and then measure
+# one after the other, alone. OUT gets a log of each part, and tables.md of all that are there; it is
+# copied to results/gpu.
 set -u
-out=${1:?usage: bash benchmarks/gpu.sh OUT [--smoke]}
+out=${1:?usage: bash benchmarks/gpu.sh OUT [ours|peers] [--smoke]}
 python=${PYTHON:-python}
 first=128 second=512 train="" profile="--profile 40" sample="--pc_steps 100" kernels=""
-if [ "${2:-}" = --smoke ]; then
+which=ours,peers
+case ${2:-} in ours | peers) which=$2 && shift ;; esac
+smoke=${2:-}
+case $smoke in '' | --smoke) ;; *) echo "$smoke is neither ours, peers nor --smoke" >&2 && exit 2 ;; esac
+if [ -n "$smoke" ]; then
   first=2 second=4 train="--nf 32 --num_res_blocks 1" profile="" kernels="--small"
   sample="--nf 32 --num_res_blocks 1 --pc_steps 2 --tolerance 0.1 --nll_steps 32"
 fi
 port=""
-if [ "${2:-}" != --smoke ] && $python -c 'import jax_triton' 2>/dev/null; then port=port; fi
+if [ -z "$smoke" ] && $python -c 'import jax_triton' 2>/dev/null; then port=port; fi
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 mkdir -p "$out"
 failed=0
@@ -38,6 +43,9 @@ start() {
     kernels) XLA_PYTHON_CLIENT_MEM_FRACTION=.1 part $1 kernels $kernels ;;
     port) XLA_PYTHON_CLIENT_MEM_FRACTION=.1 part $1 kernels --backend norm_triton ;;
     torch128) part $1 train --batch $first $train --peer torch --only_peer ;;
+    train_xla) XLA_PYTHON_CLIENT_MEM_FRACTION=.2 part $1 train --batch $first $train --kernels xla ;;
+    train_triton)
+      XLA_PYTHON_CLIENT_MEM_FRACTION=.12 part $1 train --batch $first $train --kernels norm_triton ;;
     edm128) part $1 train --batch $first $train --peer edm --only_peer ;;
   esac
 }
@@ -46,13 +54,19 @@ group() {
   for name in $names; do start $name & parts="$parts $!"; done
   for process in $parts; do wait $process || failed=1; done
 }
-group train128 train512 samplers kernels $port
-if $python -c 'import torch' 2>/dev/null; then group torch128 edm128; fi
+case $which in *ours*) group train128 train512 samplers kernels $port ;; esac
+peers="train_xla ${port:+train_triton}"
+if $python -c 'import torch' 2>/dev/null; then peers="torch128 edm128 $peers"; fi
+case $which in *peers*) group $peers ;; esac
+table() { for name; do grep -sh '^|' "$out/$name.txt"; done | awk '!seen[$0]++'; }
 {
-  grep -h '^JAX\|^a large' "$out/train128.txt"
-  for table in "train128 train512 torch128 edm128" samplers kernels $port; do
-    echo
-    for name in $table; do grep -sh '^|' "$out/$name.txt"; done | awk '!seen[$0]++'
+  grep -sh '^JAX\|^a large' "$out/train128.txt" "$out/train_xla.txt" | head -n 2
+  printf '\n%s\n' "$(table train128 train512 train_triton train_xla torch128 edm128)"
+  for name in samplers kernels port; do
+    [ -s "$out/$name.txt" ] || continue
+    printf '\n'
+    [ $name != port ] || printf 'The same kernels in Triton, through jax-triton:\n\n'
+    table $name
   done
 } | tee "$out/tables.md"
 exit $failed

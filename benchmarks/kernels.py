@@ -42,6 +42,15 @@ SMALL = [(2, 8, 64), (2, 16, 32)]
 NAMES = ("y", "dx", "dscale", "dbias", "dshift")
 
 
+def make_inputs(shape: tuple[int, int, int], dtype: Any) -> list[Array]:
+    """Random x, scale, bias, shift and dy for one of SHAPES."""
+    n, size, channels = shape
+    keys = jax.random.split(jax.random.key(sum(shape)), 5)
+    x, dy = (jax.random.normal(key, (n, size, size, channels), dtype) for key in keys[:2])
+    scale, bias = (1 + 0.5 * jax.random.normal(key, (channels,)) for key in keys[2:4])
+    return [x, scale, bias, jax.random.normal(keys[4], (n, channels)), dy]
+
+
 def run(function: Callable[..., Array], options: Options, *inputs: Array) -> tuple[Array, ...]:
     """y and the gradients of sum(y · dy); the inputs are x, scale, bias, shift and dy."""
     *given, dy = inputs
@@ -68,38 +77,35 @@ def main() -> None:
     backend = norm_kernels.backend()
     if backend is None:
         raise SystemExit("there are no kernels to measure")
-    print(f"JAX {jax.__version__}, {jax.devices()}; kernels: {backend.__name__}")
-    table = Table("shape", "dtype", *NAMES, "kernel µs", "XLA µs", "rule")
+    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; kernels: {backend.__name__}")
+    measured = []
     for shape in SMALL if flags.small else SHAPES:
         n, size, channels = shape
         options = Options(min(channels // 4, 32), True)
-        keys = jax.random.split(jax.random.key(sum(shape)), 5)
         for dtype in (jnp.bfloat16, jnp.float32):
-            features = (n, size, size, channels)
-            x, dy = (jax.random.normal(key, features, dtype) for key in keys[:2])
-            scale, bias = (1 + 0.5 * jax.random.normal(key, (channels,)) for key in keys[2:4])
-            inputs = [x, scale, bias, jax.random.normal(keys[4], (n, channels)), dy]
+            make = functools.partial(make_inputs, shape, dtype)
+            x, *_ = shapes = jax.eval_shape(make)
             if not norm_kernels.fits(options, x):
                 print(f"{shape}: the kernels don't support it")
                 continue
             kernel = jax.jit(functools.partial(run, norm_kernels.fused, options))
             xla = jax.jit(functools.partial(run, normalization.norm_act, options))
-            few = [part[:2] if part.ndim > 1 else part for part in inputs]
-            ours = kernel(*few)
+            few = [part[:2] if part.ndim > 1 else part for part in make()]
             errors = [
                 float(np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b))
-                for a, b in zip(ours, reference(options, few), strict=True)
+                for a, b in zip(kernel(*few), reference(options, few), strict=True)
             ]
-            jax.block_until_ready((kernel(*inputs), xla(*inputs)))
-            take_turn()
-            seconds: list[Any] = [
-                seconds_a_call(functools.partial(call, *inputs), 0.3) for call in (kernel, xla)
-            ]
-            rule = "kernel" if norm_kernels.pays(x) else "XLA"
-            cells = (f"{n}×{size}²×{channels}", jnp.dtype(dtype).name)
-            table.add(*cells, *errors, *(s * 1e6 for s in seconds), rule)
             if max(errors) > (1e-2 if dtype == jnp.bfloat16 else 1e-4):
-                raise SystemExit(f"the kernels' errors are too large: {errors}")
+                raise SystemExit(f"the kernels' errors are too large: {shape}, {errors}")
+            calls = [call.lower(*shapes).compile() for call in (kernel, xla)]
+            cells = (f"{n}×{size}²×{channels}", jnp.dtype(dtype).name, *errors)
+            measured.append((cells, make, calls, "kernel" if norm_kernels.pays(x) else "XLA"))
+    take_turn()
+    table = Table("shape", "dtype", *NAMES, "kernel µs", "XLA µs", "rule")
+    for cells, make, calls, rule in measured:
+        inputs = make()
+        seconds = [seconds_a_call(functools.partial(call, *inputs), 0.3) for call in calls]
+        table.add(*cells, *(s * 1e6 for s in seconds), rule)
     table.show()
 
 

@@ -68,7 +68,7 @@ def product_rate(dtype: str, precision: Any = None) -> float:
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
     rate = 2 * size**3 / seconds_a_call(lambda: product(a, b)) / 1e12
-    print(f"JAX {jax.__version__}, {jax.devices()}")
+    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}")
     print(f"a large matrix product in {dtype}: {rate:.3g} TFLOP/s\n")
     return rate
 

@@ -3,6 +3,7 @@
 python -m benchmarks.train                                 # CIFAR-10's DDPM++, for a GPU
 python -m benchmarks.train --peer torch edm                # also in PyTorch, if it is installed
 python -m benchmarks.train --peer --nf 32 --num_res_blocks 1 --batch 64 --dtype float32   # a CPU
+python -m benchmarks.train --kernels xla                   # group normalisation without its kernels
 
 Trains on noise with the objective of configs/vp/cifar10_st.py, by the same calls as `--mode train`;
 `--recipe` takes the network of another: of digits_st, or of the sweep of photographs.
@@ -42,6 +43,7 @@ from benchmarks.measure import (
 )
 from configs.vp import cifar10_st, digits_st
 from experiments import claim_photographs
+from models import norm_kernels
 from models import utils as mutils
 from readers.source import ArraySource
 from runtime import environment
@@ -68,8 +70,17 @@ def print_profile(run: Callable[[], Any], steps: int, rows: int) -> None:
         print(f"{times[name]:8.3f} ms {counts[name] / steps:7.1f} times  {name}")
 
 
-def ours(config: ConfigDict, profile: int) -> Iterator[dict[str, Any]]:
-    """Rows for the training step and the forward pass of a config."""
+def ours(config: ConfigDict, profile: int, kernels: str | None = None) -> Iterator[dict[str, Any]]:
+    """Rows for the training step and the forward pass of a config.
+
+    `kernels` names the module with the normalisation's kernels, or is "xla", for none; then the
+    forward pass, which doesn't use them, has no row.
+    """
+    if kernels:
+        chosen = {kernels} & set(norm_kernels.BACKENDS)
+        norm_kernels.BACKENDS = {name: norm_kernels.BACKENDS[name] for name in chosen}
+        if chosen and norm_kernels.backend() is None:
+            raise SystemExit(f"the kernels of {kernels} do not work here")
     setup, data, batch = session.set_up(config), config.data, config.training.batch_size
     shape = (data.image_size, data.image_size, data.num_channels)
     images = np.random.default_rng(0).integers(0, 256, (10_000, *shape), dtype=np.uint8)
@@ -101,14 +112,17 @@ def ours(config: ConfigDict, profile: int) -> Iterator[dict[str, Any]]:
     def forward() -> Any:
         return apply({"params": params}, x, labels)
 
-    first_forward = timed(forward)
+    first_forward = 0.0 if kernels else timed(forward)
     take_turn()
     seconds = seconds_a_call(train) / steps
     row = {"first": first, "gflop": 3 * gflop, "seconds": seconds, "peak": peak_gib()}
-    yield {"": f"training, {name}", **row}
+    by = f", normalisation by {kernels}" if kernels else ""
+    yield {"": f"training, {name}{by}", **row}
     if profile:
         print_profile(train, steps, profile)
     del packed
+    if kernels:
+        return
     row = {"first": first_forward, "gflop": gflop, "seconds": seconds_a_call(forward)}
     yield {"": f"forward, {name}", **row}
 
@@ -163,6 +177,11 @@ def main() -> None:
     )
     parser.add_argument("--only_peer", action="store_true", help="not ours")
     parser.add_argument(
+        "--kernels",
+        choices=(*norm_kernels.BACKENDS, "xla"),
+        help="what normalises in training, rather than what a run chooses",
+    )
+    parser.add_argument(
         "--compiled",
         choices=("network", "blocks", "nothing"),
         default="nothing" if on_cpu else "network",
@@ -182,7 +201,7 @@ def main() -> None:
             if getattr(flags, name):
                 config.model[name] = getattr(flags, name)
         config.training.batch_size = batch
-        rows = [] if flags.only_peer else list(ours(config, flags.profile))
+        rows = [] if flags.only_peer else list(ours(config, flags.profile, flags.kernels))
         rows += peers(config, networks, flags.compiled)
         rate = product_rate(flags.dtype)
         for row in rows:
