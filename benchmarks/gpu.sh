@@ -5,7 +5,7 @@
 #   bash benchmarks/gpu.sh OUT [ours|peers] --smoke  the same parts, small, on any machine
 #
 # `peers` are what training is beside: no kernels, jax-triton's, and PyTorch, if that is installed.
-# On an H100 each took six to eight minutes. The parts of each compile side by side, and then measure
+# On an H100 each took five to eight minutes. The parts of each compile side by side, and then measure
 # one after the other, alone. OUT gets a log of each part, and tables.md of all that are there; it is
 # copied to results/gpu.
 set -u

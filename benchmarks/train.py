@@ -79,7 +79,7 @@ def ours(config: ConfigDict, profile: int, kernels: str | None = None) -> Iterat
     if kernels:
         chosen = {kernels} & set(norm_kernels.BACKENDS)
         norm_kernels.BACKENDS = {name: norm_kernels.BACKENDS[name] for name in chosen}
-        if chosen and norm_kernels.backend() is None:
+        if chosen and (jax.default_backend() != "gpu" or norm_kernels.backend() is None):
             raise SystemExit(f"the kernels of {kernels} do not work here")
     setup, data, batch = session.set_up(config), config.data, config.training.batch_size
     shape = (data.image_size, data.image_size, data.num_channels)

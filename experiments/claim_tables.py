@@ -82,7 +82,8 @@ _NOTES = """Less is better but for precision and recall. NLL and NELBO are in bi
 residual, each at the run's own ε. *distance* is a Fréchet distance between features of a classifier
 of the data's labels, no FID. ± is the standard error over seeds; one seed is marked *, and its
 error is of the evaluation alone (images or samples). Differences are within seeds; of one seed the
-error of NLL and NELBO is that of the images' differences, if the rows have each image's bits."""
+error of NLL and NELBO is that of the images' differences, if the rows have each image's bits, and
+that of distances as if the two were independent."""
 
 
 def best_fixed(rows: Rows, parametrization: str) -> str | None:
