@@ -83,9 +83,8 @@ class NCSNpp(nn.Module):
         else:
             width = self.embedding_dim or self.nf
             temb = layers.timestep_embedding(labels, width)
-        init = layers.variance_scaling()
-        temb = nn.Dense(4 * width, kernel_init=init, dtype=self.dtype)(temb)
-        return nn.Dense(4 * width, kernel_init=init, dtype=self.dtype)(nn.silu(temb))
+        temb = layers.Dense(4 * width, dtype=self.dtype)(temb)
+        return layers.Dense(4 * width, dtype=self.dtype)(nn.silu(temb))
 
     def _output(self, h: Array, features: int, init_scale: float, train: bool) -> Array:
         init = layers.variance_scaling(init_scale)

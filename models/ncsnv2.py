@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from models import layers
 from models.layers import Dtype
 
 # Stages on the way down, for images of 64, 128 and 256 pixels: (channels as a multiple of nf,
@@ -21,10 +22,10 @@ NAMES = tuple(_STAGES)
 
 
 def _conv(features: int, dtype: Dtype, size: int = 3, dilation: int = 1, bias: bool = True) -> Any:
-    return nn.Conv(
+    return layers.Conv(
         features,
         (size, size),
-        kernel_dilation=dilation,
+        dilation=dilation,
         use_bias=bias,
         kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
         dtype=dtype,

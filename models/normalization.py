@@ -6,6 +6,7 @@ values and the sigmoid for it; on a CPU it is faster to compute these again.
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.custom_derivatives import linear_call
+from jax.custom_derivatives import SymbolicZero, linear_call
 
 EPSILON = 1e-6
 
@@ -93,10 +94,13 @@ def _affine(x: Array, factor: Array, shift: Array, silu: bool) -> Array:
     return nn.silu(y) if silu else y
 
 
-@_affine.defjvp
+@functools.partial(_affine.defjvp, symbolic_zeros=True)
 def _affine_jvp(
-    silu: bool, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+    silu: bool, primals: tuple[Array, Array, Array], tangents: tuple[Any, Any, Any]
 ) -> tuple[Array, Array]:
+    # Only what varies is an argument of the linear function; x may be a constant.
+    varies = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
+
     def slope(x: Array, factor: Array, shift: Array) -> Array | float:
         if not silu:
             return 1.0
@@ -107,14 +111,20 @@ def _affine_jvp(
 
     def push(primals: Any, tangents: Any) -> Array:
         x, factor, _ = primals
-        dx, dfactor, dshift = tangents
+        given = iter(tangents)
+        dx, dfactor, dshift = (
+            next(given) if varied else jnp.zeros_like(primal)
+            for varied, primal in zip(varies, primals, strict=True)
+        )
         return slope(*primals) * (dx * _spread(factor) + x * _spread(dfactor) + _spread(dshift))
 
-    def pull(primals: Any, gradient: Array) -> tuple[Array, Array, Array]:
+    def pull(primals: Any, gradient: Array) -> tuple[Array, ...]:
         x, factor, _ = primals
         gradient = gradient * slope(*primals)
-        return gradient * _spread(factor), _sum(gradient * x), _sum(gradient)
+        every = gradient * _spread(factor), _sum(gradient * x), _sum(gradient)
+        return tuple(itertools.compress(every, varies))
 
+    tangents = tuple(itertools.compress(tangents, varies))
     return _affine(*primals, silu), linear_call(push, pull, primals, tangents)
 
 

@@ -228,6 +228,32 @@ def test_attention_is_that_of_jax(pixels, dtype, tolerance):
         assert error <= tolerance * max(scale, float(jnp.linalg.norm(theirs)))
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.Conv(4, dtype=jnp.bfloat16),
+        layers.Conv(4, (1, 1), dtype=jnp.bfloat16),
+        layers.FIRConv(4, True, (1, 3, 3, 1), jnp.bfloat16),
+        layers.Dense(4, dtype=jnp.bfloat16),
+        ncsnv2._conv(4, jnp.bfloat16),
+    ],
+    ids=["3x3", "1x1", "fir", "dense", "ncsnv2"],
+)
+def test_a_bias_has_its_gradient_in_bfloat16(layer):
+    """It is a sum over all pixels of a batch; summed in bfloat16 it would be a third of this."""
+    x = jax.random.normal(jax.random.key(0), (128, 32, 32, 4), jnp.bfloat16)
+    params = layer.init(jax.random.key(1), x[:1])["params"]
+    shape = jax.eval_shape(layer.apply, {"params": params}, x).shape
+    dy = 0.1 + jax.random.normal(jax.random.key(2), shape, jnp.bfloat16)
+
+    def loss(params):
+        return jnp.mean(dy.astype(jnp.float32) * layer.apply({"params": params}, x))
+
+    assert layer.apply({"params": params}, x[:1]).dtype == jnp.bfloat16
+    exact = np.asarray(dy, np.float64).sum((0, 1, 2)) / dy.size
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(params)["bias"], exact, rtol=5e-3)
+
+
 def test_the_initialisation_is_the_models_own():
     config = tiny_config()
     model, key = mutils.create_model(config), jax.random.key(3)

@@ -55,6 +55,17 @@ def test_group_norm_is_flax_s_and_so_are_its_gradients(shape, silu, dtype):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("silu", [False, True])
+def test_some_gradients_alone_are_the_same(silu):
+    params, x, direction = _draw((2, 4, 4, 8), jnp.float32)
+    apply = GroupNorm(silu).apply
+    of_params, of_x = jax.vjp(apply, params, x)[1](direction)
+    alone = jax.vjp(lambda params: apply(params, x), params)[1](direction)[0]
+    shift = jax.vjp(lambda x: apply(params, x), x)[1](direction)[0]
+    for a, b in zip(*map(jax.tree.leaves, ((alone, shift), (of_params, of_x))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_gradients_in_bfloat16_are_those_of_float32_rounded():
     params, x, direction = _draw((2, 8, 8, 32), jnp.float32)
     x, direction = x.astype(jnp.bfloat16), direction.astype(jnp.bfloat16)
