@@ -38,7 +38,7 @@ from metrics.distances import (
     precision_recall,
 )
 from metrics.inception import get_inception
-from metrics.report import channel_moments, clear_pictures, write_bits, write_report, write_sweep
+from metrics.report import channel_moments, earlier_scores, write_bits, write_report, write_sweep
 from metrics.scorers import (
     Images,
     Scorer,
@@ -178,7 +178,6 @@ def _evaluate_checkpoint(
     before = set(results.used)
 
     def score() -> dict[str, np.ndarray]:
-        hosts.on_main(lambda: clear_pictures(folder))
         report: dict[str, Any] = {"step": step, "truncation": config.training.truncation}
         report |= {"weights": "EMA", "weights_digest": short_hash(params)}
         if config.eval.enable_bpd:
@@ -358,14 +357,29 @@ def _evaluate_steps(
                 raise
             log.warning("step %d is left out: %s", step, error)
             continue
-        reports.append(report)
-        curve = workdir / "metrics.jsonl", of_step / "training.png"
-        hosts.on_main(functools.partial(plot_training, *curve))
-        hosts.on_main(functools.partial(write_report, report, of_step))
+        write = functools.partial(_write_report, report, of_step, workdir / "metrics.jsonl")
+        reports.append(hosts.on_main(write))
     if not reports:
         raise UserError("no checkpoint could be scored; the lines above say why")
     if len(steps) > 1:
         return hosts.on_main(lambda: write_sweep(reports, folder))
+    return reports[0]
+
+
+def _write_report(
+    report: dict[str, Any], folder: pathlib.Path, metrics: pathlib.Path
+) -> dict[str, Any]:
+    """Write a checkpoint's report, with what an earlier one has besides; returns it."""
+    kept = earlier_scores(report, folder)
+    if kept:
+        what = "scores of samples" if "num_samples" in kept else "bits/dim"
+        log.info("the report keeps the %s of an earlier evaluation of these weights", what)
+    report |= kept
+    stale = ["training", "scores"] + ["samples"] * ("num_samples" not in report)
+    for name in stale:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    plot_training(metrics, folder / "training.png")
+    write_report(report, folder)
     return report
 
 

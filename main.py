@@ -138,9 +138,12 @@ def _default_workdir() -> str:
 def _hint_at_config_file(error: UserError) -> str:
     """A hint to add --config if a saved config may need what its config file registers."""
     own = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0].endswith("saved.py")
-    if not own or "it must be one of" not in str(error) or not _config_file():
+    if not own or "it must be one of" not in str(error):
         return ""
-    return f"; the run's config file may register it: add --config={_config_file()}"
+    file = _config_file()
+    if not file:  # of an exported model, whose folder may have come without it
+        return "; if a config file of your own registers it, add --config=FILE"
+    return f"; the run's config file may register it: add --config={file}"
 
 
 def main(argv: list[str]) -> None:

@@ -100,7 +100,7 @@ def train(
     workdir, training, num_steps = pathlib.Path(workdir), config.training, config.training.n_iters
 
     # Model, optimiser and objective; data.
-    setup, data = set_up(config), load_data(config)
+    setup, data = set_up(config, jax.device_count()), load_data(config)
     check_labels(config, data.train)
 
     with contextlib.ExitStack() as stack:
@@ -530,6 +530,9 @@ def _generate_pngs(
     settings = {name: value for name, value in config.sampling.items() if name not in free}
     source = {"seed": config.seed, "step": int(state.step), "weights": short_hash(state.ema_params)}
     source |= {"dtype": config.model.dtype, "sampling": settings}
+    source["dequantization"] = config.data.dequantization
+    if config.sampling.method == "pc":
+        source["num_scales"] = config.model.num_scales
     present: set[int] = hosts.on_main(lambda: start_png_folder(to, source))
     with png_writer(to) if hosts.is_main() else contextlib.nullcontext() as write_pngs:
         for start, levels in _draw(config, setup, state, present):

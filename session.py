@@ -132,14 +132,32 @@ def check_labels(config: ConfigDict, train: datasets.Dataset) -> None:
         raise UserError(f"model.num_classes is {told}, and {train.name} has {has}")
 
 
-def set_up(config: ConfigDict) -> Setup:
+def _check_sampling_time(config: ConfigDict, sde: sde_lib.SDE) -> None:
+    """Raise a UserError if samples would stop so early that they are means of many images."""
+    end, least = config.sampling.truncation_time, config.training.truncation_time
+    noise = float(sde.std(jnp.array(end)) / sde.mean_coeff(jnp.array(end)))
+    if noise > 0.5 and end > least:
+        raise UserError(
+            f"config: sampling.truncation_time is {end:g}, where {config.training.sde} has "
+            f"σ/α = {noise:.3g}, too much noise for samples to stop at; training has {least:g}"
+        )
+
+
+def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
     """Check a config and build the parts that it names.
+
+    Args:
+      config: the config.
+      num_devices: the number of devices that share a training batch.
 
     Raises:
       UserError: the config is wrong; the message is one line that says why.
     """
-    validate(config, jax.device_count(), REGISTRIES)
+    validate(config, num_devices, REGISTRIES)
     sde, model = sde_lib.get_sde(config), mutils.create_model(config)
+    _check_sampling_time(config, sde)
+    if config.model.num_classes > 0:
+        sample_labels(config, 0, 1)
     training = config.training
     if training.truncation != "fixed" and training.prior != "power":
         prior = losses.get_prior(config)

@@ -233,6 +233,11 @@ def _label_problems(config: ConfigDict) -> Iterator[str]:
         yield f"sampling.guidance is {w}; it must be a number"
     if w and not told:
         yield f"sampling.guidance is {w}, and this model is told no labels (model.num_classes=0)"
+    if told and not rate and (w or config.sampling.labels.strip() == "none"):
+        yield (
+            f"{'sampling.guidance' if w else 'sampling.labels=none'} needs a network that was "
+            "trained without labels, too; training.label_dropout is 0"
+        )
     if config.sampling.labels != "all" and not told:
         yield (
             f"sampling.labels is {config.sampling.labels!r}, and this model is told no labels "
@@ -387,7 +392,7 @@ def validate(
 
     Args:
       config: the config.
-      num_devices: the number of devices that share a batch.
+      num_devices: the number of devices that share a training batch.
       registries: the values that a field can name, by field; `session.REGISTRIES`.
 
     Raises:

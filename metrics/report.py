@@ -170,10 +170,30 @@ def remarks(report: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def clear_pictures(folder: pathlib.Path) -> None:
-    """Delete an earlier report's pictures, so that a new report does not show them."""
-    for name in ("samples", "training", "scores"):
-        (folder / f"{name}.png").unlink(missing_ok=True)
+def _is_of_bits(name: str) -> bool:
+    """Whether an entry of a checkpoint's report is of bits/dim, rather than of samples."""
+    fields = ("num_test_images", "num_draws", "rtol", "atol", "dequantization")
+    starts = ("nll", "nelbo", "truncated_normal", "num_images_")
+    return name in fields or name.startswith(starts)
+
+
+def earlier_scores(report: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+    """Entries of the earlier report in `folder` that a new one of the same weights should keep.
+
+    They are those of bits/dim if the new report has none, and those of samples if it has none.
+    """
+    try:
+        earlier = json.loads((folder / "report.json").read_text())
+    except (OSError, ValueError):  # there is none, or it is damaged
+        return {}
+    same = ("data", "num_levels", "padded", "step", "weights_digest")
+    if any(earlier.get(name) != report.get(name) for name in same):
+        return {}
+    kept: dict[str, Any] = {}
+    for of_bits, score in ((True, "nll"), (False, "num_samples")):
+        if score not in report:
+            kept |= {n: value for n, value in earlier.items() if _is_of_bits(n) == of_bits}
+    return {name: value for name, value in kept.items() if name not in report}
 
 
 def write_report(report: dict[str, Any], folder: pathlib.Path) -> None:

@@ -116,10 +116,10 @@ def downsample(x: Array, fir_kernel: Sequence[float] = ()) -> Array:
 
 
 def add_bias(y: Array, bias: Array) -> Array:
-    """y + bias in y's dtype: (…, C) and (C,) → (…, C). The bias's gradient is a sum in its own dtype.
+    """y + bias in y's dtype: (…, C) and (C,) → (…, C).
 
-    It is a sum over all pixels of a batch. In bfloat16 it would stop to grow: of 128 images of 32²
-    it can be a third of what it should be.
+    The bias's gradient is a sum over all pixels of a batch, taken in the bias's own dtype: in
+    bfloat16 it would stop to grow, and of 128 images of 32² can be a third of what it should be.
     """
 
     def spread(_: Any, bias: Array) -> Array:

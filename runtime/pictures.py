@@ -140,7 +140,8 @@ def plot_training(metrics: pathlib.Path, path: pathlib.Path) -> None:
             )
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="Training")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -159,6 +159,27 @@ def test_a_sweep_has_a_row_a_checkpoint_and_the_best_by_each_score(trained):
 
 
 @pytest.mark.slow
+def test_a_later_evaluation_keeps_what_it_leaves_out(trained):
+    config = eval_config(trained, enable_fid=False, begin_ckpt=3, end_ckpt=3)
+    folder = trained / "run" / "eval"
+
+    def evaluate(**fields):
+        config.eval.update(enable_bpd=True, enable_sampling=True)
+        config.eval.update(fields)
+        return run_lib.evaluate(config, trained / "run")
+
+    whole = evaluate()
+    (folder / "report.json").unlink()
+    assert "nll" not in evaluate(enable_bpd=False)
+    assert evaluate(enable_sampling=False) == whole
+    assert evaluate(enable_bpd=False) == whole == json.loads((folder / "report.json").read_text())
+    assert (folder / "samples.png").exists()
+    # The scores and samples of other weights are not kept.
+    report = evaluate(enable_sampling=False, begin_ckpt=2, end_ckpt=2)
+    assert "nll" in report and "fd_classifier" not in report
+    assert not (folder / "samples.png").exists()
+
+
 def test_samples_by_anyone_are_scored(tmp_path, inception):
     config = eval_config(tmp_path, enable_fid=True, num_reference=200)
     train = datasets.get_dataset(config, "train")

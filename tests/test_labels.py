@@ -149,6 +149,22 @@ def test_what_a_config_cannot_ask_for(section, fields, problem):
         session.set_up(config)
 
 
+@pytest.mark.parametrize("fields", [{"guidance": 1.0}, {"labels": "none"}])
+def test_without_labels_needs_training_without_them(fields):
+    config = labelled(label_dropout=0.0)
+    session.set_up(config)
+    config.sampling.update(fields)
+    with pytest.raises(UserError, match="needs a network that was trained without labels, too"):
+        session.set_up(config)
+
+
+def test_labels_of_samples_are_read_before_training():
+    config = labelled()
+    config.sampling.labels = "0,10"
+    with pytest.raises(UserError, match=r"sampling\.labels has 10"):
+        run_lib.train(config, "unused")
+
+
 def test_data_with_other_labels_are_refused():
     config = labelled()
     config.model.num_classes = 7

@@ -614,6 +614,29 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
     with pytest.raises(UserError, match=r"png has images of other weights, another seed"):
         run_lib.sample(config, model)
     shutil.rmtree(model / "samples")
+    config.sampling.update(method="pc", n_images=2)
+    config.model.num_scales = 2
+    run_lib.sample(config, model)
+    config.model.num_scales = 3
+    with pytest.raises(UserError, match=r"png has images of other weights, another seed"):
+        run_lib.sample(config, model)
+    shutil.rmtree(model / "samples")
+
+
+def test_samples_do_not_stop_where_noise_is_left():
+    config = tiny_config(sde="reciprocal_vesde", truncation_time=1e-6)
+    config.sampling.truncation_time = 1e-6
+    session.set_up(config)
+    config.sampling.truncation_time = 1e-5
+    with pytest.raises(UserError, match=r"truncation_time is 1e-05, where .* has σ/α = 21\.3"):
+        session.set_up(config)
+
+
+def test_a_batch_need_only_be_shared_in_training():
+    config = tiny_config(batch_size=12)
+    session.set_up(config)
+    with pytest.raises(UserError, match=r"batch_size is 12; .* the number of devices \(8\)"):
+        session.set_up(config, 8)
 
 
 def test_an_exported_model_is_not_trained_in_or_written_over(exported_run):
