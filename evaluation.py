@@ -266,6 +266,11 @@ def _evaluate_images(
         raise UserError(f"eval.images is for one checkpoint; {len(steps)} are chosen")
     _check_density(config)
     chosen, names = _images_to_score(config, setup.num_levels)
+    if config.model.num_classes and not (chosen.num_classes or config.training.label_dropout):
+        raise UserError(
+            "eval.images have no labels, and the network was never trained without "
+            "(training.label_dropout=0)"
+        )
     config = config.copy_and_resolve_references()
     config.eval.num_test_data = len(names)
     results = PartialResults(workdir / "eval" / "parts")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import datasets
+import evaluation
 import losses
 import run_lib
 import sampling
@@ -156,6 +157,14 @@ def test_without_labels_needs_training_without_them(fields):
     config.sampling.update(fields)
     with pytest.raises(UserError, match="needs a network that was trained without labels, too"):
         session.set_up(config)
+
+
+def test_images_without_labels_need_training_without_them(tmp_path):
+    config = labelled(label_dropout=0.0)
+    np.save(tmp_path / "some.npy", np.zeros((3, 8, 8, 1), np.uint8))
+    config.eval.images = str(tmp_path / "some.npy")
+    with pytest.raises(UserError, match=r"^eval\.images have no labels"):
+        evaluation._evaluate_images(config, session.set_up(config), tmp_path, [1])
 
 
 def test_labels_of_samples_are_read_before_training():
