@@ -161,8 +161,8 @@ def test_without_labels_needs_training_without_them(fields):
 
 def test_images_without_labels_need_training_without_them(tmp_path):
     config = labelled(label_dropout=0.0)
-    np.save(tmp_path / "some.npy", np.zeros((3, 8, 8, 1), np.uint8))
-    config.eval.images = str(tmp_path / "some.npy")
+    np.savez(tmp_path / "some.npz", samples=np.zeros((3, 8, 8, 1), np.uint8))
+    config.eval.images = str(tmp_path / "some.npz")
     with pytest.raises(UserError, match=r"^eval\.images have no labels"):
         evaluation._evaluate_images(config, session.set_up(config), tmp_path, [1])
 
