@@ -148,6 +148,21 @@ def _losses(rows: Rows) -> Losses:
     return losses
 
 
+def _speeds(rows: Rows) -> dict[str, list[float]]:
+    """{parametrization: of each seed, how many times as early the weight has soft's last loss}."""
+    speeds = {}
+    for parametrization in ("noise", "velocity"):
+        runs = [rows.get(f"{parametrization}_{point}", []) for point in ("soft_k1", "weight_k1")]
+        softs, weights = ({row["seed"]: dict(row.get("test_loss", ())) for row in r} for r in runs)
+        steps = {
+            seed: (max(soft), _step_of(weights[seed], soft[max(soft)]))
+            for seed, soft in softs.items()
+            if soft and weights.get(seed)
+        }
+        speeds[parametrization] = [last / same for last, same in steps.values() if same]
+    return {name: of_seeds for name, of_seeds in speeds.items() if len(of_seeds) > 1}
+
+
 def _step_of(losses: dict[int, float], loss: float) -> float | None:
     """The step, interpolated in its logarithm, by which a run had a loss; None if unknown."""
     steps, values = np.array(list(losses)), np.minimum.accumulate(list(losses.values()))
@@ -242,7 +257,11 @@ def write_tables(folder: pathlib.Path) -> None:
         )
         text += ["", f"## {title}", ""]
         text += ["The same expectation, of the same images and noise, with EMA weights.", ""]
-        text += [*_loss_table(losses), "", f"![{title}](losses.png)"]
+        text += [*_loss_table(losses), ""]
+        for parametrization, speeds in _speeds(rows).items():
+            shown = ", ".join(f"{speed:.2f}" for speed in speeds)
+            text += [f"The {parametrization}: the weight is {shown} times as early, by seed.", ""]
+        text += [f"![{title}](losses.png)"]
     if series and len(rows) > 2:
         figures.draw_tradeoff("Likelihood against samples", series, folder / "tradeoff.png")
         text += ["", "![Likelihood against samples](tradeoff.png)"]

@@ -132,7 +132,7 @@ def add_bias(y: Array, bias: Array) -> Array:
 
 
 class Dense(nn.Module):
-    """A dense layer with this architecture's initialisation."""
+    """A dense layer with this architecture's initialisation, and `add_bias`, unlike Flax's."""
 
     features: int
     kernel_init: nn.initializers.Initializer = variance_scaling()

@@ -376,6 +376,18 @@ def test_a_loss_is_given_the_step_at_which_the_equivalent_weight_had_it():
     ]
 
 
+def test_the_weights_speed_is_of_pairs_of_one_seed():
+    def row(seed, *losses):
+        return {"seed": seed, "test_loss": list(zip((10, 20, 40), losses, strict=True))}
+
+    rows = {
+        "velocity_soft_k1": [row(0, 4, 3, 2), row(1, 4, 3, 2.5), row(2, 4, 3, 1)],
+        "velocity_weight_k1": [row(1, 3, 2.5, 2), row(0, 2, 1.5, 1)],
+        "noise_soft_k1": [row(0, 3, 2, 1)],
+    }
+    assert claim_tables._speeds(rows) == {"velocity": [pytest.approx(4), pytest.approx(2)]}
+
+
 def test_the_error_of_a_difference_is_of_the_images_differences():
     first, second = (
         [{"seed": 0, "scores": {"nll": np.mean(of)}, "of_images": {"nll": of}}]
