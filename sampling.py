@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from configs.default import image_shape
-from sde_lib import SDE, expand
+from sde_lib import SDE, expand, one_minus_exp
 
 ScoreFn = Callable[[Array, Array], Array]  # x (N, ...), t (N,) → ∇ log p_t(x)
 MakeScoreFn = Callable[[Any], ScoreFn]  # parameters → score function
@@ -300,7 +300,7 @@ def dpm_solver_sample(
         before = lambdas[i] - lambdas[jnp.maximum(i - 1, 0)]
         weight = jnp.where(i == 0, 0.0, h / jnp.where(i == 0, 1.0, 2 * before))
         data = x0 + weight * (x0 - previous)
-        return stds[i + 1] / stds[i] * x - alphas[i + 1] * jnp.expm1(-h) * data, x0
+        return stds[i + 1] / stds[i] * x + alphas[i + 1] * one_minus_exp(h) * data, x0
 
     x, _ = jax.lax.fori_loop(0, num_steps, body, (x, jnp.zeros_like(x)))
     if noise_removal:
