@@ -41,7 +41,7 @@ class TruncationPrior:
     """P_k(τ) ∝ τ^-k on [eps, T] (arXiv 2106.05527, §4.2).
 
     The relative error of `icdf` in float32 is at most 1e-5 for every k, also as k → 1. The error of
-    `cdf` and the relative error of `pdf` are at most 1e-6 + 2e-7 k: the rounding of t counts k-fold.
+    `cdf` and the relative error of `pdf` are at most 1e-6 + 2e-7 k, as t's rounding counts k-fold.
 
     Attributes:
       k: exponent, at least 0; 0 is the uniform distribution, inf the fixed truncation τ = eps.
