@@ -28,7 +28,7 @@ from metrics.card import model_card
 from official import export_checkpoint, import_checkpoint
 from runtime import checkpointing, environment, exported, hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
-from runtime.files import can_do_without, replacing, write_text
+from runtime.files import beside, can_do_without, replacing, write_text
 from runtime.locking import locked
 from runtime.metrics_log import Metrics
 from runtime.pictures import (
@@ -611,7 +611,7 @@ def _step_to_export(config: ConfigDict, workdir: pathlib.Path) -> int:
 @contextlib.contextmanager
 def _exporting(to: pathlib.Path) -> Iterator[pathlib.Path]:
     """A path to write to, which becomes `to` when all is written, and is removed otherwise."""
-    partial = to.with_name(f".{to.name}.{os.getpid()}")
+    partial = beside(to)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         yield partial

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from configs import saved
 from configs.default import UserError, get_default_config
 from runtime import hosts
-from runtime.files import replacing, write_text
+from runtime.files import beside, replacing, write_text
 
 log = logging.getLogger("soft_truncation")
 
@@ -108,8 +107,8 @@ def make_folder(folder: pathlib.Path, option: str) -> None:
     """Make a writable folder; if that fails, raise a UserError that names the `option`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
+        probe = beside(folder / "writable")
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise UserError(f"{option}: {folder} can't be written to: {error.strerror}") from error

@@ -124,6 +124,58 @@ def test_the_second_at_a_folder_is_told_who_is_the_first(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lock_that_is_a_link_is_refused_and_what_it_names_is_left_alone(tmp_path, there):
+    target = tmp_path / "precious"
+    if there:
+        target.write_text("kept")
+    for name, lock in ((".lock", locking.locked), ("x.lock", locking.waiting_lock)):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        path = tmp_path / "run" / name
+        path.symlink_to(target)
+        args = (path.parent,) if lock is locking.locked else (path, "another works")
+        with pytest.raises(UserError, match="is a link, which no lock is"), lock(*args):
+            pass
+    assert target.exists() == there and (not there or target.read_text() == "kept")
+
+
+def test_a_lock_with_another_name_or_no_file_is_held_and_not_written(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    os.link(tmp_path / "precious", tmp_path / ".lock")
+    with locking.locked(tmp_path):
+        assert (tmp_path / "precious").read_text() == "kept"
+    (tmp_path / ".lock").unlink()
+    os.mkfifo(tmp_path / ".lock")
+    with locking.locked(tmp_path), pytest.raises(UserError, match="another process is at work"):
+        locking.locked(tmp_path).__enter__()
+
+
+def test_one_waits_for_a_lock_until_the_process_that_has_it_is_killed(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "soft_truncation")
+    code = "import pathlib, sys, time\nfrom runtime.locking import waiting_lock\n"
+    code += "with waiting_lock(pathlib.Path(sys.argv[1]), ''):\n"
+    code += " print(1, flush=True)\n time.sleep(99)"
+    path = tmp_path / "x.lock"
+    process = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    threading.Timer(0.5, process.kill).start()
+    with locking.waiting_lock(path, "another process works"):
+        assert "another process works; waiting for it" in caplog.text
+    process.wait()
+
+
+def test_partial_files_of_equal_process_numbers_do_not_mix(tmp_path, monkeypatch):
+    """As of two containers, in which both are process 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path = tmp_path / "x"
+    with files.replacing(path) as first:
+        first.write(b"first")
+        with files.replacing(path) as second:
+            second.write(b"second, and longer")
+        assert path.read_bytes() == b"second, and longer"
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
