@@ -38,7 +38,14 @@ from metrics.distances import (
     precision_recall,
 )
 from metrics.inception import get_inception
-from metrics.report import channel_moments, earlier_scores, write_bits, write_report, write_sweep
+from metrics.report import (
+    channel_moments,
+    earlier_scores,
+    read_report,
+    write_bits,
+    write_report,
+    write_sweep,
+)
 from metrics.scorers import (
     Images,
     Scorer,
@@ -229,6 +236,7 @@ def _take_hold(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.Exit
     check_network(config, workdir)
     make_folder(workdir / "eval", "--workdir")
     stack.enter_context(locked(workdir / "eval"))
+    read_report(workdir / "eval")  # warns at the start if it is damaged
     return steps
 
 

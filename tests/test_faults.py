@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import fcntl
+import json
 import logging
 import os
 import resource
@@ -32,6 +33,7 @@ import session
 import train_step
 from benchmarks import fuzz
 from configs.default import UserError
+from metrics.report import earlier_scores
 from readers import tfrecords
 from readers.source import ArraySource
 from runtime import checkpointing, environment, exported, files, hosts, locking
@@ -403,6 +405,23 @@ def test_damaged_lines_of_the_metrics_are_left_out_and_those_after_them_kept(tmp
     assert [row["step"] for row in read_metrics(path)] == [1, 4]
     Metrics(tmp_path, 4).close()
     assert losses_of(tmp_path) == {1: 0.5, 4: 0.25}
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "3", '{"nll": "x"}', '{"fid": 1.0}', '{"a":' * 9999, "pipe"]
+)
+def test_of_a_damaged_report_nothing_is_kept_and_a_line_says_so(tmp_path, caplog, text):
+    path, same = tmp_path / "report.json", {"step": 3, "weights_digest": "a"}
+    path.write_text(json.dumps(same | {"fd_of_x": 0.5, "num_samples": 9, "samples": "x"}))
+    assert earlier_scores(same, tmp_path)["fd_of_x"] == 0.5 and not caplog.text
+    path.unlink()
+    assert earlier_scores(same, tmp_path) == {} and not caplog.text
+    if text == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text(text)
+    assert earlier_scores(same, tmp_path) == {}
+    assert caplog.text.count("report.json is damaged") == len(caplog.messages) == 1
 
 
 def test_a_broken_image_is_named_at_the_start_or_left_out(tmp_path, caplog):
