@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from runtime.environment import shown
+
 log = logging.getLogger("soft_truncation")
 
 PATIENCE = 30.0  # seconds of silence after which a process counts as lost; copying 6 GiB takes some
@@ -170,5 +172,5 @@ class Peers:
 
     def _end(self, text: str) -> None:
         # Not by an exception: the main thread waits for the lost process in compiled code.
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(f"error: {shown(text)}", file=sys.stderr, flush=True)
         os._exit(1)
