@@ -208,7 +208,9 @@ def restore_step(config: ConfigDict, workdir: pathlib.Path, shape: State, step: 
             return dataclasses.replace(shape, step=np.int32(step), **weights)
         return jax.tree.map(np.asarray, restore(workdir / "checkpoints", shape, step))
 
-    return hosts.on_main(read)
+    is_exported = hosts.on_main(lambda: exported.is_exported(workdir))
+    like = dataclasses.replace(shape, opt_state=None) if is_exported else shape
+    return hosts.on_main(read, like)
 
 
 def restore_latest(config: ConfigDict, workdir: pathlib.Path, shape: State) -> State:
