@@ -62,7 +62,13 @@ from runtime import checkpointing, hosts
 from runtime.locking import locked
 from runtime.pictures import plot_training, save_grid
 from runtime.progress import Progress
-from runtime.workdir import PartialResults, check_network, make_folder, short_hash
+from runtime.workdir import (
+    PartialResults,
+    check_network,
+    check_processes,
+    make_folder,
+    short_hash,
+)
 from session import (
     Setup,
     advise_on_sampling,
@@ -218,6 +224,7 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     """
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     setup = set_up(config)
+    check_processes(config, {})
     if config.eval.images:
         with contextlib.ExitStack() as stack:
             steps = hosts.on_main(lambda: _take_hold(config, workdir, stack))

@@ -40,7 +40,14 @@ from runtime.pictures import (
     write_labels,
 )
 from runtime.progress import Progress, clock
-from runtime.workdir import claim_workdir, make_folder, portable_config, short_hash
+from runtime.workdir import (
+    check_processes,
+    claim_workdir,
+    make_folder,
+    portable_config,
+    record_data,
+    short_hash,
+)
 from session import (
     Setup,
     advise_on_sampling,
@@ -102,6 +109,8 @@ def train(
     # Model, optimiser and objective; data.
     setup, data = set_up(config, jax.device_count()), load_data(config)
     check_labels(config, data.train)
+    facts = datasets.facts_of_data(data)
+    check_processes(config, facts)
 
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(hosts.Preemption())
@@ -109,9 +118,12 @@ def train(
         # Resume: the main process locks the workdir and reads the newest checkpoint.
         files = _Files(config, workdir, stack) if hosts.is_main() else None
         restored = hosts.on_main(
-            lambda: files and files.open(setup.state_shape, override, config_file)
+            lambda: files and files.open(setup.state_shape, override, config_file),
+            like=setup.state_shape,
         )
         _log_start(config, setup, data, workdir)
+        if files:
+            record_data(workdir, facts)
         advise_on_training(config)
         if restored is not None:
             log.info("resumed at step %d of %d", int(restored.step), num_steps)
@@ -446,6 +458,7 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     """
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     setup, task = set_up(config), config.sampling.task
+    check_processes(config, {})
     data = None if task == "generate" else load_data(config)
     steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
     if len(steps) > 1:
@@ -533,7 +546,7 @@ def _generate_pngs(
     source["dequantization"] = config.data.dequantization
     if config.sampling.method == "pc":
         source["num_scales"] = config.model.num_scales
-    present: set[int] = hosts.on_main(lambda: start_png_folder(to, source))
+    present = set(hosts.on_main(lambda: sorted(start_png_folder(to, source))))
     with png_writer(to) if hosts.is_main() else contextlib.nullcontext() as write_pngs:
         for start, levels in _draw(config, setup, state, present):
             if write_pngs:

@@ -38,6 +38,7 @@ from readers import tfrecords
 from readers.source import ArraySource
 from runtime import checkpointing, environment, exported, files, hosts, locking
 from runtime.metrics_log import Metrics, read_metrics
+from runtime.workdir import record_data
 from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
 
@@ -424,6 +425,31 @@ def test_of_a_damaged_report_nothing_is_kept_and_a_line_says_so(tmp_path, caplog
     assert caplog.text.count("report.json is damaged") == len(caplog.messages) == 1
 
 
+def test_data_that_changed_between_two_trainings_of_a_run_are_told_of(tmp_path, caplog):
+    for i in range(40):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")
+    config = tiny_config()
+    config.data.update(dataset="folder", path=str(tmp_path), cache=False)
+
+    def train():
+        caplog.clear()
+        record_data(tmp_path, datasets.facts_of_data(datasets.load_data(config)))
+        return [line for line in caplog.messages if "data have changed" in line]
+
+    assert not train() and not train()
+    Image.new("L", (8, 8), 99).save(tmp_path / "20.png")
+    (line,) = train()
+    assert line.count("36 training images") == 2
+    for i in range(10, 40):
+        (tmp_path / f"{i:02}.png").unlink()
+    (line,) = train()
+    assert (
+        "36 training images" in line.split("then, ")[0] and "9 training" in line.split("then, ")[1]
+    )
+    (tmp_path / "data.json").write_text("[]")
+    assert not train() and "data.json is damaged" in caplog.text and not train()
+
+
 def test_a_broken_image_is_named_at_the_start_or_left_out(tmp_path, caplog):
     for i in range(20):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
@@ -495,6 +521,19 @@ def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
     for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
         # Adam makes steps of up to its rate, 2e-3, of gradients that are nothing but rounding.
         np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_with_other_configs_end_in_one_line(tmp_path):
+    processes = start_two(0, f"--workdir={tmp_path}/run")
+    processes[1].kill()
+    processes[1].wait()
+    args = [*processes[1].args, "--config.seed=3"]
+    processes[1] = subprocess.Popen(args, env=environment_of(2), stderr=subprocess.PIPE, text=True)
+    for error in errors_of(processes, 2):
+        line = error.splitlines()[-1]
+        assert "seed of process 1 is not that of process 0, 42; start all by the same" in line
+        assert "Traceback" not in error
 
 
 @pytest.mark.slow
