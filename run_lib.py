@@ -125,10 +125,12 @@ def train(
         if files:
             record_data(workdir, facts)
         advise_on_training(config)
-        if restored is not None:
-            log.info("resumed at step %d of %d", int(restored.step), num_steps)
         state = restored or init_state(config, setup.model, setup.optimizer)
         step = int(state.step)
+        if step > num_steps:
+            log.warning("step %d is reached, training.n_iters is %d: no training", step, num_steps)
+        elif restored is not None:
+            log.info("resumed at step %d of %d", step, num_steps)
         packed = replicate(pack_state(state), jax.local_device_count())
         del restored, state  # to free the device's memory
 
@@ -184,7 +186,7 @@ def train(
         if step < num_steps:
             log.info("stopped at step %d of %d; the same command resumes training", step, num_steps)
         else:
-            log.info("done: %d steps; checkpoints and curves are in %s", num_steps, workdir)
+            log.info("done: %d steps; checkpoints and curves are in %s", step, workdir)
         return state
 
 
@@ -266,14 +268,14 @@ class _TrainingLog:
         self._config, self._setup, self._files, self._workdir = config, setup, files, workdir
         self._train = train
         self._sums = LossSums()
-        self._window_start, self._window_steps, self._compiled = time.time(), 0, False
+        self._window_start, self._window_steps, self._compiled = time.monotonic(), 0, False
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """The time spent within this context does not count for the training speed."""
-        before = time.time()
+        before = time.monotonic()
         yield
-        self._window_start += time.time() - before
+        self._window_start += time.monotonic() - before
 
     def skipped_in_a_row(self) -> int:
         """The number of steps skipped in a row at the end."""
@@ -301,7 +303,7 @@ class _TrainingLog:
             self._give_up(step, sums["streak"], last, packed)
         if not logs and self._compiled:
             return
-        seconds = time.time() - self._window_start
+        seconds = time.monotonic() - self._window_start
         rate = training.batch_size * self._window_steps / seconds
         mean = sums["loss"] / max(sums["steps"], 1)
         if logs and self._files and sums["steps"]:
@@ -337,7 +339,7 @@ class _TrainingLog:
         if not self._compiled and training.n_iters - step >= _STEPS_THAT_PAY:
             environment.load_compiled()
         self._compiled = True
-        self._window_start, self._window_steps = time.time(), 0
+        self._window_start, self._window_steps = time.monotonic(), 0
 
     def _fault(self, step: int, values: dict[str, Array], packed: TrainState) -> str:
         """What of a step is not finite, the first of what follows from each other."""
