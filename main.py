@@ -203,6 +203,9 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         hosts.leave(well=False)
         _fail(UserError(f"{error}{_hint_at_config_file(error)}"))
+    except KeyboardInterrupt:
+        hosts.leave(well=False)
+        _fail(UserError("interrupted; the same command goes on from what is kept"), 130)
     except OSError as error:
         if error.errno is None:
             hosts.end_after_error()

@@ -17,6 +17,8 @@ from typing import Any
 
 from absl import logging as absl_logging
 
+from configs.default import UserError
+
 log = logging.getLogger("soft_truncation")
 
 _CACHE_ERROR = re.compile(
@@ -31,8 +33,13 @@ _just_compiled: list[str] = []
 
 
 def cache_dir() -> pathlib.Path:
-    """The user's cache folder for this project."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    """The user's cache folder for this project; UserError if the user has none."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError as error:  # as in a container, for a user that it does not know
+        raise UserError(
+            "there is no home directory to keep files in; set XDG_CACHE_HOME to a folder"
+        ) from error
     return pathlib.Path(base) / "soft_truncation"
 
 
@@ -64,10 +71,10 @@ def _keep_programs() -> None:
         return
     import jax
 
-    folder = cache_dir() / "xla"
     try:
+        folder = cache_dir() / "xla"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, UserError):
         return
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))

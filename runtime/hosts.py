@@ -242,8 +242,9 @@ def check_equal(facts: dict[str, Any]) -> None:
 
 
 class Preemption:
-    """Stops training after the current step at SIGTERM or SIGINT, at once at a second SIGINT.
+    """Stops training after the current step at SIGTERM, SIGINT or SIGHUP.
 
+    A second SIGINT raises KeyboardInterrupt. A SIGHUP that is ignored, as after nohup, stays so.
     With several processes, a SIGTERM to any of them stops all after the same step.
     """
 
@@ -254,10 +255,12 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
-            # With several processes, JAX itself handles SIGTERM.
-            several = jax.process_count() > 1
-            for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            numbers = [signal.SIGINT, signal.SIGHUP]
+            if jax.process_count() == 1:  # with several, JAX itself handles SIGTERM
+                numbers.append(signal.SIGTERM)
+            for number in numbers:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:
