@@ -149,13 +149,13 @@ def _blocks(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> Iterator[Bl
 
 def _with_progress(blocks: Iterator[Block], total: int) -> Iterator[Block]:
     """Yield the blocks and log the progress; total 0: the number of images is not known."""
-    progress, done, logged = Progress("decoding images", total), 0, time.time()
+    progress, done, logged = Progress("decoding images", total), 0, time.monotonic()
     for block in blocks:
         done += len(block[0])
         if total:
             progress.advance(len(block[0]))
-        elif time.time() - logged > 5:
-            logged = time.time()
+        elif time.monotonic() - logged > 5:
+            logged = time.monotonic()
             log.info("decoding images: %s so far", f"{done:,}")
         yield block
 

@@ -118,11 +118,15 @@ class Saver:
           UserError: `max_failures` saves in a row have failed.
         """
         self.settle()
+        if not pathlib.Path(self._manager.directory).is_dir():  # Orbax would make it anew
+            gone = OSError(f"{self._manager.directory} is gone; was the workdir moved?")
+            return self._failed(step, gone)
         saved = jax.tree.map(np.asarray, state)
         try:
             self._manager.save(step, args=ocp.args.StandardSave(saved), force=True)
             self._pending = step
         except Exception as error:  # Orbax raises many kinds of error for a failing disk
+            _release_waiting()
             self._failed(step, error)
 
     def settle(self) -> bool:
@@ -133,6 +137,7 @@ class Saver:
                 self._manager.wait_until_finished()
                 self._failures = 0
             except Exception as error:  # as in `save`
+                _release_waiting()
                 self._failed(step, error)
         return not self._failures
 
@@ -141,7 +146,6 @@ class Saver:
         folder = pathlib.Path(self._manager.directory)
         for unfinished in folder.glob(f"{step}.*tmp*"):  # an unfinished save only fills the disk
             shutil.rmtree(unfinished, ignore_errors=True)
-        _release_waiting()
         self._manager.reload()
         reason = f"the checkpoint of step {step} can't be saved ({first_line(error)})"
         if self._failures >= self._max_failures:

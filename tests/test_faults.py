@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import pwd
 import resource
 import shutil
 import signal
@@ -38,6 +39,7 @@ from readers import tfrecords
 from readers.source import ArraySource
 from runtime import checkpointing, environment, exported, files, hosts, locking
 from runtime.metrics_log import Metrics, read_metrics
+from runtime.progress import Progress
 from runtime.workdir import record_data
 from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
@@ -465,18 +467,93 @@ def test_a_broken_image_is_named_at_the_start_or_left_out(tmp_path, caplog):
     assert caplog.text.count("left out") == 2
 
 
-def test_signals_ask_for_a_stop_and_are_given_back():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_ask_for_a_stop_and_are_given_back(number):
+    before = signal.getsignal(number)
     with hosts.Preemption() as preemption:
         assert not preemption.requested()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert preemption.requested()
     with hosts.Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGINT)
         assert preemption.requested()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_nohup_is_kept_to():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with hosts.Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not preemption.requested()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interruption_is_one_line():
+    program = """
+import sys
+import main, run_lib
+from absl import app
+def train(*_):
+    raise KeyboardInterrupt
+run_lib.train = train
+app.run(main.main, flags_parser=main._parse)
+"""
+    args = ["--config=configs/vp/digits_st.py"]
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
+    assert done.returncode == 130 and len(done.stderr.splitlines()) == 1
+    assert "error: interrupted; the same command goes on" in done.stderr
+
+
+def test_without_a_home_directory_a_run_goes_on_and_a_cache_is_asked_for(monkeypatch):
+    def unknown(_):
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    environment._keep_programs()
+    with pytest.raises(UserError, match="no home directory to keep files in; set XDG_CACHE_HOME"):
+        environment.cache_dir()
+
+
+def test_a_workdir_that_is_moved_is_told_of_and_not_made_anew(tmp_path, caplog):
+    (tmp_path / "run").mkdir()
+    with checkpointing.checkpoints(tiny_config(), tmp_path / "run") as manager:
+        saver = checkpointing.Saver(manager, max_failures=2)
+        saver.save(0, {"x": np.ones(3)})
+        assert saver.settle()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        saver.save(1, {"x": np.ones(3)})
+        assert not saver.settle() and "is gone; was the workdir moved?" in caplog.text
+        (tmp_path / "moved").rename(tmp_path / "run")
+        saver.save(2, {"x": np.ones(3)})
+        assert saver.settle()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        saver.save(3, {"x": np.ones(3)})
+        with pytest.raises(UserError, match=r"is gone; was .* Checkpoints that are there: "):
+            saver.save(4, {"x": np.ones(3)})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "soft_truncation")
+    progress = Progress("work", 10)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    progress.advance(10)
+    assert "| 0:00:00 left" in caplog.text and "-" not in caplog.text.split("work")[1]
+
+
+@pytest.mark.slow
+def test_fewer_iterations_than_the_run_has_made_train_nothing(run, caplog):
+    caplog.set_level(logging.INFO, "soft_truncation")
+    assert int(run_lib.train(tiny_config(n_iters=4, snapshot_freq=3), run).step) == 9
+    assert "step 9 is reached, training.n_iters is 4: no training" in caplog.text
+    assert "done: 9 steps" in caplog.text
 
 
 def start_two(number, *args):
