@@ -548,18 +548,21 @@ def _generate_pngs(
     source["dequantization"] = config.data.dequantization
     if config.sampling.method == "pc":
         source["num_scales"] = config.model.num_scales
-    present = set(hosts.on_main(lambda: sorted(start_png_folder(to, source))))
-    with png_writer(to) if hosts.is_main() else contextlib.nullcontext() as write_pngs:
-        for start, levels in _draw(config, setup, state, present):
-            if write_pngs:
-                write_pngs(start, setup.units.to_files(levels))
 
     def finish() -> np.ndarray:
         if labels is not None:
             write_labels(to, labels)
         return read_pngs(to, min(config.sampling.n_images, _MOST_SHOWN))
 
-    return hosts.on_main(finish)
+    with contextlib.ExitStack() as stack:
+        # Two samplings would delete each other's partial files.
+        hosts.on_main(lambda: stack.enter_context(locked(to.parent)))
+        present = set(hosts.on_main(lambda: sorted(start_png_folder(to, source))))
+        with png_writer(to) if hosts.is_main() else contextlib.nullcontext() as write_pngs:
+            for start, levels in _draw(config, setup, state, present):
+                if write_pngs:
+                    write_pngs(start, setup.units.to_files(levels))
+        return hosts.on_main(finish)
 
 
 _MOST_SHOWN = 1024  # samples in a grid

@@ -24,7 +24,7 @@ from configs.default import UserError, get_default_config
 from configs.validate import validate
 from metrics import scorers
 from metrics.classifier import get_classifier
-from runtime import checkpointing, exported, workdir
+from runtime import checkpointing, exported, locking, workdir
 from runtime.workdir import check_network, claim_workdir
 from session import REGISTRIES
 from tests.helpers import GOLDEN, environment_of, tiny_config
@@ -637,6 +637,11 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
     np.testing.assert_array_equal(np.stack(images)[..., None], expected)
     config.seed += 1
     with pytest.raises(UserError, match=r"png has images of other weights, another seed"):
+        run_lib.sample(config, model)
+    with (
+        locking.locked(model / "samples"),
+        pytest.raises(UserError, match=r"is at work in .*samples; wait for it"),
+    ):
         run_lib.sample(config, model)
     shutil.rmtree(model / "samples")
     config.sampling.update(method="pc", n_images=2)
