@@ -358,6 +358,8 @@ def _evaluate(
         hosts.on_main(functools.partial(write_report, report, folder))
     else:
         about |= evaluate_baselines(run.bits) if config.eval.enable_bpd else {}
+        # Anew, since a training may have deleted the newest checkpoint in the meantime.
+        steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
         report = _evaluate_steps(run, workdir, steps, about)
     hosts.on_main(lambda: _finish(results, folder))
     return report
