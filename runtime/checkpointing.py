@@ -15,7 +15,9 @@ from ml_collections import ConfigDict
 from orbax.checkpoint._src.futures import future as orbax_future
 
 from configs.default import UserError
+from configs.saved import read_object
 from runtime import exported, hosts
+from runtime.checksums import checksums, compare
 from runtime.workdir import check_network, first_line
 
 log = logging.getLogger("soft_truncation")
@@ -63,9 +65,20 @@ def restore(folder: pathlib.Path, shape: State, step: int) -> State:
     )
     try:
         with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
-            return checkpointer.restore(path / "default", target)
+            state = jax.tree.map(np.asarray, checkpointer.restore(path / "default", target))
+        compare(_saved_checksums(path), state)
+        return state
     except Exception as error:  # Orbax raises many kinds of error for damaged files
         raise UserError(f"the checkpoint {path} can't be read ({first_line(error)})") from error
+
+
+def _saved_checksums(path: pathlib.Path) -> dict[str, Any]:
+    """The checksums that were saved with a checkpoint; older ones have none."""
+    try:
+        facts = read_object(path / "_CHECKPOINT_METADATA")
+    except FileNotFoundError:
+        return {}
+    return (facts.get("custom_metadata") or {}).get("checksums", {})
 
 
 def restore_newest(manager: ocp.CheckpointManager, shape: State) -> State | None:
@@ -123,7 +136,9 @@ class Saver:
             return self._failed(step, gone)
         saved = jax.tree.map(np.asarray, state)
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(saved), force=True)
+            facts = {"checksums": checksums(saved)}
+            args = ocp.args.StandardSave(saved)
+            self._manager.save(step, args=args, force=True, custom_metadata=facts)
             self._pending = step
         except Exception as error:  # Orbax raises many kinds of error for a failing disk
             _release_waiting()

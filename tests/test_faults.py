@@ -22,9 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint._src.futures.future import _SignalingThread
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from tensorboardX.proto.event_pb2 import Event
 
 import datasets
@@ -32,10 +35,10 @@ import losses
 import run_lib
 import session
 import train_step
-from benchmarks import fuzz
+from benchmarks import bit_flips, fuzz
 from configs.default import UserError
 from metrics.report import earlier_scores
-from readers import tfrecords
+from readers import cache, tfrecords
 from readers.source import ArraySource
 from runtime import checkpointing, environment, exported, files, hosts, locking
 from runtime.metrics_log import Metrics, read_metrics
@@ -408,6 +411,49 @@ def test_damaged_lines_of_the_metrics_are_left_out_and_those_after_them_kept(tmp
     assert [row["step"] for row in read_metrics(path)] == [1, 4]
     Metrics(tmp_path, 4).close()
     assert losses_of(tmp_path) == {1: 0.5, 4: 0.25}
+
+
+@pytest.mark.parametrize("kind", bit_flips.KINDS)
+def test_no_flipped_bit_is_read_as_something_else(kind):
+    counts, wrong = bit_flips.flip(kind, flips=10, seed=1)
+    assert not wrong and counts["noticed"]
+
+
+def test_files_without_checksums_are_read_as_before(tmp_path, caplog):
+    model, params = tmp_path / "model", bit_flips._params()
+    model.mkdir()
+    bit_flips._make_model(model)
+    with safe_open(model / exported.WEIGHTS, framework="numpy") as file:
+        named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(named, model / exported.WEIGHTS, metadata={"step": "7"})
+    assert exported.read_step(model) == 7
+    (tmp_path / "x.msgpack").write_bytes(serialization.to_bytes(params))
+    kept = bit_flips._read_cached_classifier(tmp_path), exported.read(model, params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, kept, (params, params)))
+    bit_flips._make_decoded(tmp_path)
+    decoded, (path,) = bit_flips._read_decoded(tmp_path), tmp_path.glob("*/data/*/facts.json")
+    facts = json.loads(path.read_text())
+    del facts["checksum"], facts["train"]["checksums"], facts["test"]["checksums"]
+    path.write_text(json.dumps(facts))
+    np.testing.assert_equal(bit_flips._read_decoded(tmp_path), decoded)
+    assert not caplog.text
+
+
+def test_large_decoded_images_are_compared_in_the_background(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_IN_MEMORY", 0)
+    bit_flips._make_decoded(tmp_path)
+    entry, *_ = bit_flips._entry(tmp_path)
+    train = entry.read().train
+    train.found.result(5)
+    assert len(train.fetch(np.arange(9))["image"]) == 9
+    path = entry.folder / "train.uint8"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    train = entry.read().train
+    with pytest.raises(UserError, match="is damaged; run the same command again"):
+        train.found.result(5)
+    with pytest.raises(UserError, match="it decodes the images anew"):
+        train.fetch(np.arange(9))
+    assert entry.read() is None and not entry.folder.exists()
 
 
 @pytest.mark.parametrize(
