@@ -6,7 +6,7 @@ import logging
 import os
 import pathlib
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from filelock import FileLock, Timeout
 
@@ -27,13 +27,17 @@ def _sign(descriptor: int) -> None:
 
 
 @contextlib.contextmanager
-def _held(path: pathlib.Path, if_taken: Callable[[FileLock], None]) -> Iterator[None]:
-    """Hold the lock of a file, which is created; `if_taken` is called if another process has it."""
+def _held(path: pathlib.Path, waiting: str = "") -> Iterator[None]:
     lock = FileLock(path, blocking=False, fallback_to_soft=False, on_acquired=_sign)
     try:
         lock.acquire()
-    except Timeout:
-        if_taken(lock)
+    except Timeout as error:
+        if not waiting:
+            who = path.read_text(errors="replace")[:200].strip() if path.is_file() else ""
+            who = f"{who or 'another process'} is at work in {path.parent}"
+            raise UserError(f"{who}; wait for it, or end it") from error
+        log.info("%s; waiting for it", waiting)
+        lock.acquire(blocking=True, poll_interval=0.2)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise UserError(f"{path} is a link, which no lock is; delete it") from error
@@ -46,41 +50,15 @@ def _held(path: pathlib.Path, if_taken: Callable[[FileLock], None]) -> Iterator[
         lock.release()
 
 
-@contextlib.contextmanager
-def waiting_lock(path: pathlib.Path, waiting: str) -> Iterator[None]:
-    """Hold the lock of a file, after waiting for it.
+def waiting_lock(path: pathlib.Path, waiting: str) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a file, which is created, after waiting for it.
 
     On a file system without locks two processes may do the same work; one result is kept.
-
-    Args:
-      path: the file, which is created.
-      waiting: the beginning of the log line if another process holds the lock.
+    `waiting` is the beginning of the log line if another process holds the lock.
     """
-
-    def wait(lock: FileLock) -> None:
-        log.info("%s; waiting for it", waiting)
-        lock.acquire(blocking=True, poll_interval=0.2)
-
-    with _held(path, wait):
-        yield
+    return _held(path, waiting)
 
 
-@contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Hold the lock of a folder.
-
-    Raises:
-      UserError: another process holds the lock, or it is a link.
-    """
-
-    path = folder / ".lock"
-
-    def refuse(_: FileLock) -> None:
-        who = ""
-        with contextlib.suppress(OSError):
-            who = path.read_text(errors="replace")[:200].strip() if path.is_file() else ""
-        who = who or "another process"
-        raise UserError(f"{who} is at work in {folder}; wait for it, or end it")
-
-    with _held(path, refuse):
-        yield
+def locked(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a folder; UserError if another process holds it, or it is a link."""
+    return _held(folder / ".lock")
