@@ -399,13 +399,24 @@ def batches(dataset: Dataset, size: int, limit: int | None = None) -> Iterator[E
         yield dataset.source.fetch(chosen[start : start + size])
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """A hash of the data set's name, size and images."""
+def fingerprint(dataset: Dataset, whole: bool = True) -> str:
+    """A hash of the data set's name, size and images; unless `whole`, of 64 of these."""
     probe = dataset.source.fetch(np.linspace(0, len(dataset) - 1, 64).astype(int))
-    whole = hashlib.sha256(f"{dataset.name} {len(dataset)}".encode())
-    for part in (probe["image"].tobytes(), probe["label"].tobytes(), dataset.source.describe()):
-        whole.update(part)
-    return whole.hexdigest()[:16]
+    digest = hashlib.sha256(f"{dataset.name} {len(dataset)}".encode())
+    for part in (probe["image"].tobytes(), probe["label"].tobytes()):
+        digest.update(part)
+    if whole:
+        digest.update(dataset.source.describe())
+    return digest.hexdigest()[:16]
+
+
+def facts_of_data(data: Data) -> dict[str, str]:
+    """What tells a run's data from others: the splits' numbers of images, and hashes of some."""
+    splits = {"training images": data.train, "test images": data.test}
+    return {
+        name: f"{len(split)} {name} ({fingerprint(split, whole=False)})"
+        for name, split in splits.items()
+    }
 
 
 @functools.partial(jax.vmap, in_axes=(0, 0))

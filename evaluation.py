@@ -38,7 +38,14 @@ from metrics.distances import (
     precision_recall,
 )
 from metrics.inception import get_inception
-from metrics.report import channel_moments, earlier_scores, write_bits, write_report, write_sweep
+from metrics.report import (
+    channel_moments,
+    earlier_scores,
+    read_report,
+    write_bits,
+    write_report,
+    write_sweep,
+)
 from metrics.scorers import (
     Images,
     Scorer,
@@ -55,7 +62,13 @@ from runtime import checkpointing, hosts
 from runtime.locking import locked
 from runtime.pictures import plot_training, save_grid
 from runtime.progress import Progress
-from runtime.workdir import PartialResults, check_network, make_folder, short_hash
+from runtime.workdir import (
+    PartialResults,
+    check_network,
+    check_processes,
+    make_folder,
+    short_hash,
+)
 from session import (
     Setup,
     advise_on_sampling,
@@ -211,6 +224,7 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     """
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     setup = set_up(config)
+    check_processes(config, {})
     if config.eval.images:
         with contextlib.ExitStack() as stack:
             steps = hosts.on_main(lambda: _take_hold(config, workdir, stack))
@@ -229,6 +243,7 @@ def _take_hold(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.Exit
     check_network(config, workdir)
     make_folder(workdir / "eval", "--workdir")
     stack.enter_context(locked(workdir / "eval"))
+    read_report(workdir / "eval")  # warns at the start if it is damaged
     return steps
 
 
@@ -343,6 +358,8 @@ def _evaluate(
         hosts.on_main(functools.partial(write_report, report, folder))
     else:
         about |= evaluate_baselines(run.bits) if config.eval.enable_bpd else {}
+        # Anew, since a training may have deleted the newest checkpoint in the meantime.
+        steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
         report = _evaluate_steps(run, workdir, steps, about)
     hosts.on_main(lambda: _finish(results, folder))
     return report

@@ -87,7 +87,7 @@ def _parse(argv: list[str]) -> list[str]:
                 "--config is missing; for example --config configs/vp/digits_st.py, or --workdir "
                 "of a run that has one"
             )
-        path, *_ = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")
+        path, _ = _config_path()
         if not pathlib.Path(path).is_file():
             raise UserError(f"--config: there is no file {path}")
         if len(rest) > 1:
@@ -117,16 +117,22 @@ def _place(error: Exception) -> str:
     return places[-1] if places else ""
 
 
-def _fail(error: Exception) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+def _fail(error: Exception, status: int = 2) -> None:
+    print(f"error: {environment.shown(' '.join(str(error).split()))}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _config_path() -> tuple[str, str]:
+    """The file that --config names, and its argument, which may have colons; empty: none."""
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return path, argument
 
 
 def _config_file() -> str:
     """The file of the config; for a config saved in a workdir, the file that it recorded."""
-    path, *argument = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")
-    if argument and pathlib.Path(path).name == "saved.py":
-        return str(saved.read(argument[0]).get("config_file", ""))
+    path, workdir = _config_path()
+    if workdir and pathlib.Path(path).name == "saved.py":
+        return str(saved.read(workdir).get("config_file", ""))
     return str(pathlib.Path(path).resolve())
 
 
@@ -137,13 +143,15 @@ def _default_workdir() -> str:
 
 def _hint_at_config_file(error: UserError) -> str:
     """A hint to add --config if a saved config may need what its config file registers."""
-    own = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0].endswith("saved.py")
-    if not own or "it must be one of" not in str(error):
+    if not _config_path()[0].endswith("saved.py") or "it must be one of" not in str(error):
         return ""
     file = _config_file()
     if not file:  # of an exported model, whose folder may have come without it
         return "; if a config file of your own registers it, add --config=FILE"
-    return f"; the run's config file may register it: add --config={file}"
+    return (
+        f"; the run's config file may register it: --config={file} runs that Python file, so add "
+        "it only if you trust who made it"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -195,6 +203,9 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         hosts.leave(well=False)
         _fail(UserError(f"{error}{_hint_at_config_file(error)}"))
+    except KeyboardInterrupt:
+        hosts.leave(well=False)
+        _fail(UserError("interrupted; the same command goes on from what is kept"), 130)
     except OSError as error:
         if error.errno is None:
             hosts.end_after_error()

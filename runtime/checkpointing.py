@@ -15,7 +15,9 @@ from ml_collections import ConfigDict
 from orbax.checkpoint._src.futures import future as orbax_future
 
 from configs.default import UserError
+from configs.saved import read_object
 from runtime import exported, hosts
+from runtime.checksums import checksums, compare
 from runtime.workdir import check_network, first_line
 
 log = logging.getLogger("soft_truncation")
@@ -63,9 +65,20 @@ def restore(folder: pathlib.Path, shape: State, step: int) -> State:
     )
     try:
         with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
-            return checkpointer.restore(path / "default", target)
+            state = jax.tree.map(np.asarray, checkpointer.restore(path / "default", target))
+        compare(_saved_checksums(path), state)
+        return state
     except Exception as error:  # Orbax raises many kinds of error for damaged files
         raise UserError(f"the checkpoint {path} can't be read ({first_line(error)})") from error
+
+
+def _saved_checksums(path: pathlib.Path) -> dict[str, Any]:
+    """The checksums that were saved with a checkpoint; older ones have none."""
+    try:
+        facts = read_object(path / "_CHECKPOINT_METADATA")
+    except FileNotFoundError:
+        return {}
+    return (facts.get("custom_metadata") or {}).get("checksums", {})
 
 
 def restore_newest(manager: ocp.CheckpointManager, shape: State) -> State | None:
@@ -118,11 +131,17 @@ class Saver:
           UserError: `max_failures` saves in a row have failed.
         """
         self.settle()
+        if not pathlib.Path(self._manager.directory).is_dir():  # Orbax would make it anew
+            gone = OSError(f"{self._manager.directory} is gone; was the workdir moved?")
+            return self._failed(step, gone)
         saved = jax.tree.map(np.asarray, state)
         try:
-            self._manager.save(step, args=ocp.args.StandardSave(saved), force=True)
+            facts = {"checksums": checksums(saved)}
+            args = ocp.args.StandardSave(saved)
+            self._manager.save(step, args=args, force=True, custom_metadata=facts)
             self._pending = step
         except Exception as error:  # Orbax raises many kinds of error for a failing disk
+            _release_waiting()
             self._failed(step, error)
 
     def settle(self) -> bool:
@@ -133,6 +152,7 @@ class Saver:
                 self._manager.wait_until_finished()
                 self._failures = 0
             except Exception as error:  # as in `save`
+                _release_waiting()
                 self._failed(step, error)
         return not self._failures
 
@@ -141,7 +161,6 @@ class Saver:
         folder = pathlib.Path(self._manager.directory)
         for unfinished in folder.glob(f"{step}.*tmp*"):  # an unfinished save only fills the disk
             shutil.rmtree(unfinished, ignore_errors=True)
-        _release_waiting()
         self._manager.reload()
         reason = f"the checkpoint of step {step} can't be saved ({first_line(error)})"
         if self._failures >= self._max_failures:
@@ -208,7 +227,9 @@ def restore_step(config: ConfigDict, workdir: pathlib.Path, shape: State, step: 
             return dataclasses.replace(shape, step=np.int32(step), **weights)
         return jax.tree.map(np.asarray, restore(workdir / "checkpoints", shape, step))
 
-    return hosts.on_main(read)
+    is_exported = hosts.on_main(lambda: exported.is_exported(workdir))
+    like = dataclasses.replace(shape, opt_state=None) if is_exported else shape
+    return hosts.on_main(read, like)
 
 
 def restore_latest(config: ConfigDict, workdir: pathlib.Path, shape: State) -> State:
