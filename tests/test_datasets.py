@@ -287,3 +287,29 @@ def test_a_file_that_breaks_during_training_is_named(tmp_path):
     with pytest.raises(UserError, match=r"2\.png is not a readable image"):
         for _ in range(100):
             next(stream)
+
+
+def test_a_flip_and_the_noise_of_its_image_are_independent():
+    preprocessing = datasets.Preprocessing(4, False, "uniform", True)
+    images = jnp.tile(jnp.array([0, 3], jnp.uint8)[None, None, :, None], (4000, 1, 1, 1))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    x = 4 * np.asarray(preprocessing.to_x0(images, keys, flip=True)).reshape(4000, 2)
+    flipped, noise = x[:, 0] >= 1, x % 1
+    for pixel in range(2):
+        assert abs(np.corrcoef(flipped, noise[:, pixel])[0, 1]) < 5 / 4000**0.5
+
+
+@pytest.mark.parametrize("dequantization", ["none", "uniform"])
+@pytest.mark.parametrize("centered", [True, False])
+def test_levels_without_noise_are_the_middles_of_their_cells(dequantization, centered):
+    preprocessing = datasets.Preprocessing(5, centered, dequantization, False)
+    levels = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    without = preprocessing.to_x0_without_noise(levels)
+    np.testing.assert_allclose(np.diff(without.ravel()), preprocessing.cell_width, rtol=1e-6)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    x = preprocessing.to_x0(jnp.asarray(levels[:1].repeat(20_000, axis=0)), keys, flip=False)
+    np.testing.assert_allclose(np.mean(x), without[0], atol=3e-3)
+
+
+def test_values_at_both_ends_are_counted():
+    assert datasets.share_at_ends(np.array([0, 0, 1, 15, 16, 16, 16, 9]), 17) == 5 / 8
