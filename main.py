@@ -43,6 +43,11 @@ _WORKDIR = flags.DEFINE_string(
 _OVERRIDE = flags.DEFINE_bool(
     "override", False, "For --mode train: continue in a workdir of another config."
 )
+_INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "For --mode train: start a new run from the weights of another run, or of an exported model.",
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "For several processes: host:port of process 0."
 )
@@ -55,19 +60,21 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def _with_saved_config(argv: list[str]) -> list[str]:
-    """Without --config, add a --config flag for the config saved in the workdir, if any."""
+    """Without --config, add a flag for the config saved in the workdir, or by --init_from's run."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     parser.add_argument("--workdir")
+    parser.add_argument("--init_from")
     try:
         given, _ = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError:
         return argv  # a flag without a value; absl reports it
-    folder = given.workdir and pathlib.Path(given.workdir)
-    if given.config or not folder or not (folder / "config.json").exists():
+    folders = [pathlib.Path(name) for name in (given.workdir, given.init_from) if name]
+    found = [folder for folder in folders if (folder / "config.json").exists()]
+    if given.config or not found or not given.workdir:
         return argv
     recipe = pathlib.Path(__file__).parent / "configs" / "saved.py"
-    return [argv[0], f"--config={recipe}:{folder}", *argv[1:]]  # overrides come after it
+    return [argv[0], f"--config={recipe}:{found[0]}", *argv[1:]]  # overrides come after it
 
 
 def _with_home(argument: str) -> str:
@@ -87,7 +94,7 @@ def _parse(argv: list[str]) -> list[str]:
                 "--config is missing; for example --config configs/vp/digits_st.py, or --workdir "
                 "of a run that has one"
             )
-        path, *_ = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")
+        path, _ = _config_path()
         if not pathlib.Path(path).is_file():
             raise UserError(f"--config: there is no file {path}")
         if len(rest) > 1:
@@ -117,16 +124,22 @@ def _place(error: Exception) -> str:
     return places[-1] if places else ""
 
 
-def _fail(error: Exception) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+def _fail(error: Exception, status: int = 2) -> None:
+    print(f"error: {environment.shown(' '.join(str(error).split()))}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _config_path() -> tuple[str, str]:
+    """The file that --config names, and its argument, which may have colons; empty: none."""
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return path, argument
 
 
 def _config_file() -> str:
     """The file of the config; for a config saved in a workdir, the file that it recorded."""
-    path, *argument = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")
-    if argument and pathlib.Path(path).name == "saved.py":
-        return str(saved.read(argument[0]).get("config_file", ""))
+    path, workdir = _config_path()
+    if workdir and pathlib.Path(path).name == "saved.py":
+        return str(saved.read(workdir).get("config_file", ""))
     return str(pathlib.Path(path).resolve())
 
 
@@ -137,13 +150,15 @@ def _default_workdir() -> str:
 
 def _hint_at_config_file(error: UserError) -> str:
     """A hint to add --config if a saved config may need what its config file registers."""
-    own = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0].endswith("saved.py")
-    if not own or "it must be one of" not in str(error):
+    if not _config_path()[0].endswith("saved.py") or "it must be one of" not in str(error):
         return ""
     file = _config_file()
     if not file:  # of an exported model, whose folder may have come without it
         return "; if a config file of your own registers it, add --config=FILE"
-    return f"; the run's config file may register it: add --config={file}"
+    return (
+        f"; the run's config file may register it: --config={file} runs that Python file, so add "
+        "it only if you trust who made it"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -169,12 +184,15 @@ def main(argv: list[str]) -> None:
             raise UserError("--checkpoint is for --mode import")
         if _OVERRIDE.value and _MODE.value != "train":
             raise UserError("--override is for --mode train")
+        if _INIT_FROM.value and _MODE.value != "train":
+            raise UserError("--init_from is for --mode train")
         if _TO.value and _MODE.value != "export":
             raise UserError("--to is for --mode export")
         if _FORMAT.value and _MODE.value != "export":
             raise UserError("--format is for --mode export; for samples, --config.sampling.format")
         if _MODE.value == "train":
-            run_lib.train(config, workdir, _OVERRIDE.value, _config_file())
+            init_from = _INIT_FROM.value or ""
+            run_lib.train(config, workdir, _OVERRIDE.value, _config_file(), init_from)
         elif _MODE.value == "eval":
             run_lib.evaluate(config, workdir)
         elif _MODE.value == "sample":
@@ -195,6 +213,9 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         hosts.leave(well=False)
         _fail(UserError(f"{error}{_hint_at_config_file(error)}"))
+    except KeyboardInterrupt:
+        hosts.leave(well=False)
+        _fail(UserError("interrupted; the same command goes on from what is kept"), 130)
     except OSError as error:
         if error.errno is None:
             hosts.end_after_error()

@@ -28,7 +28,7 @@ from metrics.card import model_card
 from official import export_checkpoint, import_checkpoint
 from runtime import checkpointing, environment, exported, hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
-from runtime.files import can_do_without, replacing, write_text
+from runtime.files import beside, can_do_without, replacing, write_text
 from runtime.locking import locked
 from runtime.metrics_log import Metrics
 from runtime.pictures import (
@@ -40,12 +40,18 @@ from runtime.pictures import (
     write_labels,
 )
 from runtime.progress import Progress, clock
-from runtime.workdir import claim_workdir, make_folder, portable_config, short_hash
+from runtime.workdir import (
+    check_processes,
+    claim_workdir,
+    make_folder,
+    portable_config,
+    record_data,
+    short_hash,
+)
 from session import (
     Setup,
     advise_on_sampling,
     advise_on_training,
-    check_labels,
     get_sampler,
     get_train_call,
     init_state,
@@ -53,6 +59,7 @@ from session import (
     sample_batches,
     sample_labels,
     set_up,
+    with_classes,
     with_data_facts,
     with_labels,
 )
@@ -65,6 +72,7 @@ from train_step import (
     steps_a_call,
     unpack_state,
 )
+from transfer import start_from
 
 __all__ = ["evaluate", "export", "import_official", "make_statistics", "sample", "train"]
 
@@ -78,6 +86,7 @@ def train(
     workdir: str | os.PathLike[str],
     override: bool = False,
     config_file: str = "",
+    init_from: str = "",
 ) -> TrainState:
     """Train `config` in `workdir`, or resume an interrupted training there.
 
@@ -88,6 +97,7 @@ def train(
       workdir: the run's folder; only the main process reads and writes it.
       override: continue in a workdir of another config.
       config_file: the file of the config, recorded in the workdir.
+      init_from: a run or an exported model whose weights a new run starts from (`transfer`).
 
     Returns:
       The last state.
@@ -96,12 +106,14 @@ def train(
       UserError: the config, the data or the workdir can't be used; or the loss is not finite, or
         saving fails, too often in a row.
     """
-    config = with_data_facts(config, workdir)
+    config = with_data_facts(config, workdir, of_run=not override)
     workdir, training, num_steps = pathlib.Path(workdir), config.training, config.training.n_iters
 
     # Model, optimiser and objective; data.
     setup, data = set_up(config, jax.device_count()), load_data(config)
-    check_labels(config, data.train)
+    config = with_classes(config, data.train, anew=bool(init_from))
+    facts = datasets.facts_of_data(data)
+    check_processes(config, facts)
 
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(hosts.Preemption())
@@ -109,14 +121,23 @@ def train(
         # Resume: the main process locks the workdir and reads the newest checkpoint.
         files = _Files(config, workdir, stack) if hosts.is_main() else None
         restored = hosts.on_main(
-            lambda: files and files.open(setup.state_shape, override, config_file)
+            lambda: files and files.open(setup.state_shape, override, config_file),
+            like=setup.state_shape,
         )
         _log_start(config, setup, data, workdir)
+        if files:
+            record_data(workdir, facts)
         advise_on_training(config)
-        if restored is not None:
-            log.info("resumed at step %d of %d", int(restored.step), num_steps)
         state = restored or init_state(config, setup.model, setup.optimizer)
+        if init_from and not restored:
+            state = start_from(config, setup, state, init_from)
+        if files and not restored:
+            files.record()
         step = int(state.step)
+        if step > num_steps:
+            log.warning("step %d is reached, training.n_iters is %d: no training", step, num_steps)
+        elif restored is not None:
+            log.info("resumed at step %d of %d", step, num_steps)
         packed = replicate(pack_state(state), jax.local_device_count())
         del restored, state  # to free the device's memory
 
@@ -172,7 +193,7 @@ def train(
         if step < num_steps:
             log.info("stopped at step %d of %d; the same command resumes training", step, num_steps)
         else:
-            log.info("done: %d steps; checkpoints and curves are in %s", num_steps, workdir)
+            log.info("done: %d steps; checkpoints and curves are in %s", step, workdir)
         return state
 
 
@@ -222,8 +243,13 @@ class _Files:
         self._stack.enter_context(locked(workdir))
         manager = self._stack.enter_context(checkpointing.checkpoints(config, workdir))
         state = checkpointing.restore_newest(manager, shape)
-        claim_workdir(config, workdir, True, override, config_file)
-        self.saver = checkpointing.Saver(manager, config.training.max_failed_saves)
+
+        def record() -> None:
+            claim_workdir(config, workdir, True, override, config_file)
+
+        # What is there was saved under the config that is recorded there.
+        self.record = record
+        self.saver = checkpointing.Saver(manager, config.training.max_failed_saves, record)
         self.metrics = Metrics(workdir, 0 if state is None else int(state.step))
         self._stack.callback(self.metrics.close)
         return jax.tree.map(np.asarray, state)
@@ -254,14 +280,14 @@ class _TrainingLog:
         self._config, self._setup, self._files, self._workdir = config, setup, files, workdir
         self._train = train
         self._sums = LossSums()
-        self._window_start, self._window_steps, self._compiled = time.time(), 0, False
+        self._window_start, self._window_steps, self._compiled = time.monotonic(), 0, False
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """The time spent within this context does not count for the training speed."""
-        before = time.time()
+        before = time.monotonic()
         yield
-        self._window_start += time.time() - before
+        self._window_start += time.monotonic() - before
 
     def skipped_in_a_row(self) -> int:
         """The number of steps skipped in a row at the end."""
@@ -289,7 +315,7 @@ class _TrainingLog:
             self._give_up(step, sums["streak"], last, packed)
         if not logs and self._compiled:
             return
-        seconds = time.time() - self._window_start
+        seconds = time.monotonic() - self._window_start
         rate = training.batch_size * self._window_steps / seconds
         mean = sums["loss"] / max(sums["steps"], 1)
         if logs and self._files and sums["steps"]:
@@ -325,7 +351,7 @@ class _TrainingLog:
         if not self._compiled and training.n_iters - step >= _STEPS_THAT_PAY:
             environment.load_compiled()
         self._compiled = True
-        self._window_start, self._window_steps = time.time(), 0
+        self._window_start, self._window_steps = time.monotonic(), 0
 
     def _fault(self, step: int, values: dict[str, Array], packed: TrainState) -> str:
         """What of a step is not finite, the first of what follows from each other."""
@@ -446,6 +472,7 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     """
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     setup, task = set_up(config), config.sampling.task
+    check_processes(config, {})
     data = None if task == "generate" else load_data(config)
     steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
     if len(steps) > 1:
@@ -533,18 +560,21 @@ def _generate_pngs(
     source["dequantization"] = config.data.dequantization
     if config.sampling.method == "pc":
         source["num_scales"] = config.model.num_scales
-    present: set[int] = hosts.on_main(lambda: start_png_folder(to, source))
-    with png_writer(to) if hosts.is_main() else contextlib.nullcontext() as write_pngs:
-        for start, levels in _draw(config, setup, state, present):
-            if write_pngs:
-                write_pngs(start, setup.units.to_files(levels))
 
     def finish() -> np.ndarray:
         if labels is not None:
             write_labels(to, labels)
         return read_pngs(to, min(config.sampling.n_images, _MOST_SHOWN))
 
-    return hosts.on_main(finish)
+    with contextlib.ExitStack() as stack:
+        # Two samplings would delete each other's partial files.
+        hosts.on_main(lambda: stack.enter_context(locked(to.parent)))
+        present = set(hosts.on_main(lambda: sorted(start_png_folder(to, source))))
+        with png_writer(to) if hosts.is_main() else contextlib.nullcontext() as write_pngs:
+            for start, levels in _draw(config, setup, state, present):
+                if write_pngs:
+                    write_pngs(start, setup.units.to_files(levels))
+        return hosts.on_main(finish)
 
 
 _MOST_SHOWN = 1024  # samples in a grid
@@ -611,7 +641,7 @@ def _step_to_export(config: ConfigDict, workdir: pathlib.Path) -> int:
 @contextlib.contextmanager
 def _exporting(to: pathlib.Path) -> Iterator[pathlib.Path]:
     """A path to write to, which becomes `to` when all is written, and is removed otherwise."""
-    partial = to.with_name(f".{to.name}.{os.getpid()}")
+    partial = beside(to)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -689,7 +719,8 @@ def export_official(
     file, step = pathlib.Path(to).absolute(), _step_to_export(config, workdir)
     exported.refuse(workdir)
     import_checkpoint.check_network(config)
-    state = checkpointing.restore_step(config, workdir, set_up(config).state_shape, step)
+    shape = set_up(config).state_shape
+    state = checkpointing.restore_step(config, workdir, shape, step, weights_only=False)
 
     def write() -> None:
         if file.exists():

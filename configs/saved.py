@@ -1,12 +1,46 @@
 """The config that a run saves in its workdir; main.py uses it if --config is not given."""
 
 import json
+import os
 import pathlib
+import stat
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs.default import UserError, get_default_config
+
+_MOST_BYTES, _DEEPEST = 2**24, 16  # of a file of JSON that a run or a model has
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """Read a JSON object from a file that a stranger may have made.
+
+    Raises:
+      OSError: it can't be read.
+      ValueError: it is no regular file, too large, nested too deeply, or no object.
+    """
+    # Opening a pipe would wait for its other end.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no file")
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")
+    try:
+        fields = json.loads(text)
+    except RecursionError:
+        fields = None
+    if not isinstance(fields, dict) or _is_deep(fields, _DEEPEST):
+        raise ValueError("it is no object, or nested too deeply")
+    return fields
+
+
+def _is_deep(value: Any, most: int) -> bool:
+    """Whether a value of JSON is nested more than `most` times."""
+    parts = value.values() if isinstance(value, dict) else value
+    nested = isinstance(value, dict | list)
+    return nested and (not most or any(_is_deep(part, most - 1) for part in parts))
 
 
 def read(workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -17,9 +51,10 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any]:
     """
     path = pathlib.Path(workdir) / "config.json"
     try:
-        fields = json.loads(path.read_text())
-        if not isinstance(fields, dict):
-            raise ValueError("it is no object")
+        fields = read_object(path)
+        for section, default in get_default_config().items():
+            if isinstance(default, ConfigDict) and not isinstance(fields.get(section, {}), dict):
+                raise ValueError(f"its {section!r} is none of a config's")
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:

@@ -117,9 +117,9 @@ def _compute_row(
     """Train and evaluate a run; returns its row."""
     config = run.training_config(machine_paths)
     whole = not (workdir / "checkpoints").exists()
-    start = time.time()
+    start = time.monotonic()
     step = int(run_lib.train(config, workdir).step)
-    trained = time.time()
+    trained = time.monotonic()
     if step < config.training.n_iters:
         raise Stopped
     if step > config.training.n_iters:
@@ -143,7 +143,7 @@ def _compute_row(
         "images_per_second": statistics.median(rates) if rates else None,
         # Including compilation; not known for an interrupted run.
         "train_seconds": trained - start if whole else None,
-        "eval_seconds": time.time() - trained,
+        "eval_seconds": time.monotonic() - trained,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": versions,
         "scores": report,
@@ -185,9 +185,9 @@ def run_sweep(
     make_folder(out, "--out")
     failed: list[str] = []
     # Read the versions at the start: the commit of the running code, whatever is committed later.
-    start, versions = time.time(), _versions()
+    start, versions = time.monotonic(), _versions()
     for i, run in enumerate(waiting):
-        seconds = (time.time() - start) / max(i, 1)
+        seconds = (time.monotonic() - start) / max(i, 1)
         left = f", {clock(seconds * (len(waiting) - i))} left" if i else ""
         log.info("run %d of %d: %s%s", i + 1, len(waiting), run.name, left)
         workdir = workdirs / run.name

@@ -1,13 +1,12 @@
 """The model card of an exported model."""
 
-import json
 import pathlib
 from typing import Any
 
 from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 
-from metrics.report import remarks, table
+from metrics.report import read_report, remarks, table
 from runtime.workdir import short_hash
 from session import objective_in_words
 
@@ -16,10 +15,7 @@ def _report_of(workdir: pathlib.Path, step: int, params: Any) -> dict[str, Any] 
     """The report of these weights in a run's eval/, if there is one."""
     digest = short_hash(params)
     for folder in (workdir / "eval", workdir / "eval" / f"step_{step:08}"):
-        try:
-            report = json.loads((folder / "report.json").read_text())
-        except (OSError, ValueError):  # there is none, or it is damaged
-            continue
+        report = read_report(folder)
         if report.get("weights_digest") == digest:
             return report
     return None

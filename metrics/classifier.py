@@ -19,9 +19,11 @@ from jax import Array
 
 import datasets
 from metrics.features import Extractor, apply_batched
+from runtime.checksums import checksums, compare
 from runtime.files import replacing
 from runtime.locking import waiting_lock
 from runtime.progress import Progress
+from runtime.workdir import first_line
 
 log = logging.getLogger("soft_truncation")
 
@@ -69,6 +71,21 @@ def _train_classifier(
     return params
 
 
+def _read_classifier(path: pathlib.Path, shape: Any) -> Any:
+    """The parameters in a file of the cache; None if it is not there, or damaged."""
+    try:
+        whole = serialization.msgpack_restore(path.read_bytes())
+        # Files of before have the parameters alone.
+        params = serialization.from_state_dict(shape, whole.get("params", whole))
+        compare(whole.get("checksums", {}), params)
+        return params
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged file can raise any kind of error
+        log.warning("%s is damaged (%s); training the classifier again", path, first_line(error))
+        return None
+
+
 def get_classifier(
     train: datasets.Dataset,
     test: datasets.Dataset,
@@ -97,14 +114,14 @@ def get_classifier(
     folder.mkdir(parents=True, exist_ok=True)
     # Runs that start at once share one classifier: scores by different ones don't compare.
     with waiting_lock(path.with_suffix(".lock"), f"another process trains {path.name}"):
-        try:
-            params = serialization.from_bytes(params, path.read_bytes())
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if path.exists():
-                log.warning("%s is damaged (%s); training the classifier again", path, error)
-            params = _train_classifier(model, params, train, steps, batch_size)
+        kept = _read_classifier(path, params)
+        if kept is None:
+            trained = _train_classifier(model, params, train, steps, batch_size)
+            kept = jax.tree.map(np.asarray, trained)
+            whole = {"params": kept, "checksums": checksums(kept)}
             with replacing(path) as file:
-                file.write(serialization.to_bytes(params))
+                file.write(serialization.msgpack_serialize(whole))
+        params = kept
 
     apply = jax.jit(lambda x: model.apply({"params": params}, _normalize(x, train.num_levels)))
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import math
 import pathlib
 from collections.abc import Callable, Iterator
@@ -10,7 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from configs.saved import read_object
 from runtime.files import replacing, write_text
+from runtime.workdir import first_line
+
+log = logging.getLogger("soft_truncation")
 
 # (name in the report, description, unit, sign), in the order of the table. The sign is 1 if less is
 # better, -1 if more is better, and 0 for a baseline.
@@ -177,15 +182,26 @@ def _is_of_bits(name: str) -> bool:
     return name in fields or name.startswith(starts)
 
 
+def read_report(folder: pathlib.Path) -> dict[str, Any]:
+    """The report in `folder`; empty if there is none, or with a warning if it is damaged."""
+    path = folder / "report.json"
+    try:
+        report = read_object(path)
+        "".join([table(report), *_table_of_channels(report), *remarks(report)])  # can be shown
+        return report
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # what is no number or text where one belongs raises any
+        log.warning("%s is damaged (%s), and none of it is kept", path, first_line(error))
+        return {}
+
+
 def earlier_scores(report: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     """Entries of the earlier report in `folder` that a new one of the same weights should keep.
 
     They are those of bits/dim if the new report has none, and those of samples if it has none.
     """
-    try:
-        earlier = json.loads((folder / "report.json").read_text())
-    except (OSError, ValueError):  # there is none, or it is damaged
-        return {}
+    earlier = read_report(folder)
     same = ("data", "num_levels", "padded", "step", "weights_digest")
     if any(earlier.get(name) != report.get(name) for name in same):
         return {}

@@ -134,7 +134,8 @@ def inception_statistics(
     if hosts.on_main(path.exists):
         log.info("statistics of the training images: %s", path)
         try:
-            return hosts.on_main(lambda: load_statistics(path, facts)), path
+            kept = hosts.on_main(lambda: vars(load_statistics(path, facts)))
+            return Statistics(**kept), path
         except UserError as error:
             if config.eval.stats_path:
                 raise

@@ -7,29 +7,33 @@ incomplete entry.
 
 import collections
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import pathlib
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs import saved
 from configs.default import UserError
 from readers.decode import Fit, is_grey, open_image
 from readers.layout import Arrays, Found, Opened, Records
-from readers.source import ArraySource, RecordSource, Source
+from readers.source import ArraySource, Examples, RecordSource, Source
 from runtime import environment
+from runtime.checksums import checksum
 from runtime.locking import waiting_lock
 from runtime.progress import Progress
 
 log = logging.getLogger("soft_truncation")
 
-_FORMAT = 1  # version of an entry's format; entries of other versions are not read
+_FORMAT = 2  # version of an entry's format; entries of other versions are not read
 _IN_MEMORY = 2**30  # bytes; smaller arrays of the right size are kept in memory, not cached
 _READ_AHEAD = 64  # images
 _BLOCK = 256  # images
@@ -42,7 +46,7 @@ class Decoded(NamedTuple):
 
     train: Source
     test: Source
-    num_classes: int  # 0: there are no labels
+    classes: tuple[str, ...]  # the names of labels 0, 1, …; (): there are no labels
     notes: tuple[str, ...]  # for the log and the report
 
 
@@ -149,13 +153,13 @@ def _blocks(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> Iterator[Bl
 
 def _with_progress(blocks: Iterator[Block], total: int) -> Iterator[Block]:
     """Yield the blocks and log the progress; total 0: the number of images is not known."""
-    progress, done, logged = Progress("decoding images", total), 0, time.time()
+    progress, done, logged = Progress("decoding images", total), 0, time.monotonic()
     for block in blocks:
         done += len(block[0])
         if total:
             progress.advance(len(block[0]))
-        elif time.time() - logged > 5:
-            logged = time.time()
+        elif time.monotonic() - logged > 5:
+            logged = time.monotonic()
             log.info("decoding images: %s so far", f"{done:,}")
         yield block
 
@@ -179,6 +183,40 @@ def _in_memory(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> ArraySou
     return ArraySource(images, labels)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Watched(ArraySource):
+    """Images that are compared with their checksum in the background."""
+
+    found: concurrent.futures.Future[None] = dataclasses.field(kw_only=True)
+
+    def fetch(self, indices: np.ndarray) -> Examples:
+        """The examples at these indices; UserError once the images are known to be damaged."""
+        if self.found.done():
+            self.found.result()
+        return super().fetch(indices)
+
+
+def _watch(folder: pathlib.Path, images: np.ndarray, known: str) -> concurrent.futures.Future[None]:
+    """The result of comparing images with their checksum; if it is another, they are given up."""
+    found: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def look() -> None:
+        if checksum(images.reshape(-1)) == known:
+            found.set_result(None)
+            return
+        (folder / "facts.json").unlink(missing_ok=True)
+        text = f"{folder} is damaged; run the same command again: it decodes the images anew"
+        log.error(text)
+        found.set_exception(UserError(text))
+
+    threading.Thread(target=look, daemon=True).start()
+    return found
+
+
+def _checksum_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class _Entry:
     """A data set's folder in the cache."""
 
@@ -191,14 +229,16 @@ class _Entry:
     def read(self) -> Decoded | None:
         """Read the entry; None if it does not exist or is damaged."""
         try:
-            facts = json.loads((self.folder / "facts.json").read_text())
+            facts = saved.read_object(self.folder / "facts.json")
+            if facts.pop("checksum", None) not in (None, _checksum_of(facts)):
+                raise ValueError("facts.json is damaged")
             train, test = (self._read_split(name, facts[name]) for name in ("train", "test"))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a damaged file can raise any kind of error
             if self.folder.exists():
                 log.warning("%s is damaged (%s) and is made anew", self.folder, error)
                 shutil.rmtree(self.folder, ignore_errors=True)
             return None
-        return Decoded(train, test, facts["num_classes"], tuple(facts["notes"]))
+        return Decoded(train, test, tuple(facts["classes"]), tuple(facts["notes"]))
 
     def _read_split(self, name: str, facts: dict[str, Any]) -> ArraySource:
         shape = (facts["count"], self._fit.size, self._fit.size, self._fit.channels)
@@ -207,7 +247,17 @@ class _Entry:
             raise ValueError(f"{path.name} has another size")
         images = np.memmap(path, np.uint8, "r", shape=shape)
         labels = np.load(self.folder / f"{name}_labels.npy")
-        return ArraySource(images, labels, bytes.fromhex(facts["digest"]))
+        source = ArraySource(images, labels, bytes.fromhex(facts["digest"]))
+        known = facts.get("checksums")  # which older entries lack
+        if not known:
+            return source
+        if checksum(labels) != known[1]:
+            raise ValueError(f"the labels of {name} are damaged")
+        if images.nbytes > _IN_MEMORY:
+            return _Watched(**vars(source), found=_watch(self.folder, images, known[0]))
+        if checksum(images.reshape(-1)) != known[0]:
+            raise ValueError(f"{path.name} is damaged")
+        return source
 
     def write(self, opened: Opened, decoder: _Decoder) -> None:
         """Decode both splits into the folder; OSError if the disk is full."""
@@ -215,11 +265,12 @@ class _Entry:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            facts: dict[str, Any] = {"num_classes": opened.num_classes, "notes": opened.notes}
+            facts: dict[str, Any] = {"classes": opened.classes, "notes": opened.notes}
             for name, split in (("train", opened.train), ("test", opened.test)):
                 blocks = _with_progress(_blocks(split, self._fit, decoder), _count(split))
                 facts[name] = _write_split(partial, name, blocks)
             decoder.check(_count(opened.train) + _count(opened.test))
+            facts["checksum"] = _checksum_of(facts)
             (partial / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
             partial.replace(self.folder)
         finally:
@@ -238,7 +289,9 @@ def _write_split(folder: pathlib.Path, name: str, blocks: Iterator[Block]) -> di
         os.fsync(file.fileno())
     every = np.concatenate([np.zeros(0, np.int64), *labels])
     np.save(folder / f"{name}_labels.npy", every)
-    return {"count": len(every), "digest": digest.hexdigest()}
+    written = np.memmap(file.name, np.uint8, "r") if len(every) else np.zeros(0, np.uint8)
+    checks = [checksum(written), checksum(every)]
+    return {"count": len(every), "digest": digest.hexdigest(), "checksums": checks}
 
 
 def _room(folder: pathlib.Path) -> int:
@@ -324,7 +377,7 @@ def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> 
 
     train, test = source("train", opened.train), source("test", opened.test)
     decoder.check(_count(opened.train) + _count(opened.test))
-    return Decoded(train, test, opened.num_classes, opened.notes)
+    return Decoded(train, test, opened.classes, opened.notes)
 
 
 def _readable(records: Records, decoder: _Decoder) -> Records:

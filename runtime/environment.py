@@ -17,6 +17,8 @@ from typing import Any
 
 from absl import logging as absl_logging
 
+from configs.default import UserError
+
 log = logging.getLogger("soft_truncation")
 
 _CACHE_ERROR = re.compile(
@@ -24,14 +26,43 @@ _CACHE_ERROR = re.compile(
 )
 
 
+_LONGEST = 4000  # characters of a line
+
 # An entry for each program that was compiled and kept since `load_compiled` was called.
 _just_compiled: list[str] = []
 
 
 def cache_dir() -> pathlib.Path:
-    """The user's cache folder for this project."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    """The user's cache folder for this project; UserError if the user has none."""
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError as error:  # as in a container, for a user that it does not know
+        raise UserError(
+            "there is no home directory to keep files in; set XDG_CACHE_HOME to a folder"
+        ) from error
     return pathlib.Path(base) / "soft_truncation"
+
+
+def shown(text: str) -> str:
+    """A text for one line of a terminal, where it can do nothing: control characters by number.
+
+    What comes from others' files (names, configs, errors about them) may have such characters.
+    """
+    text = text if len(text) < _LONGEST else text[:_LONGEST] + "…"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class _OneLine(logging.Formatter):
+    """Formats a record as one line of the log, and a traceback as lines below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = shown(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(shown, super().formatException(ei).split("\n")))
 
 
 def _keep_programs() -> None:
@@ -40,10 +71,10 @@ def _keep_programs() -> None:
         return
     import jax
 
-    folder = cache_dir() / "xla"
     try:
+        folder = cache_dir() / "xla"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, UserError):
         return
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -216,4 +247,5 @@ def prepare() -> None:
     # For the same reason: Orbax's threads would print the exceptions that they cannot raise.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _show_unless_of_orbax
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    logging.basicConfig(force=True)
+    logging.root.handlers[0].setFormatter(_OneLine("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -1,10 +1,12 @@
 """Exported models: the EMA weights of one step, in a folder that evaluates and samples as a run.
 
 `model.safetensors` has the weights by their path in the network, as `Conv_0/kernel`, float32, and
-the step among its metadata; config.json is the run's.
+among its metadata the step and a digest of all, which older files lack; config.json is the run's.
 """
 
 import contextlib
+import hashlib
+import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +15,10 @@ import numpy as np
 from flax import traverse_util
 
 from configs.default import UserError
-from runtime.workdir import first_line
+from runtime.checksums import checksums
+from runtime.workdir import first_line, short_hash
+
+log = logging.getLogger("soft_truncation")
 
 WEIGHTS = "model.safetensors"
 
@@ -39,8 +44,15 @@ def write(folder: pathlib.Path, params: Any, step: int) -> None:
     # The library writes an array's memory as it lies, so that it must be in C's order.
     named = traverse_util.flatten_dict(params, sep="/")
     named = {name: np.asarray(x, np.float32, order="C") for name, x in named.items()}
+    facts = {"step": str(step), "config": _digest_of_config(folder)}
+    facts["digest"] = short_hash(facts, checksums(named))
     # Not its save_file, which lets nobody but the owner read the file.
-    (folder / WEIGHTS).write_bytes(save(named, metadata={"step": str(step)}))
+    (folder / WEIGHTS).write_bytes(save(named, metadata=facts))
+
+
+def _digest_of_config(folder: pathlib.Path) -> str:
+    path = folder / "config.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def read_step(workdir: pathlib.Path) -> int:
@@ -80,6 +92,12 @@ def read(workdir: pathlib.Path, shape: Any) -> Any:
             if there[name].get_dtype() != "F32":
                 raise ValueError(f"{name} is {there[name].get_dtype()}, not F32")
             named[name] = file.get_tensor(name)
+        facts = file.metadata() or {}
+        digest = facts.pop("digest", None)
+        if digest not in (None, short_hash(facts, checksums(named))):
+            raise ValueError("it is damaged: its checksum is another")
+    if digest and facts["config"] != _digest_of_config(workdir):
+        log.warning("%s has changed since the model was exported", workdir / "config.json")
     return traverse_util.unflatten_dict(named, sep="/")
 
 

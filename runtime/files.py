@@ -4,10 +4,16 @@ import contextlib
 import logging
 import os
 import pathlib
+import secrets
 from collections.abc import Iterator
 from typing import BinaryIO
 
 log = logging.getLogger("soft_truncation")
+
+
+def beside(path: pathlib.Path, suffix: str = "") -> pathlib.Path:
+    """A new hidden name beside `path`, which no other process takes, in a container or not."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}{suffix}")
 
 
 @contextlib.contextmanager
@@ -22,9 +28,9 @@ def replacing(path: pathlib.Path, sync: bool = True) -> Iterator[BinaryIO]:
     Raises:
       OSError: it can't be written; what was at `path` is there still.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = beside(path, ".part")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:  # which follows no link
             yield file
             file.flush()
             if sync:

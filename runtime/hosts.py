@@ -3,9 +3,10 @@
 All run the same program. Only process 0, the main process, reads and writes the workdir.
 """
 
+import io
+import json
 import logging
 import os
-import pickle
 import signal
 import socket
 import threading
@@ -141,11 +142,19 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def share(value: Any) -> Any:
-    """Send the main process's value, which must be picklable, to every process."""
+def share(value: Any, like: Any = None) -> Any:
+    """Send the main process's value to every process.
+
+    Args:
+      value: of JSON's types and arrays; sequences arrive as lists. What arrives runs no code.
+      like: a tree of the same structure, if the value is a tree of other types.
+    """
     if jax.process_count() == 1:
         return value
-    data = np.frombuffer(pickle.dumps(value), np.uint8) if is_main() else np.zeros(0, np.uint8)
+    is_tree = like is not None
+    data = np.zeros(0, np.uint8)
+    if is_main():
+        data = _pack(jax.tree.leaves(value) if is_tree and value is not None else value)
     size = _read_length(multihost_utils.broadcast_one_to_all(_length(len(data))))
     received = []
     # In parts, since the whole would have to fit into a device's memory several times over.
@@ -156,7 +165,35 @@ def share(value: Any) -> Any:
             else np.zeros(min(_PART, size - start), np.uint8)
         )
         received.append(np.asarray(multihost_utils.broadcast_one_to_all(part)))
-    return pickle.loads(np.concatenate(received).tobytes())
+    value = _unpack(np.concatenate(received))
+    return jax.tree.unflatten(jax.tree.structure(like), value) if is_tree and value else value
+
+
+_ARRAY = "an array's index"
+
+
+def _pack(value: Any) -> np.ndarray:
+    """JSON, in which arrays are numbered, and these arrays, as the bytes of an .npz file."""
+    arrays: list[np.ndarray] = []
+
+    def number(x: Any) -> dict[str, int]:
+        if not isinstance(x, np.ndarray | np.generic | jax.Array):
+            raise TypeError(f"a {type(x).__name__} can't be shared")
+        arrays.append(np.asarray(x))
+        return {_ARRAY: len(arrays) - 1}
+
+    text, file = json.dumps(value, default=number).encode(), io.BytesIO()
+    np.savez(file, *arrays, json=np.frombuffer(text, np.uint8), allow_pickle=False)
+    return np.frombuffer(file.getbuffer(), np.uint8)
+
+
+def _unpack(data: np.ndarray) -> Any:
+    with np.load(io.BytesIO(data.data), allow_pickle=False) as file:
+
+        def array(fields: dict[str, Any]) -> Any:
+            return file[f"arr_{fields[_ARRAY]}"] if _ARRAY in fields else fields
+
+        return json.loads(bytes(file["json"]), object_hook=array)
 
 
 def _length(size: int) -> np.ndarray:
@@ -169,23 +206,45 @@ def _read_length(numbers: ArrayLike) -> int:
     return high * 2**32 + low
 
 
-def on_main(fn: Callable[[], Any]) -> Any:
-    """Call fn() on the main process; every process returns its result or raises its UserError."""
+def on_main(fn: Callable[[], Any], like: Any = None) -> Any:
+    """Call fn() on the main process; every process returns its result or raises its UserError.
+
+    `like` is as in `share`.
+    """
     value, problem = None, None
     if is_main():
         try:
             value = fn()
         except UserError as error:
             problem = error
-    value, message = share((value, str(problem) if problem else None))
-    if message:
+    message = share(str(problem) if problem else None)
+    if message is not None:
         raise problem or UserError(message)
-    return value
+    return share(value, like)
+
+
+def check_equal(facts: dict[str, Any]) -> None:
+    """Raise a UserError on every process if one has other facts, of JSON, than the main process."""
+    if jax.process_count() == 1:
+        return
+    of_main = share(facts)
+    own = json.loads(json.dumps(facts))
+    others = [i for i, name in enumerate(of_main) if own.get(name) != of_main[name]]
+    first = np.array(others[0] if others else -1, np.int32)
+    found = np.asarray(multihost_utils.process_allgather(first)).ravel()
+    for index, place in enumerate(found):
+        if place >= 0:
+            name = list(of_main)[place]
+            raise UserError(
+                f"{name} of process {index} is not that of process 0, {of_main[name]!r}; start all "
+                "by the same command, on the same data"
+            )
 
 
 class Preemption:
-    """Stops training after the current step at SIGTERM or SIGINT, at once at a second SIGINT.
+    """Stops training after the current step at SIGTERM, SIGINT or SIGHUP.
 
+    A second SIGINT raises KeyboardInterrupt. A SIGHUP that is ignored, as after nohup, stays so.
     With several processes, a SIGTERM to any of them stops all after the same step.
     """
 
@@ -196,10 +255,12 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
-            # With several processes, JAX itself handles SIGTERM.
-            several = jax.process_count() > 1
-            for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            numbers = [signal.SIGINT, signal.SIGHUP]
+            if jax.process_count() == 1:  # with several, JAX itself handles SIGTERM
+                numbers.append(signal.SIGTERM)
+            for number in numbers:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -1,63 +1,64 @@
-"""File locks between processes: one waits until the lock is free, the other raises an error."""
+"""Locks between processes; one ends with its process, however that ends, and follows no link."""
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import pathlib
 import socket
 from collections.abc import Iterator
 
+from filelock import FileLock, Timeout
+
 from configs.default import UserError
 
 log = logging.getLogger("soft_truncation")
 
-_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)  # what such a file system answers
+# What a file system without locks answers.
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+
+
+def _sign(descriptor: int) -> None:
+    """Write into a lock's file who holds it, but not into a file that has another name too."""
+    with contextlib.suppress(OSError):  # the disk may be full
+        if os.fstat(descriptor).st_nlink == 1:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
 @contextlib.contextmanager
-def waiting_lock(path: pathlib.Path, waiting: str) -> Iterator[None]:
-    """Hold the lock of a file, after waiting for it; it is released even if the process is killed.
+def _held(path: pathlib.Path, waiting: str = "") -> Iterator[None]:
+    lock = FileLock(path, blocking=False, fallback_to_soft=False, on_acquired=_sign)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        if not waiting:
+            who = path.read_text(errors="replace")[:200].strip() if path.is_file() else ""
+            who = f"{who or 'another process'} is at work in {path.parent}"
+            raise UserError(f"{who}; wait for it, or end it") from error
+        log.info("%s; waiting for it", waiting)
+        lock.acquire(blocking=True, poll_interval=0.2)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path} is a link, which no lock is; delete it") from error
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        log.warning("the file system of %s has no locks: start no second run there", path.parent)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def waiting_lock(path: pathlib.Path, waiting: str) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a file, which is created, after waiting for it.
 
     On a file system without locks two processes may do the same work; one result is kept.
-
-    Args:
-      path: the file, which is created.
-      waiting: the beginning of the log line if another process holds the lock.
+    `waiting` is the beginning of the log line if another process holds the lock.
     """
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("%s; waiting for it", waiting)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _WITHOUT_LOCKS:
-                raise
-        yield
+    return _held(path, waiting)
 
 
-@contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Hold the lock of a folder; it is released even if the process is killed.
-
-    Raises:
-      UserError: another process holds the lock.
-    """
-    with (folder / ".lock").open("a+") as file:
-        file.seek(0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            who = file.read(1000).strip() or "another process"
-            raise UserError(f"{who} is at work in {folder}; wait for it, or end it") from error
-        except OSError as error:
-            if error.errno not in _WITHOUT_LOCKS:
-                raise
-            log.warning("the file system of %s has no locks: start no second run there", folder)
-        with contextlib.suppress(OSError):  # the disk may be full
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        yield
+def locked(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a folder; UserError if another process holds it, or it is a link."""
+    return _held(folder / ".lock")

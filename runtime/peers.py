@@ -14,11 +14,14 @@ import threading
 import time
 from collections.abc import Callable
 
+from runtime.environment import shown
+
 log = logging.getLogger("soft_truncation")
 
 PATIENCE = 30.0  # seconds of silence after which a process counts as lost; copying 6 GiB takes some
 _GRACE = 3.0  # seconds for this process to end by itself, when another one has failed
 _ALIVE, _DONE, _FAILED = b".", b"!", b"?"
+_HELLO = b"soft_truncation, process "  # and its index, in 4 bytes
 
 
 def _notice_lost_machine(connection: socket.socket) -> None:
@@ -81,7 +84,7 @@ class Peers:
                     raise
                 time.sleep(0.2)
         connection.settimeout(max(1.0, until - time.monotonic()) + 5)
-        connection.sendall(self._index.to_bytes(4, "big"))
+        connection.sendall(_HELLO + self._index.to_bytes(4, "big"))
         said = connection.recv(1024)
         if not said.startswith(_ALIVE):
             raise OSError(said.decode().removeprefix("lost ") or "it has ended")
@@ -108,17 +111,27 @@ class Peers:
                 server.settimeout(left)
                 try:
                     connection, _ = server.accept()
-                    connection.settimeout(PATIENCE)
-                    index = int.from_bytes(connection.recv(4), "big")
                 except TimeoutError as error:
                     missing = [i for i in range(1, self._count) if i not in self._sockets]
                     who = ", ".join(map(str, missing))
                     text = f"process{'es' * (len(missing) > 1)} {who} did not come"
                     self._tell(text)
                     raise TimeoutError(text) from error
-                if 0 < index < self._count:  # else it is something that does not know the protocol
+                index = self._index_of(connection)
+                if 0 < index < self._count and index not in self._sockets:
                     self._add(index, connection)
+                else:
+                    connection.close()
         threading.Thread(target=self._say_alive, daemon=True).start()
+
+    def _index_of(self, connection: socket.socket) -> int:
+        """The index of the process at the other end; 0 if it says nothing, or something else."""
+        connection.settimeout(_GRACE)
+        said = b""
+        with contextlib.suppress(OSError):
+            said = connection.recv(len(_HELLO) + 4, socket.MSG_WAITALL)
+        whole = len(said) == len(_HELLO) + 4 and said.startswith(_HELLO)
+        return int.from_bytes(said[-4:], "big") if whole else 0
 
     def _add(self, index: int, connection: socket.socket) -> None:
         connection.settimeout(PATIENCE)
@@ -170,5 +183,5 @@ class Peers:
 
     def _end(self, text: str) -> None:
         # Not by an exception: the main thread waits for the lost process in compiled code.
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(f"error: {shown(text)}", file=sys.stderr, flush=True)
         os._exit(1)

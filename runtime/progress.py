@@ -20,13 +20,13 @@ class Progress:
         """Log the progress through `total` images every `every` seconds, and at the end."""
         self._name, self._total, self._every = name, total, every
         self._done = self._fresh = 0
-        self._start = self._last = time.time()
+        self._start = self._last = time.monotonic()
 
     def advance(self, count: int, note: str = "", fresh: bool = True) -> None:
         """Count `count` more images as done; not `fresh`: an earlier run has computed them."""
         self._done += count
         self._fresh += count if fresh else 0
-        now = time.time()
+        now = time.monotonic()
         if self._done < self._total and now - self._last < self._every:
             return
         self._last = now

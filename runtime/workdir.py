@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from configs import saved
 from configs.default import UserError, get_default_config
 from runtime import hosts
-from runtime.files import replacing, write_text
+from runtime.files import beside, can_do_without, replacing, write_text
 
 log = logging.getLogger("soft_truncation")
 
@@ -80,25 +79,62 @@ def _first_difference(old: dict[str, Any], new: dict[str, Any], train: bool) -> 
     return None
 
 
+# The paths of a machine.
+_PATHS = {
+    "data": ("path", "tfds_dir", "tfrecords_path", "cache"),
+    "eval": ("cache_dir", "inception_path", "stats_path", "samples", "images"),
+}
+
+
+def check_processes(config: ConfigDict, data: dict[str, Any]) -> None:
+    """Raise a UserError on every process if one has another config, but for paths, or other `data`.
+
+    Every process must call it.
+    """
+    facts: dict[str, Any] = {}
+    for section, fields in json.loads(config.to_json_best_effort()).items():
+        named = fields.items() if isinstance(fields, dict) else ()
+        facts |= {f"{section}.{k}": v for k, v in named if k not in _PATHS.get(section, ())}
+        facts |= {} if named else {section: fields}
+    hosts.check_equal(facts | data)
+
+
+def record_data(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
+    """Keep the facts of a training's data in data.json; warn if the run was trained on others."""
+    path, before = workdir / "data.json", facts
+    try:
+        before = saved.read_object(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        log.warning("%s is damaged (%s) and is written anew", path, error)
+    if before != facts:
+        then, now = (" and ".join(map(str, x.values())) for x in (before, facts))
+        log.warning(
+            "the data have changed since the last training here: %s then, %s now", then, now
+        )
+    with can_do_without(path):
+        write_text(path, json.dumps(facts) + "\n")
+
+
+def run_config(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+    """The config that the run in `workdir` recorded; `config` if there is none."""
+    return saved.get_config(workdir) if (workdir / "config.json").exists() else config
+
+
 def portable_config(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     """The config of a run, without the paths of this machine.
 
     The sections eval and sampling are those of `config`, the others of the run in `workdir`.
     """
-    portable = config.copy_and_resolve_references()
-    if (workdir / "config.json").exists():
-        own = saved.get_config(workdir)
-        for section in ("data", "model", "optim", "training"):
-            portable[section] = own[section]
+    portable, own = config.copy_and_resolve_references(), run_config(config, workdir)
+    for section in ("data", "model", "optim", "training"):
+        portable[section] = own[section]
     # A folder's data need a name, which the report has, though sampling does not read them.
     folder = portable.data.dataset == "folder"
     name = pathlib.Path(portable.data.path).resolve().name if folder else ""
     portable.data.update(path=name, tfds_dir="", tfrecords_path="")
-    portable.eval.update(
-        begin_ckpt=0,
-        end_ckpt=0,
-        **dict.fromkeys(("cache_dir", "inception_path", "stats_path", "samples", "images"), ""),
-    )
+    portable.eval.update(begin_ckpt=0, end_ckpt=0, **dict.fromkeys(_PATHS["eval"], ""))
     if pathlib.Path(portable.sampling.mask).suffix:
         portable.sampling.mask = get_default_config().sampling.mask
     return portable
@@ -108,8 +144,8 @@ def make_folder(folder: pathlib.Path, option: str) -> None:
     """Make a writable folder; if that fails, raise a UserError that names the `option`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
-        probe.touch()
+        probe = beside(folder / "writable")
+        probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise UserError(f"{option}: {folder} can't be written to: {error.strerror}") from error

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import pickle
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from configs.default import UserError
 from configs.rve import celebahq_256_uncsn, church_uncsn, ffhq_1024_uncsn
 from models import layers, ncsnpp, norm_kernels
 from readers import tfds
-from runtime import hosts, memory
+from runtime import hosts, memory, workdir
 from runtime.metrics_log import read_metrics
 from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, assert_identical, state_of
@@ -94,7 +93,8 @@ def test_lengths_above_2_gib_are_sent(size):
 
 @pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 5000])
 def test_a_large_state_is_shared_in_parts(monkeypatch, size):
-    value = {"state": np.random.default_rng(0).bytes(size)}
+    state = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    value = [{"state": state, "name": np.array("x")}, None, ["a", 0.5, True]]
     sent = []
 
     def broadcast(x):
@@ -106,11 +106,50 @@ def test_a_large_state_is_shared_in_parts(monkeypatch, size):
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
     monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", broadcast)
     monkeypatch.setattr(hosts, "_PART", 1000)
-    assert hosts.share(value) == value
+    of_main = hosts.share(value)
     assert max(len(part) for part in sent) <= 1000
-    assert sum(len(part) for part in sent[1:]) == len(pickle.dumps(value))
     monkeypatch.setattr(hosts, "is_main", lambda: False)
-    assert hosts.share(None) == value
+    for received in (of_main, hosts.share(None)):
+        np.testing.assert_equal(received, value)
+        assert received[0]["state"].dtype == np.uint8
+
+
+def test_a_tree_is_shared_without_pickle(monkeypatch):
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda x: x)
+    setup = session.set_up(tiny_config())
+    state = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), setup.state_shape)
+    received = hosts.share(state, like=setup.state_shape)
+    assert jax.tree.structure(received) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, received, state)
+    dtypes = [[x.dtype for x in jax.tree.leaves(tree)] for tree in (received, state)]
+    assert dtypes[0] == dtypes[1]
+    assert hosts.share(None, like=setup.state_shape) is None
+    with pytest.raises(TypeError, match="a Path can't be shared"):
+        hosts.share(type("Path", (), {})())
+
+
+def test_a_process_with_another_config_or_other_data_is_named_by_all(monkeypatch):
+    of_main, others = {"seed": 1, "data": "a"}, {"seed": 1, "data": "b"}
+    found = []
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts, "share", lambda _: of_main)
+    gather = hosts.multihost_utils
+    monkeypatch.setattr(gather, "process_allgather", lambda x: found.append(x) or np.array(found))
+    hosts.check_equal(of_main)
+    with pytest.raises(UserError, match="data of process 1 is not that of process 0, 'a'; start"):
+        hosts.check_equal(others)
+
+
+def test_paths_may_differ_between_processes_and_nothing_else(monkeypatch):
+    told, config = [], tiny_config()
+    monkeypatch.setattr(hosts, "check_equal", told.append)
+    for field, value in {"data.path": "/b", "training.n_iters": 7, "seed": 3}.items():
+        workdir.check_processes(config, {"data": "a"})
+        config.update_from_flattened_dict({field: value})
+        workdir.check_processes(config, {"data": "a"})
+        same = told[-1] == told[-2]
+        assert same == (field == "data.path")
 
 
 @pytest.mark.parametrize("recipe", [church_uncsn, celebahq_256_uncsn, ffhq_1024_uncsn])

@@ -36,7 +36,7 @@ def test_digits_split_every_image_once():
 def order(count, batch_size, steps, **options):
     """The indices of the images of so many steps' batches, one after the other."""
     source = ArraySource(np.zeros((count, 1, 1, 1), np.uint8), np.zeros(count))
-    dataset = datasets.Dataset("numbered", source, 256, 0)
+    dataset = datasets.Dataset("numbered", source, 256)
     stream = datasets.train_batches(dataset, batch_size, indices_only=True, **options)
     return np.concatenate([next(stream)["image"] for _ in range(steps)])
 
@@ -241,7 +241,7 @@ def test_a_small_set_of_files_is_read_into_memory(tmp_path):
     for file, image in zip(files, images, strict=True):
         Image.fromarray(image).save(file)
     source = RecordSource(records_of(Folder(tmp_path), [file.name for file in files]), Fit(8, 3))
-    dataset = datasets.Dataset("files", source, 256, 0)
+    dataset = datasets.Dataset("files", source, 256)
     whole = datasets.in_memory(dataset, images.nbytes)
     np.testing.assert_array_equal(whole["image"], images)
     assert datasets.in_memory(dataset, images.nbytes - 1) is None
@@ -268,7 +268,7 @@ def test_files_are_read_ahead_in_order_and_not_far():
             return {"image": indices, "label": indices}
 
     source = Slow()
-    stream = datasets.train_batches(datasets.Dataset("slow", source, 256, 0), 4, seed=1)
+    stream = datasets.train_batches(datasets.Dataset("slow", source, 256), 4, seed=1)
     found = np.concatenate([next(stream)["image"] for _ in range(20)])
     np.testing.assert_array_equal(found, order(40, 4, 20, seed=1))
     stream.close()
@@ -281,7 +281,7 @@ def test_a_file_that_breaks_during_training_is_named(tmp_path):
     for file in files:
         Image.new("RGB", (8, 8)).save(file)
     source = RecordSource(records_of(Folder(tmp_path), [file.name for file in files]), Fit(8, 3))
-    stream = datasets.train_batches(datasets.Dataset("files", source, 256, 0), 4, seed=0)
+    stream = datasets.train_batches(datasets.Dataset("files", source, 256), 4, seed=0)
     assert next(stream)["image"].shape == (4, 8, 8, 3)
     files[2].write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"2\.png is not a readable image"):

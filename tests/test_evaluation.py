@@ -181,6 +181,21 @@ def test_a_later_evaluation_keeps_what_it_leaves_out(trained):
     assert not (folder / "samples.png").exists()
 
 
+@pytest.mark.slow
+def test_a_checkpoint_that_training_deletes_in_the_meantime_is_not_asked_for(
+    trained, tmp_path, monkeypatch
+):
+    config = eval_config(trained, enable_sampling=False)
+    shutil.copytree(trained / "run" / "checkpoints", tmp_path / "checkpoints")
+
+    def goes_on(_):  # a training, while the baselines are scored
+        shutil.rmtree(tmp_path / "checkpoints" / "6")
+        return {}
+
+    monkeypatch.setattr(evaluation, "evaluate_baselines", goes_on)
+    assert run_lib.evaluate(config, tmp_path)["step"] == 4
+
+
 def test_samples_by_anyone_are_scored(tmp_path, inception):
     config = eval_config(tmp_path, enable_fid=True, num_reference=200)
     train = datasets.get_dataset(config, "train")
@@ -226,7 +241,7 @@ def test_bits_of_given_images_are_a_row_each_in_a_folder_of_their_own(trained, t
     rows = {}
     for images, count in (("few", 3), ("many.npz", 7), ("zipped.zip", 1), ("test", 12)):
         path = images if images == "test" else str(tmp_path / images)
-        config = eval_config(trained, images=path, num_draws=2, truncated_normal=True)
+        config = eval_config(trained, images=path, image_draws=2, truncated_normal=True)
         config.eval.update(nll_steps=32, nelbo_draws=1)
         before = set((tmp_path / "run" / "eval").glob("images_*"))
         report = run_lib.evaluate(config, tmp_path / "run")

@@ -3,8 +3,10 @@
 import dataclasses
 import errno
 import fcntl
+import json
 import logging
 import os
+import pwd
 import resource
 import shutil
 import signal
@@ -20,9 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint._src.futures.future import _SignalingThread
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from tensorboardX.proto.event_pb2 import Event
 
 import datasets
@@ -30,12 +35,15 @@ import losses
 import run_lib
 import session
 import train_step
-from benchmarks import fuzz
+from benchmarks import bit_flips, fuzz
 from configs.default import UserError
-from readers import tfrecords
+from metrics.report import earlier_scores
+from readers import cache, tfrecords
 from readers.source import ArraySource
 from runtime import checkpointing, environment, exported, files, hosts, locking
 from runtime.metrics_log import Metrics, read_metrics
+from runtime.progress import Progress
+from runtime.workdir import record_data
 from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
 
@@ -122,6 +130,58 @@ def test_the_second_at_a_folder_is_told_who_is_the_first(tmp_path):
         pass
     with locking.locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lock_that_is_a_link_is_refused_and_what_it_names_is_left_alone(tmp_path, there):
+    target = tmp_path / "precious"
+    if there:
+        target.write_text("kept")
+    for name, lock in ((".lock", locking.locked), ("x.lock", locking.waiting_lock)):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        path = tmp_path / "run" / name
+        path.symlink_to(target)
+        args = (path.parent,) if lock is locking.locked else (path, "another works")
+        with pytest.raises(UserError, match="is a link, which no lock is"), lock(*args):
+            pass
+    assert target.exists() == there and (not there or target.read_text() == "kept")
+
+
+def test_a_lock_with_another_name_or_no_file_is_held_and_not_written(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    os.link(tmp_path / "precious", tmp_path / ".lock")
+    with locking.locked(tmp_path):
+        assert (tmp_path / "precious").read_text() == "kept"
+    (tmp_path / ".lock").unlink()
+    os.mkfifo(tmp_path / ".lock")
+    with locking.locked(tmp_path), pytest.raises(UserError, match="another process is at work"):
+        locking.locked(tmp_path).__enter__()
+
+
+def test_one_waits_for_a_lock_until_the_process_that_has_it_is_killed(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "soft_truncation")
+    code = "import pathlib, sys, time\nfrom runtime.locking import waiting_lock\n"
+    code += "with waiting_lock(pathlib.Path(sys.argv[1]), ''):\n"
+    code += " print(1, flush=True)\n time.sleep(99)"
+    path = tmp_path / "x.lock"
+    process = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    threading.Timer(0.5, process.kill).start()
+    with locking.waiting_lock(path, "another process works"):
+        assert "another process works; waiting for it" in caplog.text
+    process.wait()
+
+
+def test_partial_files_of_equal_process_numbers_do_not_mix(tmp_path, monkeypatch):
+    """As of two containers, in which both are process 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    path = tmp_path / "x"
+    with files.replacing(path) as first:
+        first.write(b"first")
+        with files.replacing(path) as second:
+            second.write(b"second, and longer")
+        assert path.read_bytes() == b"second, and longer"
+    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
@@ -353,6 +413,91 @@ def test_damaged_lines_of_the_metrics_are_left_out_and_those_after_them_kept(tmp
     assert losses_of(tmp_path) == {1: 0.5, 4: 0.25}
 
 
+@pytest.mark.parametrize("kind", bit_flips.KINDS)
+def test_no_flipped_bit_is_read_as_something_else(kind):
+    counts, wrong = bit_flips.flip(kind, flips=10, seed=1)
+    assert not wrong and counts["noticed"]
+
+
+def test_files_without_checksums_are_read_as_before(tmp_path, caplog):
+    model, params = tmp_path / "model", bit_flips._params()
+    model.mkdir()
+    bit_flips._make_model(model)
+    with safe_open(model / exported.WEIGHTS, framework="numpy") as file:
+        named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(named, model / exported.WEIGHTS, metadata={"step": "7"})
+    assert exported.read_step(model) == 7
+    (tmp_path / "x.msgpack").write_bytes(serialization.to_bytes(params))
+    kept = bit_flips._read_cached_classifier(tmp_path), exported.read(model, params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, kept, (params, params)))
+    bit_flips._make_decoded(tmp_path)
+    decoded, (path,) = bit_flips._read_decoded(tmp_path), tmp_path.glob("*/data/*/facts.json")
+    facts = json.loads(path.read_text())
+    del facts["checksum"], facts["train"]["checksums"], facts["test"]["checksums"]
+    path.write_text(json.dumps(facts))
+    np.testing.assert_equal(bit_flips._read_decoded(tmp_path), decoded)
+    assert not caplog.text
+
+
+def test_large_decoded_images_are_compared_in_the_background(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_IN_MEMORY", 0)
+    bit_flips._make_decoded(tmp_path)
+    entry, *_ = bit_flips._entry(tmp_path)
+    train = entry.read().train
+    train.found.result(5)
+    assert len(train.fetch(np.arange(9))["image"]) == 9
+    path = entry.folder / "train.uint8"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    train = entry.read().train
+    with pytest.raises(UserError, match="is damaged; run the same command again"):
+        train.found.result(5)
+    with pytest.raises(UserError, match="it decodes the images anew"):
+        train.fetch(np.arange(9))
+    assert entry.read() is None and not entry.folder.exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "3", '{"nll": "x"}', '{"fid": 1.0}', '{"a":' * 9999, "pipe"]
+)
+def test_of_a_damaged_report_nothing_is_kept_and_a_line_says_so(tmp_path, caplog, text):
+    path, same = tmp_path / "report.json", {"step": 3, "weights_digest": "a"}
+    path.write_text(json.dumps(same | {"fd_of_x": 0.5, "num_samples": 9, "samples": "x"}))
+    assert earlier_scores(same, tmp_path)["fd_of_x"] == 0.5 and not caplog.text
+    path.unlink()
+    assert earlier_scores(same, tmp_path) == {} and not caplog.text
+    if text == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text(text)
+    assert earlier_scores(same, tmp_path) == {}
+    assert caplog.text.count("report.json is damaged") == len(caplog.messages) == 1
+
+
+def test_data_that_changed_between_two_trainings_of_a_run_are_told_of(tmp_path, caplog):
+    for i in range(40):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")
+    config = tiny_config()
+    config.data.update(dataset="folder", path=str(tmp_path), cache=False)
+
+    def train():
+        caplog.clear()
+        record_data(tmp_path, datasets.facts_of_data(datasets.load_data(config)))
+        return [line for line in caplog.messages if "data have changed" in line]
+
+    assert not train() and not train()
+    Image.new("L", (8, 8), 99).save(tmp_path / "20.png")
+    (line,) = train()
+    assert line.count("36 training images") == 2
+    for i in range(10, 40):
+        (tmp_path / f"{i:02}.png").unlink()
+    (line,) = train()
+    assert (
+        "36 training images" in line.split("then, ")[0] and "9 training" in line.split("then, ")[1]
+    )
+    (tmp_path / "data.json").write_text("[]")
+    assert not train() and "data.json is damaged" in caplog.text and not train()
+
+
 def test_a_broken_image_is_named_at_the_start_or_left_out(tmp_path, caplog):
     for i in range(20):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:02}.png")
@@ -368,18 +513,93 @@ def test_a_broken_image_is_named_at_the_start_or_left_out(tmp_path, caplog):
     assert caplog.text.count("left out") == 2
 
 
-def test_signals_ask_for_a_stop_and_are_given_back():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_ask_for_a_stop_and_are_given_back(number):
+    before = signal.getsignal(number)
     with hosts.Preemption() as preemption:
         assert not preemption.requested()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert preemption.requested()
     with hosts.Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGINT)
         assert preemption.requested()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_nohup_is_kept_to():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with hosts.Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not preemption.requested()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interruption_is_one_line():
+    program = """
+import sys
+import main, run_lib
+from absl import app
+def train(*_):
+    raise KeyboardInterrupt
+run_lib.train = train
+app.run(main.main, flags_parser=main._parse)
+"""
+    args = ["--config=configs/vp/digits_st.py"]
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
+    assert done.returncode == 130 and len(done.stderr.splitlines()) == 1
+    assert "error: interrupted; the same command goes on" in done.stderr
+
+
+def test_without_a_home_directory_a_run_goes_on_and_a_cache_is_asked_for(monkeypatch):
+    def unknown(_):
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    environment._keep_programs()
+    with pytest.raises(UserError, match="no home directory to keep files in; set XDG_CACHE_HOME"):
+        environment.cache_dir()
+
+
+def test_a_workdir_that_is_moved_is_told_of_and_not_made_anew(tmp_path, caplog):
+    (tmp_path / "run").mkdir()
+    with checkpointing.checkpoints(tiny_config(), tmp_path / "run") as manager:
+        saver = checkpointing.Saver(manager, max_failures=2)
+        saver.save(0, {"x": np.ones(3)})
+        assert saver.settle()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        saver.save(1, {"x": np.ones(3)})
+        assert not saver.settle() and "is gone; was the workdir moved?" in caplog.text
+        (tmp_path / "moved").rename(tmp_path / "run")
+        saver.save(2, {"x": np.ones(3)})
+        assert saver.settle()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        saver.save(3, {"x": np.ones(3)})
+        with pytest.raises(UserError, match=r"is gone; was .* Checkpoints that are there: "):
+            saver.save(4, {"x": np.ones(3)})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "soft_truncation")
+    progress = Progress("work", 10)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    progress.advance(10)
+    assert "| 0:00:00 left" in caplog.text and "-" not in caplog.text.split("work")[1]
+
+
+@pytest.mark.slow
+def test_fewer_iterations_than_the_run_has_made_train_nothing(run, caplog):
+    caplog.set_level(logging.INFO, "soft_truncation")
+    assert int(run_lib.train(tiny_config(n_iters=4, snapshot_freq=3), run).step) == 9
+    assert "step 9 is reached, training.n_iters is 4: no training" in caplog.text
+    assert "done: 9 steps" in caplog.text
 
 
 def start_two(number, *args):
@@ -424,6 +644,19 @@ def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
     for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
         # Adam makes steps of up to its rate, 2e-3, of gradients that are nothing but rounding.
         np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_with_other_configs_end_in_one_line(tmp_path):
+    processes = start_two(0, f"--workdir={tmp_path}/run")
+    processes[1].kill()
+    processes[1].wait()
+    args = [*processes[1].args, "--config.seed=3"]
+    processes[1] = subprocess.Popen(args, env=environment_of(2), stderr=subprocess.PIPE, text=True)
+    for error in errors_of(processes, 2):
+        line = error.splitlines()[-1]
+        assert "seed of process 1 is not that of process 0, 42; start all by the same" in line
+        assert "Traceback" not in error
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ import os
 import pathlib
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -78,6 +80,24 @@ def test_the_kernel_gives_a_silent_machine_up_after_15_seconds():
     mine.leave(well=True)
     far.sendall(b"!")
     far.close()
+
+
+def test_what_is_no_process_is_turned_away_and_the_start_goes_on(monkeypatch):
+    monkeypatch.setattr(peers, "_GRACE", 0.3)
+    mine, other, port = peers.Peers(0, 2), peers.Peers(1, 2), free_port()
+    gathering = threading.Thread(target=mine.gather, args=(port, 20))
+    gathering.start()
+    time.sleep(0.2)
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
+    strangers[1].sendall((1).to_bytes(4, "big"))
+    strangers[2].sendall(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n")
+    strangers[3].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    strangers[3].close()  # by a reset, as a port scan does
+    other.join("127.0.0.1", port, 20)
+    gathering.join(5)
+    assert not gathering.is_alive() and list(mine._sockets) == [1]
+    for peer in (other, mine):
+        peer.leave(well=True)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -23,7 +24,7 @@ from configs.default import UserError, get_default_config
 from configs.validate import validate
 from metrics import scorers
 from metrics.classifier import get_classifier
-from runtime import checkpointing, exported, workdir
+from runtime import checkpointing, exported, locking, workdir
 from runtime.workdir import check_network, claim_workdir
 from session import REGISTRIES
 from tests.helpers import GOLDEN, environment_of, tiny_config
@@ -162,23 +163,46 @@ def test_without_a_config_it_is_that_of_the_workdir(tmp_path):
     assert recipe == f"--config={ROOT}/configs/saved.py:{tmp_path}/run" and rest == given[1:]
     for others in (["main.py", "--config=a.py", *given[1:]], ["main.py", "--workdir=/none"]):
         assert main._with_saved_config(others) == others
-    for damage in ("[]", "{", "3"):
-        (tmp_path / "run" / "config.json").write_text(damage)
+    path = tmp_path / "run" / "config.json"
+    deep = '{"data": ' * 500 + "{}" + "}" * 500
+    for damage in ("[]", "{", "3", '{"data": 3}', deep, "[" * 100_000, " " * 2**24 + "{}"):
+        path.write_text(damage)
         with pytest.raises(UserError, match="is damaged"):
             saved.get_config(str(tmp_path / "run"))
+    path.unlink()
+    for what in ("/dev/zero", "pipe"):
+        os.mkfifo(path) if what == "pipe" else path.symlink_to(what)
+        with pytest.raises(UserError, match=r"is damaged .it is no file"):
+            saved.get_config(str(tmp_path / "run"))
+        path.unlink()
 
 
 @pytest.mark.parametrize("file", ["/mine/my_config.py", ""])
 def test_a_workdir_names_the_file_that_registered_what_its_config_names(tmp_path, file):
-    config = tiny_config()
-    config.training.prior = "mine"
-    claim_workdir(config, tmp_path / "run", record=True, config_file=file)
-    assert saved.get_config(tmp_path / "run") == config
-    command = [sys.executable, "main.py", f"--workdir={tmp_path}/run", "--mode=sample"]
+    config, run = tiny_config(), tmp_path / "a:run"
+    config.training.prior = "mine\x1b[2J"  # which would clear the terminal
+    claim_workdir(config, run, record=True, config_file=file)
+    assert saved.get_config(run) == config
+    command = [sys.executable, "main.py", f"--workdir={run}", "--mode=sample"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "training.prior is 'mine'; it must be one of power" in result.stderr
-    assert f"add --config={file or 'FILE'}" in result.stderr
+    assert "training.prior is 'mine\\x1b[2J'; it must be one of power" in result.stderr
+    told = f"--config={file} runs that Python file, so add it only if you trust who made it"
+    assert (told if file else "add --config=FILE") in result.stderr
+    assert "\x1b" not in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_name_with_control_characters_can_not_forge_a_line_of_the_log():
+    program = """
+import logging
+from runtime import environment
+environment.prepare()
+name = "a\\n12:00:00 all is well\\r\\x1b[31m\\u202e\\udcff.png"
+logging.getLogger("soft_truncation").warning("left out: %s", name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(r"left out: a\n12:00:00 all is well\r\x1b[31m\u202e\udcff.png")
 
 
 def test_a_workdir_within_another_runs_is_refused(tmp_path):
@@ -614,6 +638,11 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
     config.seed += 1
     with pytest.raises(UserError, match=r"png has images of other weights, another seed"):
         run_lib.sample(config, model)
+    with (
+        locking.locked(model / "samples"),
+        pytest.raises(UserError, match=r"is at work in .*samples; wait for it"),
+    ):
+        run_lib.sample(config, model)
     shutil.rmtree(model / "samples")
     config.sampling.update(method="pc", n_images=2)
     config.model.num_scales = 2
@@ -664,6 +693,8 @@ def test_a_models_card_has_the_report_of_its_own_weights(exported_run, tmp_path)
     for name, text in (
         ("of_others", of_others),
         ("damaged", of_these[:-9]),
+        ("no_object", f"[{of_these}]"),
+        ("no_number", of_these.replace("0.125", '["x"]')),
         ("of_these", of_these),
     ):
         (tmp_path / "run" / "eval" / "report.json").write_text(text)
