@@ -385,3 +385,8 @@ def test_bits_with_their_padding_are_no_fewer_than_the_images_have(tmp_path):
     values = bits_per_dim.bits_of_images(evaluated, {"w": np.zeros(1)})
     assert np.allclose(values["nll"], 2 * 16 / 9) and np.allclose(values["nelbo"], 2 * 16 / 9)
     assert (values["nfe"] == 2).all()
+    # The bound of several draws is of the whole padded image, 16 dimensions, in bits per each of 9.
+    draws = np.array([[2.0], [3.0]]) * 16 / 9
+    weighted = bits_per_dim.weighted_draws(config, {"nll_truncated_normal": draws})
+    likelihoods = 2.0 ** -np.array([2 * 16, 3 * 16])
+    np.testing.assert_allclose(weighted, -np.log2(likelihoods.mean()) / 9, rtol=1e-12)
