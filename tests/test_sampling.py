@@ -392,8 +392,8 @@ def test_completions_of_all_batches_have_noise_of_their_own(monkeypatch):
 
 
 def test_colours_are_multiplied_in_full_precision():
-    constrain, finish = controllable_generation.colorization(sde_lib.VPSDE(), jnp.ones((2, 4, 4, 3)))
     key, x = jax.random.key(0), jnp.ones((2, 4, 4, 3))
+    constrain, finish = controllable_generation.colorization(SDE, x)
     programs = jax.make_jaxpr(constrain)(key, x, 0.5), jax.make_jaxpr(finish)(x)
     products = [line for p in programs for line in str(p).split("\n") if "precision=" in line]
     assert len(products) >= 4 and all("HIGHEST" in line for line in products)
