@@ -96,7 +96,7 @@ def _entry(folder: pathlib.Path) -> tuple[_Entry, Opened, _Decoder]:
     draw, fit = np.random.default_rng(0), Fit(8, 3)
     images = draw.integers(0, 256, (90, 8, 8, 3), np.uint8)
     split = arrays_of(images, draw.integers(0, 9, 90))
-    opened = Opened(split, split, 9, ("a note",))
+    opened = Opened(split, split, tuple("abcdefghi"), ("a note",))
     return _Entry("x", Found("x", (), lambda: opened), fit, False), opened, _Decoder(fit, False)
 
 
@@ -110,7 +110,7 @@ def _read_decoded(folder: pathlib.Path) -> Any:
     if decoded is None:
         return None
     splits = [source.fetch(np.arange(len(source))) for source in (decoded.train, decoded.test)]
-    return splits, decoded.num_classes, json.dumps(decoded.notes)
+    return splits, decoded.classes, json.dumps(decoded.notes)
 
 
 def _make_results(folder: pathlib.Path) -> None:
