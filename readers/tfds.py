@@ -1,20 +1,24 @@
 """Data sets prepared by TFDS, as TFRecord or array_record files; missing ones are prepared."""
 
 import importlib
+import json
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from configs.default import UserError
 from readers import download, tfrecords
-from readers.containers import file_identity
+from readers.containers import damaged, file_identity
 from readers.layout import Found, Item, Opened, Records, plain_classes
 from runtime import environment
 
 log = logging.getLogger("soft_truncation")
+
+_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.\w+\.\w+")
 
 
 def _import() -> Any:
@@ -101,7 +105,7 @@ def _records(builder: Any, split: str, labelled: bool) -> Records:
         raise UserError(f"{builder.data_path} has no split {split}")
     if info.file_format.value == "tfrecord":
         paths = [pathlib.Path(path) for path in info.splits[split].filepaths]
-        return tfrecords.records_of(paths, parse)
+        return Records.joined([tfrecords.records_of(path, parse) for path in paths])
     from tensorflow_datasets.core import decode
 
     raw = decode.DeserializeMethod.RAW_BYTES
@@ -113,25 +117,20 @@ def _records(builder: Any, split: str, labelled: bool) -> Records:
     return Records(len(source), read, lambda i: f"{builder.data_path}, {split} {i}")
 
 
-def _joined(parts: Sequence[Records]) -> Records:
-    """The records of all parts, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    starts = np.cumsum([0, *map(len, parts)])
-
-    def place(i: int) -> tuple[Records, int]:
-        number = int(np.searchsorted(starts, i, side="right")) - 1
-        return parts[number], i - int(starts[number])
-
-    def read(i: int) -> Item:
-        part, row = place(i)
-        return part.read(row)
-
-    def name(i: int) -> str:
-        part, row = place(i)
-        return part.name(row)
-
-    return Records(int(starts[-1]), read, name)
+def _check_features(folder: pathlib.Path) -> None:
+    """Raise UserError if features.json names a class not of TFDS, which TFDS would import."""
+    try:
+        waiting = [json.loads((folder / "features.json").read_bytes())]
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(folder / "features.json", error) from error
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, dict) else value
+        for key in ("type", "pythonClassName", "python_class_name"):
+            name = value.get(key, "") if isinstance(value, dict) else ""
+            if isinstance(name, str) and name and not _FEATURE.fullmatch(name):
+                raise UserError(f"{folder}/features.json names {name[:80]}, which is not TFDS's")
+        waiting = [item for item in waiting if isinstance(item, (dict, list))]
 
 
 def find(
@@ -163,13 +162,14 @@ def find(
     there = folder
 
     def opened() -> Opened:
+        _check_features(there)
         try:
             builder = _import().builder_from_directory(str(there))
         except Exception as error:  # whatever a damaged folder makes TFDS raise
             raise UserError(f"{there} is no folder of TFDS: {_reason(error)}") from error
         labelled = num_classes > 0
         parts = [[_records(builder, s, labelled) for s in split.split("+")] for split in splits]
-        train, test = map(_joined, parts)
+        train, test = map(Records.joined, parts)
         if hold_out:
             train_indices, test_indices = hold_out(len(train))
             train, test = train.subset(train_indices), train.subset(test_indices)
