@@ -71,7 +71,7 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("payload", "reason"),
     [
-        (pickle.dumps({"model": b"bytes"}, protocol=4), "opcode FRAME"),
+        (pickle.dumps({"model": bytearray(3)}, protocol=5), "opcode BYTEARRAY8"),
         (b"cos\nsystem\n(S'true'\ntR.", r"os\.system"),
         (b"(ios\nsystem\n.", "opcode INST"),
         (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", r"builtins\.eval"),
