@@ -13,15 +13,14 @@ import logging
 import os
 import pathlib
 import shutil
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from configs.default import UserError
-from readers.decode import Fit, is_grey, open_image
-from readers.layout import Arrays, Found, Opened, Records
+from readers.decode import Fit, has_16_bits, is_grey, open_image
+from readers.layout import Arrays, Found, Item, Opened, Records
 from readers.source import ArraySource, RecordSource, Source
 from runtime import environment
 from runtime.locking import waiting_lock
@@ -30,7 +29,6 @@ from runtime.progress import Progress
 log = logging.getLogger("soft_truncation")
 
 _FORMAT = 2  # version of an entry's format; entries of other versions are not read
-_IN_MEMORY = 2**30  # bytes; smaller arrays of the right size are kept in memory, not cached
 _READ_AHEAD = 64  # images
 _BLOCK = 256  # images
 
@@ -53,33 +51,33 @@ class _Decoder:
         self._fit, self._skip = fit, skip_unreadable
         self.problems: list[str] = []
         self.sizes: collections.Counter[tuple[int, int]] = collections.Counter()
-        self.num_grey = self.num_read = 0
+        self.num_grey = self.highest = 0
 
-    def _decode(self, records: Records, i: int, data: Any) -> tuple[np.ndarray, Any]:
-        image = open_image(data)
-        records.check_size(i, image.size)
-        about = image.size, is_grey(image)
-        return self._fit(image), about
-
-    def _item(self, records: Records, i: int, item: Any = None) -> Any:
+    def _item(self, source: RecordSource, i: int, item: Any = None) -> Any:
+        """(image, label) of a record, or what is wrong with it; `item` as of `_in_order`."""
         try:
-            data, label = records.read(i) if item is None else item
-            image, about = self._decode(records, i, data)
-            return image, label, about
+            if isinstance(item, Exception):
+                raise item
+            fitted, label, image = source.read(i, item)
         except UserError:
             raise
         except Exception as error:  # PIL raises many kinds of error for damaged images
-            return str(error) or type(error).__name__
+            return f"{source.records.name(i)} ({str(error) or type(error).__name__})"
+        self.sizes[image.size] += 1
+        self.num_grey += is_grey(image)
+        if has_16_bits(image):
+            self.highest = max(self.highest, int(np.asarray(image).max()))
+        return fitted, label
 
-    def _results(self, records: Records) -> Iterator[Any]:
+    def items(self, records: Records) -> Iterator[Any]:
         """The result of `_item` for each record, in order; threads read ahead."""
+        source = RecordSource(records, self._fit, max_pixels=self._fit.max_pixels)
         pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
         pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
         try:
             for i in range(len(records)):
-                # Records that must be read in order are read here, and decoded in a thread.
-                item = records.read(i) if records.in_order else None
-                pending.append(pool.submit(self._item, records, i, item))
+                item = _in_order(records, i) if records.in_order else None
+                pending.append(pool.submit(self._item, source, i, item))
                 if len(pending) == _READ_AHEAD:
                     yield pending.popleft().result()
             while pending:
@@ -90,15 +88,12 @@ class _Decoder:
     def blocks(self, records: Records) -> Iterator[Block]:
         """Yield all images in order, in blocks; those that can't be read go to `problems`."""
         images, labels = [], []
-        for i, found in enumerate(self._results(records)):
+        for i, found in enumerate(self.items(records)):
             if isinstance(found, str):
-                self.problems.append(f"{records.name(i)} ({found})")
+                self.problems.append(found)
             else:
-                image, label, (size, grey) = found
-                images.append(image)
-                labels.append(label)
-                self.sizes[size] += 1
-                self.num_grey += grey
+                images.append(found[0])
+                labels.append(found[1])
             if images and (len(images) == _BLOCK or i == len(records) - 1):
                 yield np.stack(images), np.array(labels, np.int64)
                 images, labels = [], []
@@ -115,13 +110,24 @@ class _Decoder:
             log.warning("left out: %s is not a readable image", problem)
         if self.sizes:
             small, large = min(self.sizes, key=min), max(self.sizes, key=min)
-            log.info(
-                "%d images of %d × %d to %d × %d pixels, %d of them grey",
-                sum(self.sizes.values()),
-                *small,
-                *large,
-                self.num_grey,
+            counts = sum(self.sizes.values()), *small, *large, self.num_grey
+            log.info("%d images of %d × %d to %d × %d pixels, %d of them grey", *counts)
+        if 0 < self.highest < 2**15:
+            log.warning(
+                "the highest value of the images of 16 bits is %d of 65535: they are dark, and "
+                "should be scaled before",
+                self.highest,
             )
+
+
+def _in_order(records: Records, i: int) -> Item | Exception:
+    """An item that must be read in its turn, by one thread, or what is wrong with it."""
+    try:
+        return records.read(i)
+    except UserError:
+        raise
+    except Exception as error:
+        return error
 
 
 def _fitted(arrays: Arrays, fit: Fit) -> Iterator[Block]:
@@ -149,25 +155,20 @@ def _blocks(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> Iterator[Bl
 
 def _with_progress(blocks: Iterator[Block], total: int) -> Iterator[Block]:
     """Yield the blocks and log the progress; total 0: the number of images is not known."""
-    progress, done, logged = Progress("decoding images", total), 0, time.time()
+    progress = Progress("decoding images", total)
     for block in blocks:
-        done += len(block[0])
         if total:
             progress.advance(len(block[0]))
-        elif time.time() - logged > 5:
-            logged = time.time()
-            log.info("decoding images: %s so far", f"{done:,}")
         yield block
 
 
 def _is_at_hand(split: Records | Arrays, fit: Fit) -> bool:
-    """Whether a split needs no cache: it is in memory or memory-mapped at the size of training."""
-    if not isinstance(split, Arrays) or not split.is_single:
-        return False
-    images, _ = next(split.blocks())
-    if isinstance(images, np.memmap):
-        return fit.leaves_alone(images.shape[1:])
-    return images.nbytes <= _IN_MEMORY and fit.batch(images[:1]) is not None
+    """Whether a split needs no cache: it is small, and has the size of training."""
+    return (
+        isinstance(split, Arrays)
+        and split.is_single
+        and fit.batch(next(split.blocks())[0][:1]) is not None
+    )
 
 
 def _in_memory(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> ArraySource:
@@ -320,7 +321,8 @@ def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> 
         if not isinstance(split, Records) or split.in_order:
             return _in_memory(split, fit, decoder)
         split = _readable(split, decoder) if skip_unreadable else split
-        return RecordSource(split, fit, repr((name, found.identity)).encode())
+        identity = repr((name, found.identity)).encode()
+        return RecordSource(split, fit, identity, fit.max_pixels)
 
     train, test = source("train", opened.train), source("test", opened.test)
     decoder.check(_count(opened.train) + _count(opened.test))
@@ -330,12 +332,10 @@ def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> 
 def _readable(records: Records, decoder: _Decoder) -> Records:
     """The records that can be read; decodes every record to find out."""
     progress, good = Progress("checking images", len(records)), []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = pool.map(lambda i: decoder._item(records, i), range(len(records)))
-        for i, item in enumerate(found):
-            progress.advance(1)
-            if isinstance(item, str):
-                decoder.problems.append(f"{records.name(i)} ({item})")
-            else:
-                good.append(i)
+    for i, found in enumerate(decoder.items(records)):
+        progress.advance(1)
+        if isinstance(found, str):
+            decoder.problems.append(found)
+        else:
+            good.append(i)
     return records.subset(np.array(good, int))
