@@ -9,18 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.default import UserError
+from readers import layout
 from readers.containers import Folder, file_identity
-from readers.layout import (
-    TEST_NAMES,
-    TRAIN_NAMES,
-    Arrays,
-    Found,
-    Opened,
-    choose_splits,
-    every_tenth,
-    folder_labels,
-    number_labels,
-)
 from runtime.progress import Progress
 
 _SPLITS = ("x_train", "y_train", "x_test", "y_test")  # as in Keras's mnist.npz
@@ -211,7 +201,7 @@ def _stack_of_files(folder: Folder, prefix: str, names: Sequence[str]) -> Stack:
             for place in (0, size // 2, max(0, size - 1024)):
                 file.seek(place)
                 digest.update(file.read(1024))
-    folders, note = folder_labels([name.removeprefix(prefix) for name in names], True)
+    folders, note = layout.folder_labels([name.removeprefix(prefix) for name in names], True)
     labels, notes = None if folders is None else np.array(folders), (note,) if note else ()
     identity, where = (*folder.identity(), digest.hexdigest()), f"data.path: {path}"
     return Stack(rows, np.arange(len(names)), labels, shape, native, where, identity, notes)
@@ -225,7 +215,7 @@ def _every_tenth(stack: Stack) -> list[Stack]:
         dataclasses.replace(
             stack, indices=part, labels=None if stack.labels is None else stack.labels[part]
         )
-        for part in every_tenth(len(stack))
+        for part in layout.every_tenth(len(stack))
     ]
 
 
@@ -233,7 +223,10 @@ def _stacks_in_folder(path: pathlib.Path) -> list[Stack]:
     folder = Folder(path)
     names = [name for name in folder.names() if name.lower().endswith(".npy")]
     tops = {name[:-4].lower(): path / name for name in names if "/" not in name}
-    pair = [next((n for n in known if n in tops), "") for known in (TRAIN_NAMES, TEST_NAMES)]
+    pair = [
+        next((n for n in known if n in tops), "")
+        for known in (layout.TRAIN_NAMES, layout.TEST_NAMES)
+    ]
     if any(pair):
         if not all(pair):
             raise UserError(f"data.path: {path} has {''.join(pair)}.npy and no other split")
@@ -242,14 +235,11 @@ def _stacks_in_folder(path: pathlib.Path) -> list[Stack]:
             _stack(file, load(file)["images"], load(of)["images"] if of else None)
             for file, of in files
         ]
-    skipped = [name for name in folder.names() if name not in set(names)] + folder.skipped
-    chosen = choose_splits(sorted({n.split("/")[0] for n in names if "/" in n}), str(path))
+    chosen = layout.choose_splits(sorted({n.split("/")[0] for n in names if "/" in n}), str(path))
     prefixes = [f"{name}/" for name in chosen] if chosen else [""]
     stacks = [_stack_of_files(folder, prefix, names) for prefix in prefixes]
-    if skipped:
-        more = ", …" if len(skipped) > 5 else ""
-        told = f"{len(skipped)} files or folders are passed over: {', '.join(skipped[:5])}{more}"
-        stacks[0] = dataclasses.replace(stacks[0], notes=(*stacks[0].notes, told))
+    notes = stacks[0].notes + folder.passed_over(set(names).__contains__)
+    stacks[0] = dataclasses.replace(stacks[0], notes=notes)
     return stacks if chosen else _every_tenth(stacks[0])
 
 
@@ -276,13 +266,11 @@ class Stacks(NamedTuple):
 def open_stacks(path: pathlib.Path, needs_splits: bool = False) -> Stacks:
     """The training and test examples of arrays, with their labels numbered.
 
-    Args:
-      path: an .npy of (N, H, W) or (N, H, W, C), memory-mapped; an .npz of the same as `images`
-        or alone, with `labels` if there are any, or of x_train, y_train, x_test, y_test, which is
-        read whole; a folder of train.npy and test.npy (and train_labels.npy, test_labels.npy); or
-        a folder of .npy files of an example each, with subfolders as classes, and with or without
-        splits train/ and test/. Without splits every tenth is a test example.
-      needs_splits: refuse a file without splits.
+    They are an .npy of (N, H, W) or (N, H, W, C), memory-mapped; an .npz of the same as `images` or
+    alone, with `labels` if there are any, or of x_train, y_train, x_test, y_test, which is read
+    whole; a folder of train.npy and test.npy (and train_labels.npy, test_labels.npy); or a folder
+    of .npy files of an example each, with subfolders as classes, and with or without splits train/
+    and test/. Without splits every tenth is a test example; with `needs_splits` that is refused.
 
     Raises:
       UserError: there are no such arrays, or they can't be read.
@@ -298,14 +286,14 @@ def open_stacks(path: pathlib.Path, needs_splits: bool = False) -> Stacks:
             f"data.path: the training examples of {path} are {train.dtype} {train.shape}, the test "
             f"examples {test.dtype} {test.shape}"
         )
-    numbered = number_labels((train.labels, test.labels))
+    numbered = layout.number_labels((train.labels, test.labels))
     notes = dict.fromkeys((*train.notes, *test.notes, *numbered.notes))
     train = dataclasses.replace(train, labels=numbered.train)
     test = dataclasses.replace(test, labels=numbered.test)
     return Stacks(train, test, numbered.classes, tuple(notes))
 
 
-def _as_images(stack: Stack) -> Arrays:
+def _as_images(stack: Stack) -> layout.Arrays:
     """A stack's images (N, H, W, 1 or 3) uint8 in blocks, which are not kept."""
     if stack.dtype != np.uint8 or stack.shape[2] not in (1, 3):
         raise UserError(
@@ -320,10 +308,10 @@ def _as_images(stack: Stack) -> Arrays:
             yield images, np.zeros(len(images), np.int64) if labels is None else labels[part]
             done += len(images)
 
-    return Arrays(blocks, is_single=len(stack) * int(np.prod(stack.shape)) <= _IN_MEMORY)
+    return layout.Arrays(blocks, is_single=len(stack) * int(np.prod(stack.shape)) <= _IN_MEMORY)
 
 
-def find(path: pathlib.Path, needs_splits: bool = False) -> Found | None:
+def find(path: pathlib.Path, needs_splits: bool = False) -> layout.Found | None:
     """An .npy of images, or an .npz of images (and labels) or of x_train, y_train, x_test, y_test.
 
     Images are uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3). In a file without splits every tenth
@@ -332,11 +320,11 @@ def find(path: pathlib.Path, needs_splits: bool = False) -> Found | None:
     if path.suffix not in (".npy", ".npz") or not path.is_file():
         return None
 
-    def opened() -> Opened:
+    def opened() -> layout.Opened:
         train, test, classes, notes = open_stacks(path, needs_splits)
-        return Opened(_as_images(train), _as_images(test), classes, notes)
+        return layout.Opened(_as_images(train), _as_images(test), classes, notes)
 
-    return Found(f"the arrays of {path}", file_identity(path), opened)
+    return layout.Found(f"the arrays of {path}", file_identity(path), opened)
 
 
 def whole_stack(path: pathlib.Path, option: str) -> Stack:

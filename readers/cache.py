@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -155,10 +156,14 @@ def _blocks(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> Iterator[Bl
 
 def _with_progress(blocks: Iterator[Block], total: int) -> Iterator[Block]:
     """Yield the blocks and log the progress; total 0: the number of images is not known."""
-    progress = Progress("decoding images", total)
+    progress, done, logged = Progress("decoding images", total), 0, time.time()
     for block in blocks:
+        done += len(block[0])
         if total:
             progress.advance(len(block[0]))
+        elif time.time() - logged > 5:
+            logged = time.time()
+            log.info("decoding images: %s so far", f"{done:,}")
         yield block
 
 
@@ -242,13 +247,6 @@ def _write_split(folder: pathlib.Path, name: str, blocks: Iterator[Block]) -> di
     return {"count": len(every), "digest": digest.hexdigest()}
 
 
-def _room(folder: pathlib.Path) -> int:
-    """Free bytes on the disk of a folder, which may not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def decode(
     name: str, found: Found, fit: Fit, skip_unreadable: bool = False, keep: bool = True
 ) -> Decoded:
@@ -260,13 +258,9 @@ def decode(
 
     Args:
       name: the data set's name, for the cache.
-      found: the result of a reader.
-      fit: converts an image to the size of training.
-      skip_unreadable: leave out images that can't be read, instead of raising an error.
+      found, fit: the result of a reader, and what converts an image to the size of training.
+      skip_unreadable: leave out images that can't be read, instead of raising a UserError.
       keep: whether to use the cache.
-
-    Raises:
-      UserError: the data are damaged.
     """
     entry = _Entry(name, found, fit, skip_unreadable)
     if keep and (kept := entry.read()):
@@ -274,12 +268,8 @@ def decode(
         return kept
     opened = found.open()
     decoder = _Decoder(fit, skip_unreadable)
-    splits = (opened.train, opened.test)
-    if all(_is_at_hand(split, fit) for split in splits):
-        keep = False
-    if keep and not _fits_on_disk(opened, fit, entry.folder):
-        keep = False
-    if keep:
+    at_hand = all(_is_at_hand(split, fit) for split in (opened.train, opened.test))
+    if keep and not at_hand and _fits_on_disk(opened, fit, entry.folder):
         try:
             entry.folder.parent.mkdir(parents=True, exist_ok=True)
             lock = entry.folder.with_name(f"{entry.folder.name}.lock")
@@ -302,15 +292,13 @@ def decode(
 def _fits_on_disk(opened: Opened, fit: Fit, folder: pathlib.Path) -> bool:
     """Whether the images take at most half of the free disk space; if not, logs a warning."""
     count = _count(opened.train) + _count(opened.test)
-    needed, free = count * fit.size**2 * fit.channels, _room(folder)
+    while not folder.exists():
+        folder = folder.parent
+    needed, free = count * fit.size**2 * fit.channels, shutil.disk_usage(folder).free
     if needed <= free // 2:
         return True
-    log.warning(
-        "decoded images would take %.0f GB, of which %.0f GB are free: files are read and decoded "
-        "as they are needed",
-        needed / 1e9,
-        free / 1e9,
-    )
+    take = f"decoded images would take {needed / 1e9:.0f} GB of the free {free / 1e9:.0f} GB"
+    log.warning("%s: files are read and decoded as they are needed", take)
     return False
 
 

@@ -16,7 +16,7 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, cast
 
 from configs.default import UserError
@@ -70,6 +70,13 @@ class Container:
     def identity(self) -> tuple[object, ...]:
         """A value that changes when the container changes."""
         return file_identity(self.path)
+
+    def passed_over(self, is_used: Callable[[str], bool]) -> tuple[str, ...]:
+        """A sentence that counts and names the files that are not used; (): there are none."""
+        names = [*(name for name in self.names() if not is_used(name)), *self.skipped]
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        told = f"{len(names)} files or folders of {self.path} are passed over: {shown}"
+        return (told,) if names else ()
 
     def _place(self, found: dict[str, Any], name: str, place: Any) -> None:
         """Add a file of an archive; of two of a name the last one counts, as for unzip and tar."""
@@ -297,12 +304,9 @@ def open_container(path: pathlib.Path) -> Container:
 
 
 def open_holder(path: pathlib.Path, first: str, folder: str, archive: str) -> Container | None:
-    """The container of an author's files; None if there is none.
+    """The container of an author's files, such as `first`; None if there is none.
 
-    Args:
-      path: the archive, the folder that was unpacked from it, or the parent of either.
-      first: the name of one of the files.
-      folder, archive: the names that the author gave the folder and the archive.
+    `path` is the archive, the folder that was unpacked from it, or the parent of either.
     """
     if path.is_file():
         return open_container(path)

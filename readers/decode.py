@@ -96,15 +96,11 @@ class Fit:
             image = ImageOps.fit(image, (self.size, self.size), self.resampling)
         return np.asarray(image, np.uint8).reshape(self.size, self.size, self.channels)
 
-    def leaves_alone(self, shape: tuple[int, ...]) -> bool:
-        """Whether an image array (H, W, C) of this shape is returned unchanged."""
-        uncropped = self.crop == 0 or self.crop >= self.size
-        return shape == (self.size, self.size, self.channels) and uncropped
-
     def batch(self, images: np.ndarray) -> np.ndarray | None:
         """Images (n, H, W, C), unchanged or padded; None if each must be converted by itself."""
-        height, width, channels = shape = images.shape[1:]
-        if self.leaves_alone(shape):
+        height, width, channels = images.shape[1:]
+        uncropped = self.crop == 0 or self.crop >= self.size
+        if images.shape[1:] == (self.size, self.size, self.channels) and uncropped:
             return images
         if not self.pad or max(height, width) > self.size or channels != self.channels:
             return None

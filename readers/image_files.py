@@ -8,28 +8,8 @@ from typing import Any
 import numpy as np
 
 from configs.default import UserError
-from readers.containers import (
-    Container,
-    Folder,
-    archive_stem,
-    instead,
-    is_archive_name,
-    is_hidden,
-    open_container,
-)
+from readers import containers, layout
 from readers.decode import is_image_name
-from readers.layout import (
-    Found,
-    Item,
-    Labels,
-    Opened,
-    Records,
-    choose_splits,
-    common_folder,
-    every_tenth,
-    folder_labels,
-    number_labels,
-)
 
 _LABELS = "dataset.json"
 
@@ -37,8 +17,8 @@ Splitter = Callable[[int], tuple[np.ndarray, np.ndarray]]  # count → (training
 
 
 def records_of(
-    container: Container, names: Sequence[str], labels: np.ndarray | None = None
-) -> Records:
+    container: containers.Container, names: Sequence[str], labels: np.ndarray | None = None
+) -> layout.Records:
     """Records of some of a container's files; without `labels` all labels are 0."""
     of = np.zeros(len(names), np.int64) if labels is None else labels
     if container.in_order:
@@ -46,29 +26,31 @@ def records_of(
         order = np.argsort([place[name] for name in names])
         names, of = [names[i] for i in order], of[order]
 
-    def read(i: int) -> Item:
+    def read(i: int) -> layout.Item:
         return container.read(names[i]), int(of[i])
 
     def name(i: int) -> str:
         return f"{container.path}/{names[i]}"
 
-    return Records(len(names), read, name, in_order=container.in_order)
+    return layout.Records(len(names), read, name, in_order=container.in_order)
 
 
 class Part:
     """The image files of a split, or of a data set without splits."""
 
-    def __init__(self, container: Container, prefix: str = "") -> None:
+    def __init__(self, container: containers.Container, prefix: str = "") -> None:
         """The images whose names begin with `prefix`."""
         every = container.names()
         self.container = container
         self.names = [name for name in every if is_image_name(name) and name.startswith(prefix)]
-        self.root = prefix + common_folder([name.removeprefix(prefix) for name in self.names])
+        self.root = prefix + layout.common_folder(
+            [name.removeprefix(prefix) for name in self.names]
+        )
         # A dataset.json in a folder that contains all images.
         files = (name for name in every if name.split("/")[-1] == _LABELS)
         self._file = next((f for f in files if self.root.startswith(f[: -len(_LABELS)])), None)
 
-    def labels(self, classes: int | None = None, many: bool = False) -> tuple[Labels | None, str]:
+    def labels(self, classes: int | None = None, many: bool = False) -> tuple[Any, str]:
         """(the label of each image, None if there are none; a sentence if that may surprise).
 
         Args:
@@ -80,7 +62,7 @@ class Part:
         if self._file is not None:
             return self._edm_labels(self._file), ""
         below = [name.removeprefix(self.root) for name in self.names]
-        folders, note = folder_labels(below, many or bool(classes))
+        folders, note = layout.folder_labels(below, many or bool(classes))
         if classes and len(set(folders or [])) != classes:
             raise UserError(
                 f"{self.container.path}/{self.root} must have {classes} class folders; it has "
@@ -112,19 +94,13 @@ class Part:
         return [by_name[name] for name in names]
 
 
-def _left_out(*parts: Part) -> tuple[str, ...]:
-    """A sentence that counts and names the files that are passed over."""
-    names = []
-    for container in {part.container.path: part.container for part in parts}.values():
-        every = container.names()
-        others = (n for n in every if not is_image_name(n) and n.split("/")[-1] != _LABELS)
-        names += [f"{container.path.name}/{name}" for name in (*others, *container.skipped)]
-    more = ", …" if len(names) > 5 else ""
-    told = f"{len(names)} files or folders are passed over: {', '.join(names[:5])}{more}"
-    return (told,) if names else ()
+def _is_used(name: str) -> bool:
+    return is_image_name(name) or name.split("/")[-1] == _LABELS
 
 
-def _open_unsplit(container: Container, classes: int | None, many: bool, note: str) -> Opened:
+def _open_unsplit(
+    container: containers.Container, classes: int | None, many: bool, note: str
+) -> layout.Opened:
     part = Part(container)
     names = part.names
     if len(names) < 10:
@@ -133,43 +109,41 @@ def _open_unsplit(container: Container, classes: int | None, many: bool, note: s
         raise UserError(
             f"data.path: {container.path} has {len(names)} images; {reason}"
             if names
-            else f"data.path: {container.path} has no images{instead(every)}"
+            else f"data.path: {container.path} has no images{containers.instead(every)}"
         )
     labels, dropped = part.labels(classes, many)
-    indices = every_tenth(len(names))
-    numbered = number_labels(
-        [None if labels is None else [labels[i] for i in part] for part in indices]
-    )
-    train, test = (
-        records_of(container, [names[i] for i in part], of)
-        for part, of in zip(indices, (numbered.train, numbered.test), strict=True)
-    )
-    notes = [text for text in (note, dropped, *numbered.notes, *_left_out(part)) if text]
-    return Opened(train, test, numbered.classes, tuple(notes))
+    rows = layout.every_tenth(len(names))
+    numbered = layout.number_labels([labels and [labels[i] for i in part] for part in rows])
+    train = records_of(container, [names[i] for i in rows[0]], numbered.train)
+    test = records_of(container, [names[i] for i in rows[1]], numbered.test)
+    notes = note, dropped, *numbered.notes, *container.passed_over(_is_used)
+    return layout.Opened(train, test, numbered.classes, tuple(filter(None, notes)))
 
 
-def _open_splits(train: Part, test: Part, classes: int | None, many: bool) -> Opened:
+def _open_splits(train: Part, test: Part, classes: int | None, many: bool) -> layout.Opened:
     for part in (train, test):
         if not part.names:
-            every = instead([*part.container.names(), *part.container.skipped])
+            every = containers.instead([*part.container.names(), *part.container.skipped])
             raise UserError(f"data.path: {part.container.path}/{part.root} has no images{every}")
     labels, dropped = zip(*(part.labels(classes, many) for part in (train, test)), strict=True)
-    numbered = number_labels(labels)
+    numbered = layout.number_labels(labels)
     told = [text for text in dropped if text] or numbered.notes
-    return Opened(
+    left = [text for part in (train, test) for text in part.container.passed_over(_is_used)]
+    return layout.Opened(
         records_of(train.container, train.names, numbered.train),
         records_of(test.container, test.names, numbered.test),
         numbered.classes,
-        (*told[:1], *_left_out(train, test)),
+        tuple(dict.fromkeys([*told[:1], *left])),
     )
 
 
 def _places(path: pathlib.Path) -> dict[str, pathlib.Path]:
     """The folders and archives in a folder, by their names without suffix."""
     return {
-        archive_stem(entry.name): entry
+        containers.archive_stem(entry.name): entry
         for entry in sorted(path.iterdir())
-        if not is_hidden(entry.name) and (entry.is_dir() or is_archive_name(entry.name))
+        if not containers.is_hidden(entry.name)
+        and (entry.is_dir() or containers.is_archive_name(entry.name))
     }
 
 
@@ -179,14 +153,11 @@ def find_splits(
     prefix: str = "",
     what: str = "images",
     many: bool = False,
-) -> Found | None:
+) -> layout.Found | None:
     """Image files in train/ and test/ (val/, valid/, …), each a folder or an archive.
 
-    Args:
-      path: the folder that contains both, or an archive with both.
-      classes, many: as of `Part.labels`.
-      prefix: a prefix that the splits' names may have.
-      what: a name for the images in the log.
+    `path` is the folder or archive that has both; `classes` and `many` are as of `Part.labels`;
+    the splits' names may begin with `prefix`; `what` is a name for the images in the log.
     """
     places: dict[str, pathlib.Path] = {}
     if path.is_dir():
@@ -195,62 +166,59 @@ def find_splits(
         names = [name for name in places if name.startswith(prefix)] or [*places]
         names += loose[:1]
     else:
-        container = open_container(path)
+        container = containers.open_container(path)
         files = [name for name in container.names() if is_image_name(name)]
-        root = common_folder(files)
+        root = layout.common_folder(files)
         names = sorted({name.removeprefix(root).split("/")[0] for name in files})
     # A folder with many entries has no splits.
-    chosen = choose_splits(names, str(path)) if path.is_dir() or len(names) <= 8 else None
+    chosen = layout.choose_splits(names, str(path)) if path.is_dir() or len(names) <= 8 else None
     if chosen is None:
         return None
     if places:
-        holders = [open_container(places[name]) for name in chosen]
+        holders = [containers.open_container(places[name]) for name in chosen]
         identity, prefixes = tuple(holder.identity() for holder in holders), ("", "")
     else:
         holders, identity = [container] * 2, (container.identity(),)
         prefixes = (f"{root}{chosen[0]}/", f"{root}{chosen[1]}/")
 
-    def opened() -> Opened:
+    def opened() -> layout.Opened:
         train, test = map(Part, holders, prefixes)
         return _open_splits(train, test, classes, many)
 
     names = [places[name].name if places else name for name in chosen]
     splits = f"{what} in {path}, splits {' and '.join(names)}"
-    return Found(splits, (*identity, classes, many), opened)
+    return layout.Found(splits, (*identity, classes, many), opened)
 
 
 def find_unsplit(
     path: pathlib.Path, classes: int | None = None, note: str = "", many: bool = False
-) -> Found:
+) -> layout.Found:
     """Image files in a folder or an archive without splits; every tenth is a test image.
 
     Labels are read from dataset.json, as in EDM's and StyleGAN's zips; without it, folders may be
     classes.
 
-    Args:
-      path: the folder or archive.
-      classes, many: as of `Part.labels`.
-      note: a sentence for the log and the report.
+    `classes` and `many` are as of `Part.labels`; `note` is a sentence for the log and the report.
     """
-    container = open_container(path)
-    kind = "image files" if isinstance(container, Folder) else "images of the archive"
-    return Found(
+    container = containers.open_container(path)
+    kind = "image files" if isinstance(container, containers.Folder) else "images of the archive"
+    return layout.Found(
         f"{kind} {path}, every tenth held out",
         (container.identity(), classes, many, "every tenth"),
         lambda: _open_unsplit(container, classes, many, note),
     )
 
 
-def find_held_out(path: pathlib.Path, split: Splitter, what: str) -> Found:
+def find_held_out(path: pathlib.Path, split: Splitter, what: str) -> layout.Found:
     """Image files without labels; `split` divides them in the order of their names."""
-    container = open_container(path)
+    container = containers.open_container(path)
 
-    def opened() -> Opened:
+    def opened() -> layout.Opened:
         names = Part(container).names
         parts: Any = split(len(names))
         if not len(parts[1]):
             raise UserError(f"data.path: {path} has {len(names)} images, too few to hold some out")
         train, test = (records_of(container, [names[i] for i in part]) for part in parts)
-        return Opened(train, test)
+        return layout.Opened(train, test)
 
-    return Found(f"{path}, {what}", (container.identity(), what), opened)
+    return layout.Found(f"{path}, {what}", (container.identity(), what), opened)

@@ -64,16 +64,12 @@ class Records:
 
         return parts[0] if len(parts) == 1 else Records(int(starts[-1]), read, name)
 
-    def labelled(self, labels: np.ndarray | None) -> "Records":
-        """The records with these labels, or with 0."""
-        of = np.zeros(len(self), np.int64) if labels is None else labels
-        return dataclasses.replace(self, read=lambda i: (self.read(i)[0], int(of[i])))
-
-    def subset(self, indices: np.ndarray) -> "Records":
-        """The records at these indices, in the order of `indices`."""
+    def subset(self, indices: np.ndarray, labels: np.ndarray | None = None) -> "Records":
+        """The records at these indices, in their order, with these labels or their own."""
 
         def read(i: int) -> Item:
-            return self.read(int(indices[i]))
+            data, label = self.read(int(indices[i]))
+            return data, label if labels is None else int(labels[i])
 
         def name(i: int) -> str:
             return self.name(int(indices[i]))

@@ -11,18 +11,8 @@ from typing import Any
 import numpy as np
 
 from configs.default import UserError
+from readers import layout
 from readers.containers import Folder, damaged, file_identity
-from readers.layout import (
-    TEST_NAMES,
-    Found,
-    Item,
-    Labels,
-    Opened,
-    Records,
-    every_tenth,
-    number_labels,
-    split_of,
-)
 
 # train-00000-of-00002.parquet, with or without the hash that the hub's names had in 2022; or
 # train/0000.parquet.
@@ -41,7 +31,7 @@ def _splits_of(path: pathlib.Path) -> dict[str, dict[str, list[pathlib.Path]]]:
         base = match["base"] if match else file.stem
         if not base:  # train/0000.parquet, converted by the hub
             base, folder = folder.name, folder.parent
-        split = split_of(base)
+        split = layout.split_of(base)
         split = "train" if split == "training" or len(files) == 1 else split
         # A repository without configurations has its files in data/.
         folder = folder.parent if folder.name == "data" and folder != path else folder
@@ -83,12 +73,12 @@ class _File:
 
         self.path = path
         try:
-            self._file = pyarrow.parquet.ParquetFile(path)
+            self.opened = pyarrow.parquet.ParquetFile(path)
         except Exception as error:  # Arrow raises many kinds of error for damaged files
             raise damaged(path, error) from error
-        groups = map(self._file.metadata.row_group, range(self._file.num_row_groups))
+        groups = map(self.opened.metadata.row_group, range(self.opened.num_row_groups))
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
-        schema, types = self._file.schema_arrow, pyarrow.types
+        schema, types = self.opened.schema_arrow, pyarrow.types
         structs = [
             field.name
             for field in schema
@@ -100,7 +90,7 @@ class _File:
                 f"{path} has the columns {', '.join(schema.names)}; one of encoded images, "
                 "named image or img, is needed"
             )
-        self._image = named[0]
+        self.image = named[0]
         self._label = next((name for name in _LABEL_NAMES if name in schema.names), None)
         self.class_names = _class_names(schema.metadata or {}, self._label)
 
@@ -114,7 +104,7 @@ class _File:
 
         if self._label is None:
             return None, ""
-        column = self._file.read(columns=[self._label]).column(self._label)
+        column = self.opened.read(columns=[self._label]).column(self._label)
         text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
         if not text and not pyarrow.types.is_integer(column.type):
             return None, f"labels are not used: {self._label} of {self.path} is {column.type}"
@@ -126,11 +116,11 @@ class _File:
             )
         return labels, ""
 
-    def records(self) -> Records:
+    def records(self) -> layout.Records:
         """The rows, without labels."""
-        return Records(int(self._starts[-1]), self._item, lambda i: f"{self.path}, row {i}")
+        return layout.Records(int(self._starts[-1]), self._item, lambda i: f"{self.path}, row {i}")
 
-    def _item(self, i: int) -> Item:
+    def _item(self, i: int) -> layout.Item:
         group = int(np.searchsorted(self._starts, i, side="right")) - 1
         with _LOCK:
             data = _rows(self, group)[i - int(self._starts[group])]
@@ -138,22 +128,19 @@ class _File:
             raise ValueError("it holds no image, or only a path")
         return data, 0
 
-    def read_group(self, group: int) -> list[bytes | None]:
-        """The encoded images of a row group."""
-        try:
-            table = self._file.read_row_group(group, columns=[self._image])
-        except Exception as error:  # Arrow raises many kinds of error for damaged files
-            raise damaged(self.path, error) from error
-        rows: list[Any] = table.column(self._image).to_pylist()
-        return [row and row["bytes"] for row in rows]
-
 
 _LOCK = threading.Lock()
 
 
 @functools.lru_cache(4)
 def _rows(file: _File, group: int) -> list[bytes | None]:
-    return file.read_group(group)
+    """The encoded images of a row group; the last few stay in memory."""
+    try:
+        table = file.opened.read_row_group(group, columns=[file.image])
+        rows: list[Any] = table.column(file.image).to_pylist()
+    except Exception as error:  # Arrow raises many kinds of error for damaged files
+        raise damaged(file.path, error) from error
+    return [row and row["bytes"] for row in rows]
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str | None) -> list[str]:
@@ -165,36 +152,32 @@ def _class_names(metadata: dict[bytes, bytes], label: str | None) -> list[str]:
         return []
 
 
-def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> Opened:
-    records, labels = [], list[Labels | None]()
+def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> layout.Opened:
+    records, labels = [], list[Any]()
     notes, names = list[str](), list[str]()
     for paths in filter(None, (train_files, test_files)):
         files = [_File(path) for path in paths]
         names = names or files[0].class_names
-        records.append(Records.joined([file.records() for file in files]))
+        records.append(layout.Records.joined([file.records() for file in files]))
         parts, told = zip(*(file.labels() for file in files), strict=True)
         known = None if None in parts else [label for part in parts for label in part]
         unlabelled = known is not None and -1 in known  # as the hub marks it
         labels.append(None if unlabelled else known)
         notes += filter(None, told)
+    rows = [np.arange(len(split)) for split in records]
     if len(records) == 1:
-        of, rows = labels[0], every_tenth(len(records[0]))
-        labels = [None if of is None else [of[i] for i in part] for part in rows]
-        records = [records[0].subset(part) for part in rows]
-    numbered = number_labels(labels, names)
-    train, test = (
-        split.labelled(of)
-        for split, of in zip(records, (numbered.train, numbered.test), strict=True)
-    )
-    return Opened(train, test, numbered.classes, tuple((notes or list(numbered.notes))[:1]))
+        records, rows, of = records * 2, [*layout.every_tenth(len(records[0]))], labels[0]
+        labels = [of and list(map(of.__getitem__, part)) for part in rows]
+    numbered = layout.number_labels(labels, names)
+    train = records[0].subset(rows[0], numbered.train)
+    test = records[1].subset(rows[1], numbered.test)
+    return layout.Opened(train, test, numbered.classes, tuple((notes or list(numbered.notes))[:1]))
 
 
-def find(path: pathlib.Path, needs_splits: bool = False) -> Found | None:
+def find(path: pathlib.Path, needs_splits: bool = False) -> layout.Found | None:
     """A folder with train-00000-of-0000N.parquet and test-… or validation-…, or a single file.
 
-    Args:
-      path: the folder, a parent folder, or one file without splits.
-      needs_splits: refuse files without a test split, instead of holding out every tenth row.
+    Without a test split every tenth row is held out; with `needs_splits` that is refused.
     """
     if path.is_file() and path.suffix != ".parquet":
         return None
@@ -213,12 +196,12 @@ def find(path: pathlib.Path, needs_splits: bool = False) -> Found | None:
             "of one of them"
         )
     ((folder, splits),) = configurations.items()
-    test = next((name for name in TEST_NAMES if name in splits), None)
+    test = next((name for name in layout.TEST_NAMES if name in splits), None)
     if test is None and needs_splits:
         raise UserError(f"data.path: {folder} has a training split alone; a test split is needed")
     test_files = splits[test] if test else []
     how = f"splits train and {test}" if test else "every tenth row held out"
-    return Found(
+    return layout.Found(
         f"parquet files in {folder}, {how}",
         tuple(map(file_identity, [*splits["train"], *test_files])),
         lambda: _open(splits["train"], test_files),

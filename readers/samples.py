@@ -38,9 +38,8 @@ def load_images(
     """Read images, with their names and labels.
 
     Args:
-      path: a folder or an archive of image files, or an .npz file with an array `samples` or
-        `arr_0` (or only one array) of (N, H, W, C) uint8 pixel values, and with `labels` or
-        without.
+      path: a folder or an archive of image files, or an .npz file with an array `samples`, or only
+        one, of (N, H, W, C) uint8, and `labels` if there are any.
       size, channels: the size and channels that the images must have.
       option: the config's field of the path, for messages.
       least: the number of images that are needed.

@@ -140,18 +140,10 @@ def find(
     num_classes: int,
     hold_out: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Found:
-    """A data set in TFDS's folder, prepared there first if it is missing.
+    """A data set in TFDS's folder `data_dir`, prepared there first; UserError if it can't be.
 
-    Args:
-      name: TFDS's, with its configuration if it has any.
-      data_dir: the folder.
-      splits: of training and test; names joined by +.
-      num_classes: of its labels; 0: they are not read.
-      hold_out: the number of training images → (training, test) indices, for a data set without a
-        test split.
-
-    Raises:
-      UserError: it can't be prepared.
+    The names of splits may be several, joined by +; without a test split `hold_out` makes one, as
+    (training, test) indices of so many images. With num_classes = 0 labels are not read.
     """
     folder = _prepared(data_dir, name)
     if folder is None:

@@ -111,12 +111,7 @@ def index(path: pathlib.Path) -> np.ndarray:
 
 
 def records_of(path: pathlib.Path, parse: Callable[[Any], Item]) -> Records:
-    """The records of a file.
-
-    Args:
-      path: the file.
-      parse: the features of a record → its item; it may raise any kind of error.
-    """
+    """The records of a file; `parse` makes an item of features, and may raise any kind of error."""
     places = index(path)
 
     def read(i: int) -> Item:
@@ -143,12 +138,9 @@ def _pixels(features: Any) -> Item:
 def find(
     path: pathlib.Path, split: Callable[[int], tuple[np.ndarray, np.ndarray]], what: str
 ) -> Found | None:
-    """A file of ProGAN's or StyleGAN's dataset_tool.py, with images of one size.
+    """A .tfrecords file of ProGAN's or StyleGAN's dataset_tool.py, with images of one size.
 
-    Args:
-      path: the .tfrecords file.
-      split: the number of images → (training, test) indices.
-      what: a description of the split, for the log.
+    `split` is the number of images → (training, test) indices, and `what` describes it.
     """
     if not path.is_file() or path.suffix != ".tfrecords":
         return None

@@ -189,7 +189,8 @@ def test_a_damaged_or_unfinished_entry_is_made_anew(tmp_path, cache_folder, capl
 def test_without_room_in_the_cache_files_are_read_as_needed(problem, tmp_path, monkeypatch, caplog):
     made = write(tmp_path, make_datasets.LAYOUTS["folder_flat"])
     if problem == "no room":
-        monkeypatch.setattr(cache, "_room", lambda folder: 1000)
+        usage = shutil.disk_usage("/")._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     data, examples = load(config_of(made))
