@@ -173,6 +173,11 @@ def _open_stacks(config: ConfigDict) -> Stacks:
     return stacks._replace(train=stacks.train.channels_last(), test=stacks.test.channels_last())
 
 
+def _looks_channels_first(shape: tuple[int, int, int]) -> bool:
+    first, *others = shape
+    return first < min(others) and (others[0] == others[1] or 2 * first <= min(others))
+
+
 def array_facts(config: ConfigDict) -> dict[str, Any]:
     """What `data.path` says of an array data set, by the name of the field in `config.data`.
 
@@ -185,7 +190,7 @@ def array_facts(config: ConfigDict) -> dict[str, Any]:
     data, path = config.data, pathlib.Path(config.data.path)
     train, test = _open_stacks(config)[:2]
     height, width, channels = train.shape
-    if data.channels_first == -1 and height < min(width, channels):
+    if data.channels_first == -1 and _looks_channels_first(train.shape):
         raise UserError(
             f"data.path: {path} has examples of {train.shape}, as if channels came first: "
             "--config.data.channels_first=1, or 0 if they are pictures of "

@@ -222,6 +222,7 @@ def _every_tenth(stack: Stack) -> list[Stack]:
 def _stacks_in_folder(path: pathlib.Path) -> list[Stack]:
     folder = Folder(path)
     names = [name for name in folder.names() if name.lower().endswith(".npy")]
+    names.sort(key=lambda name: name.split("/"))
     tops = {name[:-4].lower(): path / name for name in names if "/" not in name}
     pair = [
         next((n for n in known if n in tops), "")
@@ -275,7 +276,7 @@ def open_stacks(path: pathlib.Path, needs_splits: bool = False) -> Stacks:
     Raises:
       UserError: there are no such arrays, or they can't be read.
     """
-    if not path.exists() or (path.is_file() and path.suffix not in (".npy", ".npz")):
+    if not path.exists() or (path.is_file() and path.suffix.lower() not in (".npy", ".npz")):
         raise UserError(f"data.path: {path} is no .npy or .npz file and no folder of .npy files")
     train, test = _open_stacks(path, needs_splits)
     for stack in (train, test):
@@ -317,7 +318,7 @@ def find(path: pathlib.Path, needs_splits: bool = False) -> layout.Found | None:
     Images are uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3). In a file without splits every tenth
     image is a test image; with `needs_splits` such a file is refused.
     """
-    if path.suffix not in (".npy", ".npz") or not path.is_file():
+    if path.suffix.lower() not in (".npy", ".npz") or not path.is_file():
         return None
 
     def opened() -> layout.Opened:
@@ -333,6 +334,6 @@ def whole_stack(path: pathlib.Path, option: str) -> Stack:
     Raises:
       UserError: there is no such file, or it can't be read.
     """
-    if not path.is_file() or path.suffix not in (".npy", ".npz"):
+    if not path.is_file() or path.suffix.lower() not in (".npy", ".npz"):
         raise UserError(f"{option}: {path} is no .npy or .npz file")
     return _stack(path, images_and_labels(path, load(path, option), option)[0], None, option)

@@ -17,11 +17,17 @@ Splitter = Callable[[int], tuple[np.ndarray, np.ndarray]]  # count → (training
 
 
 def records_of(
-    container: containers.Container, names: Sequence[str], labels: np.ndarray | None = None
+    container: containers.Container,
+    names: Sequence[str],
+    labels: np.ndarray | None = None,
+    as_read: bool = True,
 ) -> layout.Records:
-    """Records of some of a container's files; without `labels` all labels are 0."""
+    """Records of some of a container's files; without `labels` all labels are 0.
+
+    With `as_read` they are in the order in which reading is fast.
+    """
     of = np.zeros(len(names), np.int64) if labels is None else labels
-    if container.in_order:
+    if container.in_order and as_read:
         place = {name: i for i, name in enumerate(container.files)}
         order = np.argsort([place[name] for name in names])
         names, of = [names[i] for i in order], of[order]
@@ -137,6 +143,12 @@ def _open_splits(train: Part, test: Part, classes: int | None, many: bool) -> la
     )
 
 
+def _many(holders: Sequence[containers.Container], many: bool) -> bool:
+    """`many`, if it makes a difference; otherwise decoded images are the same."""
+    folders = (len({n.rpartition("/")[0] for n in holder.names()}) for holder in holders)
+    return many and max(folders) > 100
+
+
 def _places(path: pathlib.Path) -> dict[str, pathlib.Path]:
     """The folders and archives in a folder, by their names without suffix."""
     return {
@@ -187,7 +199,7 @@ def find_splits(
 
     names = [places[name].name if places else name for name in chosen]
     splits = f"{what} in {path}, splits {' and '.join(names)}"
-    return layout.Found(splits, (*identity, classes, many), opened)
+    return layout.Found(splits, (*identity, classes, _many(holders, many)), opened)
 
 
 def find_unsplit(
@@ -204,7 +216,7 @@ def find_unsplit(
     kind = "image files" if isinstance(container, containers.Folder) else "images of the archive"
     return layout.Found(
         f"{kind} {path}, every tenth held out",
-        (container.identity(), classes, many, "every tenth"),
+        (container.identity(), classes, _many([container], many), "every tenth"),
         lambda: _open_unsplit(container, classes, many, note),
     )
 

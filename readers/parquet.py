@@ -16,7 +16,7 @@ from readers.containers import Folder, damaged, file_identity
 
 # train-00000-of-00002.parquet, with or without the hash that the hub's names had in 2022; or
 # train/0000.parquet.
-_SHARD = re.compile(r"(?P<base>.*?)-?(?P<number>\d+)(-of-(?P<of>\d+)(-[0-9a-f]{16})?)?", re.I)
+_SHARD = re.compile(r"((?P<base>.*?)-?(?P<number>\d+)-of-(?P<of>\d+)(-[0-9a-f]{16})?|\d+)", re.I)
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("label", "labels", "fine_label", "target")
 
@@ -31,8 +31,8 @@ def _splits_of(path: pathlib.Path) -> dict[str, dict[str, list[pathlib.Path]]]:
         base = match["base"] if match else file.stem
         if not base:  # train/0000.parquet, converted by the hub
             base, folder = folder.name, folder.parent
-        split = layout.split_of(base)
-        split = "train" if split == "training" or len(files) == 1 else split
+        split = layout.split_of(base) or ("train" if len(files) == 1 else "")
+        split = "train" if split == "training" else split
         # A repository without configurations has its files in data/.
         folder = folder.parent if folder.name == "data" and folder != path else folder
         if split:
@@ -46,7 +46,7 @@ def _splits_of(path: pathlib.Path) -> dict[str, dict[str, list[pathlib.Path]]]:
 def _check_shards(files: Sequence[pathlib.Path]) -> None:
     """Raise UserError if the files of a split are not the shards 0, 1, … of one set."""
     shards = [_SHARD.fullmatch(file.stem) for file in files]
-    numbers = [int(shard["number"]) if shard else 0 for shard in shards]
+    numbers = [int(shard["number"] or shard[0]) if shard else 0 for shard in shards]
     counts = {shard and shard["of"] for shard in shards}
     whole = int(next(iter(counts)) or len(files)) if len(counts) == 1 else 0
     if not whole or len(set(numbers)) < len(numbers):
@@ -161,7 +161,8 @@ def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> la
         records.append(layout.Records.joined([file.records() for file in files]))
         parts, told = zip(*(file.labels() for file in files), strict=True)
         known = None if None in parts else [label for part in parts for label in part]
-        unlabelled = known is not None and -1 in known  # as the hub marks it
+        # -1 is how the hub marks images without labels.
+        unlabelled = any(isinstance(label, int) and label < 0 for label in known or ())
         labels.append(None if unlabelled else known)
         notes += filter(None, told)
     rows = [np.arange(len(split)) for split in records]

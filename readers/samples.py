@@ -66,7 +66,9 @@ def load_images(
                 f"{option}: {path} has {len(part.names)} images; {least} or more are needed"
             )
         identity = repr(part.container.identity()).encode()
-        source = RecordSource(records_of(part.container, part.names), as_it_is, identity)
+        source = RecordSource(
+            records_of(part.container, part.names, as_read=False), as_it_is, identity
+        )
         names = part.names
         labels, note = part.labels()
     else:

@@ -20,8 +20,9 @@ from PIL import Image, PngImagePlugin
 import datasets
 from configs.default import UserError, get_default_config
 from configs.vp import array_st
-from readers import arrays, decode, tfds, tfrecords
+from readers import arrays, decode, samples, tfds, tfrecords
 from readers.decode import Fit
+from runtime import environment
 from session import with_data_facts
 from tests import make_datasets
 from tests.make_datasets import encoded
@@ -506,7 +507,7 @@ def test_the_identity_of_a_folder_of_arrays_notices_a_changed_file_of_the_same_s
 
 def test_a_shape_that_looks_channels_first_is_told_and_a_field_says_which_it_is(place, caplog):
     caplog.set_level("INFO")
-    array = np.random.default_rng(0).normal(size=(20, 4, 8, 6)).astype(np.float16)
+    array = np.random.default_rng(0).normal(size=(20, 4, 8, 9)).astype(np.float16)
     array[:, 2] *= 100
     np.save(place / "a.npy", array)
     with pytest.raises(UserError, match=r"as if channels came first: --config.data.channels_first"):
@@ -516,9 +517,9 @@ def test_a_shape_that_looks_channels_first_is_told_and_a_field_says_which_it_is(
     back = datasets.get_units(config).to_files(train.source.fetch(np.arange(3))["image"])
     assert np.allclose(back, np.moveaxis(array[:3], 1, 3), atol=1e-2)
     ranges = [f"{a:g} to {b:g}" for a, b in zip(*channel_ends(array), strict=True)]
-    assert f"8×6 pixels of 4 channels (the first axis): {', '.join(ranges)}" in caplog.text
+    assert f"8×9 pixels of 4 channels (the first axis): {', '.join(ranges)}" in caplog.text
     config = with_data_facts(array_config(place / "a.npy", channels_first=0), "no run")
-    assert (config.data.image_size, config.data.num_channels) == (4, 6)
+    assert (config.data.image_size, config.data.num_channels) == (4, 9)
 
 
 def channel_ends(array):
@@ -653,3 +654,35 @@ def test_large_images_are_converted_one_at_a_time(place, monkeypatch):
     monkeypatch.setattr(Fit, "_fitted", fitted)
     load(place)
     assert len(most) == 12 and max(most) == 1
+
+
+def test_names_and_images_of_a_packed_tar_to_score_belong_together(place):
+    files = dict(reversed(some_files().items()))
+    with tarfile.open(place / "a.tar.bz2", "w:bz2") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    source, names, _ = samples.load_images(place / "a.tar.bz2", 8, 3, "eval.images")
+    levels = source.fetch(np.arange(12))["image"][:, 0, 0, 0]
+    assert [f"{level // 10:02}.png" for level in levels] == names
+
+
+def test_a_network_that_is_told_labels_reads_the_same_decoded_images(place):
+    for name in ("cat", "dog"):
+        make_datasets.write_folder(place / name, some_files(count=6))
+    load(place)
+    load(place, told=2)
+    assert len(list((environment.cache_dir() / "data").glob("*/facts.json"))) == 1
+
+
+@pytest.mark.parametrize("name", ["photos-2023.parquet", "train2017.parquet"])
+def test_a_number_in_a_parquet_files_name_is_no_shards(name, place):
+    write_parquet(place / name)
+    assert load(place) == UNSPLIT
+
+
+def test_a_test_split_alone_is_not_trained_on(place):
+    write_parquet(place / "test-0-of-1.parquet")
+    with pytest.raises(UserError, match="has parquet files, and none is called train"):
+        load(place)
