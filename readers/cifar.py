@@ -3,6 +3,7 @@
 Pickled batches are read by an unpickler that calls nothing; arrays are then made of their bytes.
 """
 
+import functools
 import io
 import math
 import pathlib
@@ -116,13 +117,12 @@ def _read(
     members = {member(container, batch): batch for batch in batches}
     found = {}
     # In the container's order, since a compressed archive is read from its start otherwise.
-    for name in container.names():
-        if name in members:
-            try:
-                with container.open(name) as file:
-                    found[members[name]] = read(file, f"{container.path}/{name}")
-            except (OSError, EOFError, ValueError) as error:
-                raise damaged(container.path, error) from error
+    for name in filter(members.__contains__, container.files):
+        try:
+            with container.open(name) as file:
+                found[members[name]] = read(file, f"{container.path}/{name}")
+        except (OSError, EOFError, ValueError) as error:
+            raise damaged(container.path, error) from error
     return found
 
 
@@ -143,34 +143,26 @@ def find_cifar10(path: pathlib.Path) -> Found | None:
             continue
         place = "files" if isinstance(container, Folder) else "archive"
 
-        def opened(
-            container: Container = container, suffix: str = suffix, read: Reader = read
-        ) -> Opened:
-            train = [f"data_batch_{i}{suffix}" for i in range(1, 6)]
-            batches = _read(container, [*train, f"test_batch{suffix}"], read)
-            images, labels = (
-                np.concatenate(parts)
-                for parts in zip(*(batches[batch] for batch in train), strict=True)
-            )
-            test = batches[f"test_batch{suffix}"]
-            return Opened(arrays_of(images, labels), arrays_of(*test), plain_classes(10))
-
+        opened = functools.partial(_open_cifar10, container, suffix, read)
         what = f"the authors' {kind} {place} {container.path}"
         return Found(what, (kind, container.identity()), opened)
     return None
+
+
+def _open_cifar10(container: Container, suffix: str, read: Reader) -> Opened:
+    train = [f"data_batch_{i}{suffix}" for i in range(1, 6)]
+    batches = _read(container, [*train, f"test_batch{suffix}"], read)
+    images, labels = map(np.concatenate, zip(*(batches[name] for name in train), strict=True))
+    test = arrays_of(*batches[f"test_batch{suffix}"])
+    return Opened(arrays_of(images, labels), test, plain_classes(10))
 
 
 def find_imagenet32_2017(path: pathlib.Path) -> Found | None:
     """The pickled batches of ImageNet 32 (Chrabaszcz et al.), in the authors' zips or unpacked."""
     if not path.is_dir():
         return None
-    holders = []
-    for first, folder, archive in (
-        ("train_data_batch_1", "Imagenet32_train", "Imagenet32_train.zip"),
-        ("val_data", "Imagenet32_val", "Imagenet32_val.zip"),
-    ):
-        holders.append(open_holder(path, first, folder, archive))
-    train, test = holders
+    train = open_holder(path, "train_data_batch_1", "Imagenet32_train", "Imagenet32_train.zip")
+    test = open_holder(path, "val_data", "Imagenet32_val", "Imagenet32_val.zip")
     if train is None and test is None:
         return None
     if train is None or test is None:

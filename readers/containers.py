@@ -156,15 +156,16 @@ class Folder(Container):
     def _scan(self, folder: str, prefix: str, found: dict[str, Any], above: set[str]) -> None:
         with os.scandir(folder) as entries:
             for entry in entries:
-                name, real = prefix + entry.name, os.path.realpath(entry.path)
-                if is_hidden(entry.name):
+                name, is_folder = prefix + entry.name, entry.is_dir()
+                real = os.path.realpath(entry.path) if is_folder else ""
+                if is_hidden(entry.name) or real in above:  # a link to a parent has no end
                     self.skipped.append(name)
-                elif entry.is_dir() and real not in above:
+                elif is_folder:
                     self._scan(entry.path, f"{name}/", found, above | {real})
                 elif entry.is_file():
                     status = entry.stat()
                     found[name] = (status.st_size, status.st_mtime_ns)
-                else:  # a broken link, a device, or a link to a parent folder
+                else:  # a broken link or a device
                     self.skipped.append(name)
 
     def identity(self) -> tuple[object, ...]:

@@ -227,10 +227,9 @@ def find_held_out(path: pathlib.Path, split: Splitter, what: str) -> layout.Foun
 
     def opened() -> layout.Opened:
         names = Part(container).names
-        parts: Any = split(len(names))
-        if not len(parts[1]):
+        train, test = (records_of(container, [names[i] for i in p]) for p in split(len(names)))
+        if not len(test):
             raise UserError(f"data.path: {path} has {len(names)} images, too few to hold some out")
-        train, test = (records_of(container, [names[i] for i in part]) for part in parts)
         return layout.Opened(train, test)
 
     return layout.Found(f"{path}, {what}", (container.identity(), what), opened)

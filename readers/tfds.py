@@ -46,11 +46,7 @@ def _prepared(data_dir: pathlib.Path, name: str) -> pathlib.Path | None:
 
 
 def _prepare(name: str, data_dir: pathlib.Path) -> None:
-    """Have TFDS download and prepare a data set.
-
-    Raises:
-      UserError: it can't, here or at all.
-    """
+    """Have TFDS download and prepare a data set; UserError if it can't."""
     tfds = _import()
     log.info("%s is not in %s; TFDS downloads and prepares it there", name, data_dir)
     try:
@@ -70,11 +66,7 @@ def _prepare(name: str, data_dir: pathlib.Path) -> None:
 
 
 def _check_lmdb() -> None:
-    """Make sure that TFDS can read LSUN's LMDB files, before it downloads them.
-
-    Raises:
-      UserError: it can't.
-    """
+    """Raise UserError if TFDS can't read LSUN's LMDB files, before it downloads them."""
     try:
         importlib.import_module("tensorflow_io")
     except Exception as error:  # built for another TensorFlow, it raises anything at all
@@ -145,13 +137,11 @@ def find(
     The names of splits may be several, joined by +; without a test split `hold_out` makes one, as
     (training, test) indices of so many images. With num_classes = 0 labels are not read.
     """
-    folder = _prepared(data_dir, name)
-    if folder is None:
+    if _prepared(data_dir, name) is None:
         _prepare(name, data_dir)
-        folder = _prepared(data_dir, name)
-    if folder is None:
+    there = _prepared(data_dir, name)
+    if there is None:
         raise UserError(f"TFDS left no {name} in {data_dir}")
-    there = folder
 
     def opened() -> Opened:
         _check_features(there)
@@ -163,8 +153,7 @@ def find(
         parts = [[_records(builder, s, labelled) for s in split.split("+")] for split in splits]
         train, test = map(Records.joined, parts)
         if hold_out:
-            train_indices, test_indices = hold_out(len(train))
-            train, test = train.subset(train_indices), train.subset(test_indices)
+            train, test = map(train.subset, hold_out(len(train)))
         return Opened(train, test, plain_classes(num_classes))
 
     files = sorted(file for file in there.iterdir() if file.is_file())
