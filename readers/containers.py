@@ -76,7 +76,8 @@ class Container:
         names = [*(name for name in self.names() if not is_used(name)), *self.skipped]
         shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         told = f"{len(names)} files or folders of {self.path} are passed over: {shown}"
-        return (told,) if names else ()
+        # Names that are not UTF-8 can't be printed.
+        return (told.encode(errors="backslashreplace").decode(),) if names else ()
 
     def _place(self, found: dict[str, Any], name: str, place: Any) -> None:
         """Add a file of an archive; of two of a name the last one counts, as for unzip and tar."""

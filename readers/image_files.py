@@ -110,7 +110,7 @@ def _open_unsplit(
     part = Part(container)
     names = part.names
     if len(names) < 10:
-        every = [container.path.name, *container.names(), *container.skipped]
+        every = [*container.names(), *container.skipped]
         reason = "every tenth is held out for testing, so 10 or more are needed"
         raise UserError(
             f"data.path: {container.path} has {len(names)} images; {reason}"

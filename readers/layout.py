@@ -204,7 +204,7 @@ def choose_splits(names: Sequence[str], where: str) -> tuple[str, str] | None:
       UserError: a split is missing, there are two of a kind, or there is something beside them.
     """
     words = {name: split_of(name) for name in names}
-    exact = [name for name, word in words.items() if name.lower() == word != ""]
+    exact = [n for n, word in words.items() if word and re.sub("[-._ 0-9]", "", n).lower() == word]
     others = [name for name, word in words.items() if not word]
     train = [name for name, word in words.items() if word in TRAIN_NAMES]
     tests = sorted(set(names) - set(train) - set(others), key=lambda n: TEST_NAMES.index(words[n]))

@@ -55,11 +55,11 @@ def _check_shards(files: Sequence[pathlib.Path]) -> None:
             f"{files[0].parent} has {names}, which are not the shards of one data set; keep those "
             "of one"
         )
-    missing = sorted(set(range(whole)) - set(numbers)) if shards[0] else []
-    if missing:
+    missing = next(i for i in range(len(files) + 1) if i not in numbers)
+    if shards[0] and (missing < len(files) or len(files) != whole):
         raise UserError(
-            f"{files[0].parent} lacks shard {missing[0]} of {whole} beside {files[0].name} "
-            f"({len(missing)} missing); bring all of them"
+            f"{files[0].parent} lacks shard {missing} of {whole} beside {files[0].name} (it has "
+            f"{len(files)}); bring all of them"
         )
 
 

@@ -115,6 +115,13 @@ def test_classes_that_only_contain_the_name_of_a_split_are_no_splits(place):
     assert load(place)[0] == tuple(sorted(names))
 
 
+def test_what_lies_beside_splits_is_named(place):
+    for name in ("train2017", "val2017", "annotations"):
+        make_datasets.write_folder(place, some_files(f"{name}/"))
+    with pytest.raises(UserError, match="and beside them annotations; move these away"):
+        load(place)
+
+
 def test_zips_of_a_split_each_have_their_labels(place):
     for split in ("train", "test"):
         files = some_files("00000/")
@@ -332,11 +339,13 @@ def test_images_of_too_many_pixels_are_refused_and_a_field_lifts_the_limit(place
         load(place)
 
 
-def test_names_that_are_not_utf8_are_read(place):
+def test_names_that_are_not_utf8_are_read(place, caplog):
     make_datasets.write_folder(place, some_files(count=11))
-    with open(os.fsencode(place) + b"/caf\xe9.png", "wb") as file:
-        file.write(png(12))
+    for name in (b"caf\xe9.png", b"caf\xe9.txt"):
+        with open(os.path.join(os.fsencode(place), name), "wb") as file:
+            file.write(png(12))
     assert len(load(place)[1]) == 11
+    assert r"are passed over: caf\udce9.txt" in caplog.text
 
 
 def test_sizes_and_labels_are_two_things(place):
@@ -424,6 +433,12 @@ def test_a_missing_shard_is_named(place):
     for i in (0, 2):
         write_parquet(place / "data" / f"train-{i:05}-of-00003.parquet")
     with pytest.raises(UserError, match=r"lacks shard 1 of 3 beside train-00000-of-00003\.parquet"):
+        load(place)
+
+
+def test_a_huge_number_of_shards_takes_no_memory(place):
+    write_parquet(place / f"train-0-of-{10**15}.parquet")
+    with pytest.raises(UserError, match=f"lacks shard 1 of {10**15}"):
         load(place)
 
 
