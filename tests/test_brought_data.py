@@ -8,6 +8,7 @@ import re
 import struct
 import tarfile
 import time
+import tracemalloc
 import zipfile
 import zlib
 
@@ -20,7 +21,7 @@ from PIL import Image, PngImagePlugin
 import datasets
 from configs.default import UserError, get_default_config
 from configs.vp import array_st
-from readers import arrays, decode, samples, tfds, tfrecords
+from readers import arrays, decode, idx, samples, tfds, tfrecords
 from readers.decode import Fit
 from runtime import environment
 from session import with_data_facts
@@ -249,6 +250,18 @@ def test_a_small_archive_with_a_huge_file_is_refused(place):
     (place / "a.tar.gz").write_bytes(gzip.compress((place / "a.tar").read_bytes(), 1))
     with pytest.raises(UserError, match=r"has zeros\.bmp of 134,217,728 bytes, packed into"):
         load(place / "a.tar.gz")
+
+
+def test_a_small_gzip_file_of_huge_contents_takes_little_memory(place):
+    packed = gzip.compress(b"\0\0\x08\x01" + (2**29).to_bytes(4, "big") + bytes(2**29), 1)
+    (place / "train-images-idx3-ubyte.gz").write_bytes(packed)
+    del packed
+    tracemalloc.start()
+    with pytest.raises(UserError, match="can't be read as an IDX file"):
+        idx.read_idx(place / "train-images-idx3-ubyte.gz")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**29
 
 
 # Folders.
