@@ -109,12 +109,21 @@ def _read_mask(config: ConfigDict) -> np.ndarray:
         return _mask_padding(config, mask)
     try:
         with Image.open(name) as image:
+            opaque = np.asarray(image.convert("RGBA"))[..., 3].min() == 255
             resized = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
     except (OSError, ValueError) as error:
         raise UserError(
             f"sampling.mask is {name!r}: neither {', '.join(regions)} nor a readable image"
         ) from error
-    return _mask_padding(config, (np.asarray(resized)[..., None] > 127).astype(np.float32))
+    mask = (np.asarray(resized)[..., None] > 127).astype(np.float32)
+    if not opaque:  # it may be what is to be filled in, or what is known
+        raise UserError(
+            f"sampling.mask: {name} has transparency; save it without, white where to fill in and "
+            "black elsewhere"
+        )
+    if not mask.any():
+        raise UserError(f"sampling.mask: {name} has no white pixel: nothing would be filled in")
+    return _mask_padding(config, mask)
 
 
 def _mask_padding(config: ConfigDict, mask: np.ndarray) -> np.ndarray:

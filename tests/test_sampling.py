@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import controllable_generation
 import datasets
 import losses
 import sampling
 import sde_lib
+from configs.default import UserError
 from models import utils as mutils
 from official import import_checkpoint
 from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, tiny_config
@@ -412,3 +414,17 @@ def test_an_adaptive_solve_of_a_row_does_not_depend_on_the_others():
     alone = jnp.concatenate([solve(row[None])[0] for row in z])
     np.testing.assert_allclose(whole, alone, atol=1e-6)
     np.testing.assert_allclose(solve(z[::-1])[0], whole[::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("colour", "told"),
+    [((255, 255, 255, 0), "has transparency; save it"), ((9, 9, 9, 255), "has no white pixel")],
+)
+def test_masks_that_do_not_say_what_to_fill_in_are_refused(tmp_path, colour, told):
+    mask = Image.new("RGBA", (8, 8), (255, 255, 255, 255) if colour[3] == 0 else colour)
+    mask.paste(colour, (0, 0, 4, 8))
+    mask.save(tmp_path / "mask.png")
+    config = tiny_config()
+    config.sampling.mask = str(tmp_path / "mask.png")
+    with pytest.raises(UserError, match=told):
+        controllable_generation._read_mask(config)
