@@ -12,45 +12,11 @@ from readers.containers import damaged, file_identity
 from readers.layout import Found, Item, Opened, Records
 
 
-@functools.cache
-def _example_class() -> Any:
-    """The message `tf.train.Example`: a map from names to lists of bytes, floats or integers."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
-    field = descriptor_pb2.FieldDescriptorProto
-    package = "soft_truncation.records"
-    file = descriptor_pb2.FileDescriptorProto(
-        name="soft_truncation_example.proto", package=package, syntax="proto3"
-    )
-
-    def message(name: str, fields: list[tuple[str, int, int, str]], repeated: bool = False) -> Any:
-        added = file.message_type.add(name=name)
-        for number, (field_name, type_, label, type_name) in enumerate(fields, start=1):
-            made = added.field.add(name=field_name, number=number, type=type_, label=label)
-            if type_name:
-                made.type_name = f".{package}.{type_name}"
-        return added
-
-    one, many, nested = field.LABEL_OPTIONAL, field.LABEL_REPEATED, field.TYPE_MESSAGE
-    message("BytesList", [("value", field.TYPE_BYTES, many, "")])
-    message("FloatList", [("value", field.TYPE_FLOAT, many, "")])
-    message("Int64List", [("value", field.TYPE_INT64, many, "")])
-    lists = (("bytes_list", "BytesList"), ("float_list", "FloatList"), ("int64_list", "Int64List"))
-    message("Feature", [(name, nested, one, kind) for name, kind in lists])
-    features = message("Features", [("feature", nested, many, "Features.FeatureEntry")])
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=one)
-    entry.field.add(name="value", number=2, type=nested, label=one, type_name=f".{package}.Feature")
-    message("Example", [("features", nested, one, "Features")])
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.Example"))
-
-
 def parse_example(record: bytes) -> Any:
     """Parse a serialised `tf.train.Example`; returns its features by name."""
-    return _example_class().FromString(record).features.feature
+    from tensorflow_datasets.proto import tf_example_generated_pb2  # it imports no TensorFlow
+
+    return tf_example_generated_pb2.Example.FromString(record).features.feature
 
 
 @functools.cache
