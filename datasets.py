@@ -27,8 +27,8 @@ from ml_collections import ConfigDict
 
 from configs.default import UserError, array_shape, image_shape
 from readers import cache, published
-from readers.arrays import Stack, Stacks, open_stacks, whole_stack
-from readers.layout import plain_classes
+from readers.arrays import Stack, open_stacks, whole_stack
+from readers.layout import Splits, plain_classes
 from readers.source import ArraySource, Examples, Source
 from runtime.progress import Progress
 
@@ -165,7 +165,7 @@ class _StackSource:
         return repr((self.stack.identity, self.scale, self.shape)).encode()
 
 
-def _open_stacks(config: ConfigDict) -> Stacks:
+def _open_stacks(config: ConfigDict) -> Splits[Stack]:
     """The arrays of a config, with their channels last."""
     stacks = open_stacks(pathlib.Path(config.data.path))
     if config.data.channels_first != 1:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -255,16 +255,7 @@ def _open_stacks(path: pathlib.Path, needs_splits: bool) -> list[Stack]:
     return _every_tenth(_stack(path, *images_and_labels(path, found, "data.path")))
 
 
-class Stacks(NamedTuple):
-    """The splits of arrays; `classes` and `notes` are as in `Opened`."""
-
-    train: Stack
-    test: Stack
-    classes: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
-def open_stacks(path: pathlib.Path, needs_splits: bool = False) -> Stacks:
+def open_stacks(path: pathlib.Path, needs_splits: bool = False) -> layout.Splits[Stack]:
     """The training and test examples of arrays, with their labels numbered.
 
     They are an .npy of (N, H, W) or (N, H, W, C), memory-mapped; an .npz of the same as `images` or
@@ -291,7 +282,7 @@ def open_stacks(path: pathlib.Path, needs_splits: bool = False) -> Stacks:
     notes = dict.fromkeys((*train.notes, *test.notes, *numbered.notes))
     train = dataclasses.replace(train, labels=numbered.train)
     test = dataclasses.replace(test, labels=numbered.test)
-    return Stacks(train, test, numbered.classes, tuple(notes))
+    return layout.Splits(train, test, numbered.classes, tuple(notes))
 
 
 def _as_images(stack: Stack) -> layout.Arrays:

@@ -17,14 +17,14 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from configs import saved
 from configs.default import UserError
 from readers.decode import Fit, has_16_bits, is_grey, open_image
-from readers.layout import Arrays, Found, Item, Opened, Records
+from readers.layout import Arrays, Found, Item, Opened, Records, Splits
 from readers.source import ArraySource, Examples, RecordSource, Source
 from runtime import environment
 from runtime.checksums import checksum
@@ -39,15 +39,7 @@ _READ_AHEAD = 64  # images
 _BLOCK = 256  # images
 
 Block = tuple[np.ndarray, np.ndarray]  # images (n, H, W, C) uint8, labels (n,) int64
-
-
-class Decoded(NamedTuple):
-    """A data set whose images have the size and channels of training."""
-
-    train: Source
-    test: Source
-    classes: tuple[str, ...]  # the names of labels 0, 1, …; (): there are no labels
-    notes: tuple[str, ...]  # for the log and the report
+Decoded = Splits[Source]  # whose images have the size and channels of training
 
 
 class _Decoder:

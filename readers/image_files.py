@@ -119,11 +119,12 @@ def _open_unsplit(
         )
     labels, dropped = part.labels(classes, many)
     rows = layout.every_tenth(len(names))
-    numbered = layout.number_labels([labels and [labels[i] for i in part] for part in rows])
+    given = [labels and [labels[i] for i in part] for part in rows]
+    numbered = layout.number_labels(given, dropped=[dropped])
     train = records_of(container, [names[i] for i in rows[0]], numbered.train)
     test = records_of(container, [names[i] for i in rows[1]], numbered.test)
-    notes = note, dropped, *numbered.notes, *container.passed_over(_is_used)
-    return layout.Opened(train, test, numbered.classes, tuple(filter(None, notes)))
+    notes = *filter(None, [note]), *numbered.notes, *container.passed_over(_is_used)
+    return layout.Opened(train, test, numbered.classes, notes)
 
 
 def _open_splits(train: Part, test: Part, classes: int | None, many: bool) -> layout.Opened:
@@ -132,14 +133,13 @@ def _open_splits(train: Part, test: Part, classes: int | None, many: bool) -> la
             every = containers.instead([*part.container.names(), *part.container.skipped])
             raise UserError(f"data.path: {part.container.path}/{part.root} has no images{every}")
     labels, dropped = zip(*(part.labels(classes, many) for part in (train, test)), strict=True)
-    numbered = layout.number_labels(labels)
-    told = [text for text in dropped if text] or numbered.notes
+    numbered = layout.number_labels(labels, dropped=dropped)
     left = [text for part in (train, test) for text in part.container.passed_over(_is_used)]
     return layout.Opened(
         records_of(train.container, train.names, numbered.train),
         records_of(test.container, test.names, numbered.test),
         numbered.classes,
-        tuple(dict.fromkeys([*told[:1], *left])),
+        tuple(dict.fromkeys([*numbered.notes, *left])),
     )
 
 

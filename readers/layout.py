@@ -3,8 +3,8 @@
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from configs.default import UserError
 # (an encoded image or an array (H, W, C) uint8, its label)
 Item = tuple[bytes | np.ndarray, int]
 Labels = np.ndarray | list[int] | list[str]  # of images, in any of their own numbers or names
+Of = TypeVar("Of", covariant=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,20 +97,22 @@ def arrays_of(images: np.ndarray, labels: np.ndarray | None = None) -> Arrays:
     return Arrays(lambda: iter([(images, known)]), is_single=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
+class Splits(NamedTuple, Generic[Of]):
     """The splits of a data set.
 
     Attributes:
-      train, test: their images.
+      train, test: their images, or what belongs to these.
       classes: the names of labels 0, 1, …; (): there are no labels.
       notes: sentences that the log and the report show, such as that a split is not official.
     """
 
-    train: Records | Arrays
-    test: Records | Arrays
+    train: Of
+    test: Of
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+Opened = Splits[Records | Arrays]
 
 
 def plain_classes(count: int) -> tuple[str, ...]:
@@ -117,23 +120,10 @@ def plain_classes(count: int) -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-class Numbered(NamedTuple):
-    """Labels as the numbers of classes.
-
-    Attributes:
-      train, test: (N,) int64 each, 0 … len(classes) - 1; None: there are no labels.
-      classes: the names of labels 0, 1, …
-      notes: a sentence for the log and the report, if there were labels that are not used.
-    """
-
-    train: np.ndarray | None = None
-    test: np.ndarray | None = None
-    classes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-def number_labels(given: Sequence[Labels | None], names: Sequence[str] = ()) -> Numbered:
-    """Number the labels that occur among the training images, in their order.
+def number_labels(
+    given: Sequence[Labels | None], names: Sequence[str] = (), dropped: Iterable[str] = ()
+) -> Splits[np.ndarray | None]:
+    """Number the labels that occur among the training images, in their order: (N,) int64, or None.
 
     One label alone is no label. Without labels for both splits, and if a test image has one that no
     training image has, they are not used.
@@ -142,13 +132,15 @@ def number_labels(given: Sequence[Labels | None], names: Sequence[str] = ()) -> 
       given: of the training and of the test images: a whole number from 0 on for each, or a name;
         None: they have none.
       names: the names of labels 0, 1, …; others are called by their number.
+      dropped: why labels are None; the first that is not empty becomes the note.
     """
     train, test = given
+    told = next(filter(None, dropped), "")
     if train is None or test is None:
-        if train is None and test is None:
-            return Numbered()
-        which = "training" if train is None else "test"
-        return Numbered(notes=(f"labels are not used: the {which} images have none",))
+        if not told and (train is not None or test is not None):
+            which = "training" if train is None else "test"
+            told = f"labels are not used: the {which} images have none"
+        return Splits(None, None, notes=(told,) if told else ())
 
     def name(label: int | str) -> str:
         return names[label] if isinstance(label, int) and label < len(names) else str(label)
@@ -156,15 +148,15 @@ def number_labels(given: Sequence[Labels | None], names: Sequence[str] = ()) -> 
     splits = [split.tolist() if isinstance(split, np.ndarray) else split for split in (train, test)]
     known = sorted(set(splits[0]))
     if len(known) < 2:
-        return Numbered()
+        return Splits(None, None)
     number = {label: i for i, label in enumerate(known)}
     new = sorted(set(splits[1]) - number.keys())
     if new:
         more = f" and {len(new) - 1} more" if len(new) > 1 else ""
         note = f"labels are not used: no training image has the test images' {name(new[0])}{more}"
-        return Numbered(notes=(note,))
+        return Splits(None, None, notes=(note,))
     numbers = [np.array([number[label] for label in split], np.int64) for split in splits]
-    return Numbered(numbers[0], numbers[1], tuple(map(name, known)))
+    return Splits(numbers[0], numbers[1], tuple(map(name, known)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,15 +164,15 @@ def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> la
         # -1 is how the hub marks images without labels.
         unlabelled = any(isinstance(label, int) and label < 0 for label in known or ())
         labels.append(None if unlabelled else known)
-        notes += filter(None, told)
+        notes += told
     rows = [np.arange(len(split)) for split in records]
     if len(records) == 1:
         records, rows, of = records * 2, [*layout.every_tenth(len(records[0]))], labels[0]
         labels = [of and list(map(of.__getitem__, part)) for part in rows]
-    numbered = layout.number_labels(labels, names)
+    numbered = layout.number_labels(labels, names, notes)
     train = records[0].subset(rows[0], numbered.train)
     test = records[1].subset(rows[1], numbered.test)
-    return layout.Opened(train, test, numbered.classes, tuple((notes or list(numbered.notes))[:1]))
+    return layout.Opened(train, test, numbered.classes, numbered.notes)
 
 
 def find(path: pathlib.Path, needs_splits: bool = False) -> layout.Found | None:

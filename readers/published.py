@@ -309,6 +309,6 @@ def _check_opened(found: Found, known: Published) -> Found:
             dataclasses.replace(split, size=size) if isinstance(split, Records) else split
             for split in (got.train, got.test)
         ]
-        return dataclasses.replace(got, train=splits[0], test=splits[1])
+        return got._replace(train=splits[0], test=splits[1])
 
     return dataclasses.replace(found, open=opened)
