@@ -15,7 +15,6 @@ import os
 import pathlib
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,8 +82,11 @@ class _Decoder:
         finally:  # after an error the pending results are not needed
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def blocks(self, records: Records) -> Iterator[Block]:
+    def blocks(self, split: Records | Arrays) -> Iterator[Block]:
         """Yield all images in order, in blocks; those that can't be read go to `problems`."""
+        return self._of_records(split) if isinstance(split, Records) else self._of_arrays(split)
+
+    def _of_records(self, records: Records) -> Iterator[Block]:
         images, labels = [], []
         for i, found in enumerate(self.items(records)):
             if isinstance(found, str):
@@ -95,6 +97,18 @@ class _Decoder:
             if images and (len(images) == _BLOCK or i == len(records) - 1):
                 yield np.stack(images), np.array(labels, np.int64)
                 images, labels = [], []
+
+    def _of_arrays(self, arrays: Arrays) -> Iterator[Block]:
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for images, labels in arrays.blocks():
+                ready = self._fit.batch(images)
+                if ready is not None:
+                    yield ready, labels
+                    continue
+                for start in range(0, len(images), _BLOCK):
+                    part = slice(start, start + _BLOCK)
+                    fitted = pool.map(lambda image: self._fit(open_image(image)), images[part])
+                    yield np.stack(list(fitted)), labels[part]
 
     def check(self, total: int) -> None:
         """Log a summary; UserError if images can't be read and `skip_unreadable` is off."""
@@ -128,40 +142,9 @@ def _in_order(records: Records, i: int) -> Item | Exception:
         return error
 
 
-def _fitted(arrays: Arrays, fit: Fit) -> Iterator[Block]:
-    """Yield the images of arrays in blocks, at the size of training."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for images, labels in arrays.blocks():
-            ready = fit.batch(images)
-            if ready is not None:
-                yield ready, labels
-                continue
-            for start in range(0, len(images), _BLOCK):
-                part = slice(start, start + _BLOCK)
-                fitted = pool.map(lambda image: fit(open_image(image)), images[part])
-                yield np.stack(list(fitted)), labels[part]
-
-
 def _count(split: Records | Arrays) -> int:
     """The number of images that must be decoded one by one."""
     return len(split) if isinstance(split, Records) else 0
-
-
-def _blocks(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> Iterator[Block]:
-    return decoder.blocks(split) if isinstance(split, Records) else _fitted(split, fit)
-
-
-def _with_progress(blocks: Iterator[Block], total: int) -> Iterator[Block]:
-    """Yield the blocks and log the progress; total 0: the number of images is not known."""
-    progress, done, logged = Progress("decoding images", total), 0, time.monotonic()
-    for block in blocks:
-        done += len(block[0])
-        if total:
-            progress.advance(len(block[0]))
-        elif time.monotonic() - logged > 5:
-            logged = time.monotonic()
-            log.info("decoding images: %s so far", f"{done:,}")
-        yield block
 
 
 def _is_at_hand(split: Records | Arrays, fit: Fit) -> bool:
@@ -174,7 +157,7 @@ def _is_at_hand(split: Records | Arrays, fit: Fit) -> bool:
 
 
 def _in_memory(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> ArraySource:
-    parts = list(_blocks(split, fit, decoder))
+    parts = list(decoder.blocks(split))
     if len(parts) == 1:
         return ArraySource(*parts[0])
     empty = np.zeros((0, fit.size, fit.size, fit.channels), np.uint8), np.zeros(0, np.int64)
@@ -184,32 +167,24 @@ def _in_memory(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> ArraySou
 
 @dataclasses.dataclass(frozen=True)
 class _Watched(ArraySource):
-    """Images that are compared with their checksum in the background."""
+    """Images of an entry that a thread compares with their checksum; others are given up."""
 
-    found: concurrent.futures.Future[None] = dataclasses.field(kw_only=True)
+    damage: list[str] = dataclasses.field(default_factory=list)
 
     def fetch(self, indices: np.ndarray) -> Examples:
         """The examples at these indices; UserError once the images are known to be damaged."""
-        if self.found.done():
-            self.found.result()
+        if self.damage:
+            raise UserError(self.damage[0])
         return super().fetch(indices)
 
-
-def _watch(folder: pathlib.Path, images: np.ndarray, known: str) -> concurrent.futures.Future[None]:
-    """The result of comparing images with their checksum; if it is another, they are given up."""
-    found: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-    def look() -> None:
-        if checksum(images.reshape(-1)) == known:
-            found.set_result(None)
-            return
-        (folder / "facts.json").unlink(missing_ok=True)
-        text = f"{folder} is damaged; run the same command again: it decodes the images anew"
-        log.error(text)
-        found.set_exception(UserError(text))
-
-    threading.Thread(target=look, daemon=True).start()
-    return found
+    def look(self, folder: pathlib.Path, known: str) -> None:
+        """Compare the images with the checksum that is known of them."""
+        if checksum(self.images.reshape(-1)) != known:
+            (folder / "facts.json").unlink(missing_ok=True)
+            self.damage.append(
+                f"{folder} is damaged; run the same command again: it decodes the images anew"
+            )
+            log.error(self.damage[0])
 
 
 def _checksum_of(facts: dict[str, Any]) -> str:
@@ -253,7 +228,9 @@ class _Entry:
         if checksum(labels) != known[1]:
             raise ValueError(f"the labels of {name} are damaged")
         if images.nbytes > _CHECKED_AT_ONCE:
-            return _Watched(**vars(source), found=_watch(self.folder, images, known[0]))
+            watched, of = _Watched(**vars(source)), (self.folder, known[0])
+            threading.Thread(None, watched.look, f"compare {path}", of, daemon=True).start()
+            return watched
         if checksum(images.reshape(-1)) != known[0]:
             raise ValueError(f"{path.name} is damaged")
         return source
@@ -266,8 +243,8 @@ class _Entry:
         try:
             facts: dict[str, Any] = {"classes": opened.classes, "notes": opened.notes}
             for name, split in (("train", opened.train), ("test", opened.test)):
-                blocks = _with_progress(_blocks(split, self._fit, decoder), _count(split))
-                facts[name] = _write_split(partial, name, blocks)
+                progress = Progress("decoding images", _count(split))
+                facts[name] = _write_split(partial, name, decoder.blocks(split), progress)
             decoder.check(_count(opened.train) + _count(opened.test))
             facts["checksum"] = _checksum_of(facts)
             (partial / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -276,7 +253,9 @@ class _Entry:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_split(folder: pathlib.Path, name: str, blocks: Iterator[Block]) -> dict[str, Any]:
+def _write_split(
+    folder: pathlib.Path, name: str, blocks: Iterator[Block], progress: Progress
+) -> dict[str, Any]:
     digest, labels = hashlib.sha256(), []
     with (folder / f"{name}.uint8").open("wb") as file:
         for images, of_images in blocks:
@@ -284,6 +263,7 @@ def _write_split(folder: pathlib.Path, name: str, blocks: Iterator[Block]) -> di
             digest.update(data)
             file.write(data)
             labels.append(of_images)
+            progress.advance(len(images))
         file.flush()
         os.fsync(file.fileno())
     every = np.concatenate([np.zeros(0, np.int64), *labels])

@@ -17,7 +17,10 @@ class Progress:
     """Logs lines with a bar, the rate and the time left of a long computation."""
 
     def __init__(self, name: str, total: int, every: float = 5.0) -> None:
-        """Log the progress through `total` images every `every` seconds, and at the end."""
+        """Log the progress through `total` images every `every` seconds, and at the end.
+
+        With total = 0 their number is not known.
+        """
         self._name, self._total, self._every = name, total, every
         self._done = self._fresh = 0
         self._start = self._last = time.monotonic()
@@ -27,13 +30,16 @@ class Progress:
         self._done += count
         self._fresh += count if fresh else 0
         now = time.monotonic()
-        if self._done < self._total and now - self._last < self._every:
+        if not 0 < self._total <= self._done and now - self._last < self._every:
             return
         self._last = now
+        rate = self._fresh / max(now - self._start, 1e-9)
+        if not self._total:
+            log.info("%s | %s images | %.3g images/s", self._name, f"{self._done:,}", rate)
+            return
         share = self._done / self._total
         bar = "█" * int(16 * share) + "░" * (16 - int(16 * share))
         parts = [self._name, f"{bar} {share:4.0%}", f"{self._done}/{self._total} images"]
         if self._fresh:
-            rate = self._fresh / max(now - self._start, 1e-9)
             parts += [f"{rate:.3g} images/s", f"{clock((self._total - self._done) / rate)} left"]
         log.info("%s", " | ".join(parts + ([note] if note else [])))

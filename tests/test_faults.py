@@ -439,19 +439,26 @@ def test_files_without_checksums_are_read_as_before(tmp_path, caplog):
     assert not caplog.text
 
 
+def compared(images):
+    """Wait until a thread has compared the images with their checksum."""
+    for thread in threading.enumerate():
+        if thread.name == f"compare {images.images.filename}":
+            thread.join(5)
+
+
 def test_large_decoded_images_are_compared_in_the_background(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_CHECKED_AT_ONCE", 0)
     bit_flips._make_decoded(tmp_path)
     entry, *_ = bit_flips._entry(tmp_path)
     train = entry.read().train
-    train.found.result(5)
+    compared(train)
     assert len(train.fetch(np.arange(9))["image"]) == 9
     path = entry.folder / "train.uint8"
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     train = entry.read().train
-    with pytest.raises(UserError, match="is damaged; run the same command again"):
-        train.found.result(5)
-    with pytest.raises(UserError, match="it decodes the images anew"):
+    compared(train)
+    told = "is damaged; run the same command again: it decodes the images anew"
+    with pytest.raises(UserError, match=told):
         train.fetch(np.arange(9))
     assert entry.read() is None and not entry.folder.exists()
 
