@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,6 @@ from readers import containers, layout
 from readers.decode import is_image_name
 
 _LABELS = "dataset.json"
-
-Splitter = Callable[[int], tuple[np.ndarray, np.ndarray]]  # count → (training, test) indices
 
 
 def records_of(
@@ -55,6 +53,17 @@ class Part:
         # A dataset.json in a folder that contains all images.
         files = (name for name in every if name.split("/")[-1] == _LABELS)
         self._file = next((f for f in files if self.root.startswith(f[: -len(_LABELS)])), None)
+
+    def check(self, least: int = 1, why: str = "", option: str = "data.path") -> None:
+        """Raise UserError if there are fewer images; `option` is the config's field of the path."""
+        where = f"{option}: {self.container.path}/{self.root}".rstrip("/")
+        if not self.names:
+            every = containers.instead([*self.container.names(), *self.container.skipped])
+            raise UserError(f"{where} has no images{every}")
+        if len(self.names) < least:
+            raise UserError(
+                f"{where} has {len(self.names)} images; {least} or more are needed{why}"
+            )
 
     def labels(self, classes: int | None = None, many: bool = False) -> tuple[Any, str]:
         """(the label of each image, None if there are none; a sentence if that may surprise).
@@ -105,20 +114,13 @@ def _is_used(name: str) -> bool:
 
 
 def _open_unsplit(
-    container: containers.Container, classes: int | None, many: bool, note: str
+    container: containers.Container, held_out: int, classes: int | None, many: bool, note: str
 ) -> layout.Opened:
     part = Part(container)
-    names = part.names
-    if len(names) < 10:
-        every = [*container.names(), *container.skipped]
-        reason = "every tenth is held out for testing, so 10 or more are needed"
-        raise UserError(
-            f"data.path: {container.path} has {len(names)} images; {reason}"
-            if names
-            else f"data.path: {container.path} has no images{containers.instead(every)}"
-        )
+    part.check(held_out or 10, ", since some are held out for testing")
+    names, count = part.names, len(part.names)
+    rows = layout.last_part(count, held_out) if held_out else layout.every_tenth(count)
     labels, dropped = part.labels(classes, many)
-    rows = layout.every_tenth(len(names))
     given = [labels and [labels[i] for i in part] for part in rows]
     numbered = layout.number_labels(given, dropped=[dropped])
     train = records_of(container, [names[i] for i in rows[0]], numbered.train)
@@ -128,10 +130,8 @@ def _open_unsplit(
 
 
 def _open_splits(train: Part, test: Part, classes: int | None, many: bool) -> layout.Opened:
-    for part in (train, test):
-        if not part.names:
-            every = containers.instead([*part.container.names(), *part.container.skipped])
-            raise UserError(f"data.path: {part.container.path}/{part.root} has no images{every}")
+    train.check()
+    test.check()
     labels, dropped = zip(*(part.labels(classes, many) for part in (train, test)), strict=True)
     numbered = layout.number_labels(labels, dropped=dropped)
     left = [text for part in (train, test) for text in part.container.passed_over(_is_used)]
@@ -149,16 +149,6 @@ def _many(holders: Sequence[containers.Container], many: bool) -> bool:
     return many and max(folders) > 100
 
 
-def _places(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The folders and archives in a folder, by their names without suffix."""
-    return {
-        containers.archive_stem(entry.name): entry
-        for entry in sorted(path.iterdir())
-        if not containers.is_hidden(entry.name)
-        and (entry.is_dir() or containers.is_archive_name(entry.name))
-    }
-
-
 def find_splits(
     path: pathlib.Path,
     classes: int | None = None,
@@ -173,8 +163,10 @@ def find_splits(
     """
     places: dict[str, pathlib.Path] = {}
     if path.is_dir():
-        places = _places(path)
-        loose = [p.name for p in path.iterdir() if p.is_file() and is_image_name(p.name)]
+        entries = sorted(p for p in path.iterdir() if not containers.is_hidden(p.name))
+        packed = [p for p in entries if p.is_dir() or containers.is_archive_name(p.name)]
+        places = {containers.archive_stem(p.name): p for p in packed}
+        loose = [p.name for p in entries if p.is_file() and is_image_name(p.name)]
         names = [name for name in places if name.startswith(prefix)] or [*places]
         names += loose[:1]
     else:
@@ -217,19 +209,15 @@ def find_unsplit(
     return layout.Found(
         f"{kind} {path}, every tenth held out",
         (container.identity(), classes, _many([container], many), "every tenth"),
-        lambda: _open_unsplit(container, classes, many, note),
+        lambda: _open_unsplit(container, 0, classes, many, note),
     )
 
 
-def find_held_out(path: pathlib.Path, split: Splitter, what: str) -> layout.Found:
-    """Image files without labels; `split` divides them in the order of their names."""
+def find_held_out(path: pathlib.Path, held_out: int, what: str) -> layout.Found:
+    """Image files without labels, by their names; the last of `held_out` parts is for testing."""
     container = containers.open_container(path)
-
-    def opened() -> layout.Opened:
-        names = Part(container).names
-        train, test = (records_of(container, [names[i] for i in p]) for p in split(len(names)))
-        if not len(test):
-            raise UserError(f"data.path: {path} has {len(names)} images, too few to hold some out")
-        return layout.Opened(train, test)
-
-    return layout.Found(f"{path}, {what}", (container.identity(), what), opened)
+    return layout.Found(
+        f"{path}, {what}",
+        (container.identity(), what),
+        lambda: _open_unsplit(container, held_out, 0, False, ""),
+    )

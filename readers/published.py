@@ -5,7 +5,6 @@ import math
 import pathlib
 from collections.abc import Callable
 
-import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -25,7 +24,7 @@ from readers import (
     tfrecords,
 )
 from readers.decode import Fit
-from readers.layout import Found, Opened, Records, last_part
+from readers.layout import Found, Opened, Records
 
 FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
 
@@ -60,13 +59,9 @@ class Published:
     resampling: Image.Resampling = Image.Resampling.BICUBIC
     pad: bool = False
 
-    def hold_out(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(training, test) indices of a data set without splits."""
-        return last_part(count, self.held_out)
-
     @property
     def held_out_share(self) -> str:
-        """A description of `hold_out`, for the log."""
+        """A description of `held_out`, for the log."""
         share = {7: "seventh", 10: "tenth"}[self.held_out]
         return f"of which the last {share} is held out for testing"
 
@@ -98,10 +93,10 @@ def _find_faces(path: pathlib.Path, config: ConfigDict) -> Found | None:
         if len(files) > 1:
             raise UserError(f"data.path: {path} has {', '.join(f.name for f in files)}; name one")
         path = files[0] if files else path
-    found = tfrecords.find(path, known.hold_out, known.held_out_share)
+    found = tfrecords.find(path, known.held_out, known.held_out_share)
     if found is None and path.is_dir():
         found = image_files.find_splits(path, 0)
-    return found or image_files.find_held_out(path, known.hold_out, known.held_out_share)
+    return found or image_files.find_held_out(path, known.held_out, known.held_out_share)
 
 
 def _find_folder(path: pathlib.Path, many: bool) -> Found | None:
@@ -289,7 +284,7 @@ def _find_tfds(data: ConfigDict, known: Published) -> Found:
         pathlib.Path(data.tfds_dir).expanduser(),
         known.tfds_splits,
         known.classes or 0,
-        known.hold_out if known.held_out else None,
+        known.held_out,
     )
 
 

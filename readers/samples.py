@@ -61,10 +61,7 @@ def load_images(
 
     if path.is_dir() or (path.is_file() and is_archive_name(path.name)):
         part = Part(open_container(path))
-        if len(part.names) < least:
-            raise UserError(
-                f"{option}: {path} has {len(part.names)} images; {least} or more are needed"
-            )
+        part.check(least, option=option)
         identity = repr(part.container.identity()).encode()
         source = RecordSource(
             records_of(part.container, part.names, as_read=False), as_it_is, identity

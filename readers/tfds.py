@@ -5,15 +5,12 @@ import json
 import logging
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from configs.default import UserError
 from readers import download, tfrecords
 from readers.containers import damaged, file_identity
-from readers.layout import Found, Item, Opened, Records, plain_classes
+from readers.layout import Found, Item, Opened, Records, last_part, plain_classes
 from runtime import environment
 
 log = logging.getLogger("soft_truncation")
@@ -130,12 +127,12 @@ def find(
     data_dir: pathlib.Path,
     splits: tuple[str, str],
     num_classes: int,
-    hold_out: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None,
+    held_out: int = 0,
 ) -> Found:
     """A data set in TFDS's folder `data_dir`, prepared there first; UserError if it can't be.
 
-    The names of splits may be several, joined by +; without a test split `hold_out` makes one, as
-    (training, test) indices of so many images. With num_classes = 0 labels are not read.
+    The names of splits may be several, joined by +; without a test split the last of `held_out`
+    equal parts is one. With num_classes = 0 labels are not read.
     """
     if _prepared(data_dir, name) is None:
         _prepare(name, data_dir)
@@ -152,8 +149,8 @@ def find(
         labelled = num_classes > 0
         parts = [[_records(builder, s, labelled) for s in split.split("+")] for split in splits]
         train, test = map(Records.joined, parts)
-        if hold_out:
-            train, test = map(train.subset, hold_out(len(train)))
+        if held_out:
+            train, test = map(train.subset, last_part(len(train), held_out))
         return Opened(train, test, plain_classes(num_classes))
 
     files = sorted(file for file in there.iterdir() if file.is_file())

@@ -9,7 +9,7 @@ import numpy as np
 
 from configs.default import UserError
 from readers.containers import damaged, file_identity
-from readers.layout import Found, Item, Opened, Records
+from readers.layout import Found, Item, Opened, Records, last_part
 
 
 def parse_example(record: bytes) -> Any:
@@ -101,12 +101,10 @@ def _pixels(features: Any) -> Item:
     return np.frombuffer(data, np.uint8).reshape(shape).transpose(1, 2, 0), 0
 
 
-def find(
-    path: pathlib.Path, split: Callable[[int], tuple[np.ndarray, np.ndarray]], what: str
-) -> Found | None:
+def find(path: pathlib.Path, held_out: int, what: str) -> Found | None:
     """A .tfrecords file of ProGAN's or StyleGAN's dataset_tool.py, with images of one size.
 
-    `split` is the number of images → (training, test) indices, and `what` describes it.
+    The last of `held_out` equal parts is for testing; `what` describes it.
     """
     if not path.is_file() or path.suffix != ".tfrecords":
         return None
@@ -118,7 +116,7 @@ def find(
         except Exception as error:  # an error of protobuf, or of `_pixels`
             raise damaged(path, f"record 0: {error}") from error
         records = Records(len(records), records.read, records.name, (width, height))
-        train, test = split(len(records))
+        train, test = last_part(len(records), held_out)
         if not len(test):
             raise UserError(f"{path} has {len(records)} images, too few to hold some out")
         return Opened(records.subset(train), records.subset(test))
