@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ import numpy as np
 from configs import saved
 from configs.default import UserError
 from readers.decode import Fit, has_16_bits, is_grey, open_image
-from readers.layout import Arrays, Found, Item, Opened, Records, Splits
+from readers.layout import Arrays, Found, Opened, Records, Splits
 from readers.source import ArraySource, Examples, RecordSource, Source
 from runtime import environment
 from runtime.checksums import checksum
@@ -37,6 +38,7 @@ _CHECKED_AT_ONCE = 2**30  # bytes; the checksum of larger images is checked in t
 _READ_AHEAD = 64  # images
 _BLOCK = 256  # images
 
+_Future = concurrent.futures.Future[Any]
 Block = tuple[np.ndarray, np.ndarray]  # images (n, H, W, C) uint8, labels (n,) int64
 Decoded = Splits[Source]  # whose images have the size and channels of training
 
@@ -50,12 +52,10 @@ class _Decoder:
         self.sizes: collections.Counter[tuple[int, int]] = collections.Counter()
         self.num_grey = self.highest = 0
 
-    def _item(self, source: RecordSource, i: int, item: Any = None) -> Any:
-        """(image, label) of a record, or what is wrong with it; `item` as of `_in_order`."""
+    def _item(self, source: RecordSource, i: int, item: _Future | None) -> Any:
+        """(i, image, label) of a record, or what is wrong with it; `item` may be read already."""
         try:
-            if isinstance(item, Exception):
-                raise item
-            fitted, label, image = source.read(i, item)
+            fitted, label, image = source.read(i, item.result() if item else None)
         except UserError:
             raise
         except Exception as error:  # PIL raises many kinds of error for damaged images
@@ -64,43 +64,51 @@ class _Decoder:
         self.num_grey += is_grey(image)
         if has_16_bits(image):
             self.highest = max(self.highest, int(np.asarray(image).max()))
-        return fitted, label
+        return i, fitted, label
 
-    def items(self, records: Records) -> Iterator[Any]:
+    def _results(self, records: Records) -> Iterator[Any]:
         """The result of `_item` for each record, in order; threads read ahead."""
         source = RecordSource(records, self._fit, max_pixels=self._fit.max_pixels)
         pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
-        pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+        one = concurrent.futures.ThreadPoolExecutor(1)  # which reads in order
+        pending: collections.deque[_Future] = collections.deque()
         try:
             for i in range(len(records)):
-                item = _in_order(records, i) if records.in_order else None
+                item = one.submit(records.read, i) if records.in_order else None
                 pending.append(pool.submit(self._item, source, i, item))
                 if len(pending) == _READ_AHEAD:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:  # after an error the pending results are not needed
-            pool.shutdown(wait=False, cancel_futures=True)
+            for threads in (one, pool):
+                threads.shutdown(wait=False, cancel_futures=True)
+
+    def items(self, records: Records) -> Iterator[tuple[int, np.ndarray, int]]:
+        """(index, image, label) of each readable record, in order; others go to `problems`."""
+        progress = Progress("decoding images", len(records))
+        for found in self._results(records):
+            progress.advance(1)
+            if isinstance(found, str):
+                self.problems.append(found)
+            else:
+                yield found
 
     def blocks(self, split: Records | Arrays) -> Iterator[Block]:
         """Yield all images in order, in blocks; those that can't be read go to `problems`."""
         return self._of_records(split) if isinstance(split, Records) else self._of_arrays(split)
 
     def _of_records(self, records: Records) -> Iterator[Block]:
-        images, labels = [], []
-        for i, found in enumerate(self.items(records)):
-            if isinstance(found, str):
-                self.problems.append(found)
-            else:
-                images.append(found[0])
-                labels.append(found[1])
-            if images and (len(images) == _BLOCK or i == len(records) - 1):
-                yield np.stack(images), np.array(labels, np.int64)
-                images, labels = [], []
+        items = self.items(records)
+        while part := list(itertools.islice(items, _BLOCK)):
+            _, images, labels = zip(*part, strict=True)
+            yield np.stack(images), np.array(labels, np.int64)
 
     def _of_arrays(self, arrays: Arrays) -> Iterator[Block]:
+        progress = Progress("decoding images", 0)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             for images, labels in arrays.blocks():
+                progress.advance(len(images))
                 ready = self._fit.batch(images)
                 if ready is not None:
                     yield ready, labels
@@ -130,16 +138,6 @@ class _Decoder:
                 "should be scaled before",
                 self.highest,
             )
-
-
-def _in_order(records: Records, i: int) -> Item | Exception:
-    """An item that must be read in its turn, by one thread, or what is wrong with it."""
-    try:
-        return records.read(i)
-    except UserError:
-        raise
-    except Exception as error:
-        return error
 
 
 def _count(split: Records | Arrays) -> int:
@@ -243,8 +241,7 @@ class _Entry:
         try:
             facts: dict[str, Any] = {"classes": opened.classes, "notes": opened.notes}
             for name, split in (("train", opened.train), ("test", opened.test)):
-                progress = Progress("decoding images", _count(split))
-                facts[name] = _write_split(partial, name, decoder.blocks(split), progress)
+                facts[name] = _write_split(partial, name, decoder.blocks(split))
             decoder.check(_count(opened.train) + _count(opened.test))
             facts["checksum"] = _checksum_of(facts)
             (partial / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -253,9 +250,7 @@ class _Entry:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_split(
-    folder: pathlib.Path, name: str, blocks: Iterator[Block], progress: Progress
-) -> dict[str, Any]:
+def _write_split(folder: pathlib.Path, name: str, blocks: Iterator[Block]) -> dict[str, Any]:
     digest, labels = hashlib.sha256(), []
     with (folder / f"{name}.uint8").open("wb") as file:
         for images, of_images in blocks:
@@ -263,7 +258,6 @@ def _write_split(
             digest.update(data)
             file.write(data)
             labels.append(of_images)
-            progress.advance(len(images))
         file.flush()
         os.fsync(file.fileno())
     every = np.concatenate([np.zeros(0, np.int64), *labels])
@@ -334,22 +328,11 @@ def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> 
     def source(name: str, split: Records | Arrays) -> Source:
         if not isinstance(split, Records) or split.in_order:
             return _in_memory(split, fit, decoder)
-        split = _readable(split, decoder) if skip_unreadable else split
+        if skip_unreadable:  # all are decoded to find out
+            split = split.subset(np.array([i for i, *_ in decoder.items(split)], int))
         identity = repr((name, found.identity)).encode()
         return RecordSource(split, fit, identity, fit.max_pixels)
 
     train, test = source("train", opened.train), source("test", opened.test)
     decoder.check(_count(opened.train) + _count(opened.test))
     return Decoded(train, test, opened.classes, opened.notes)
-
-
-def _readable(records: Records, decoder: _Decoder) -> Records:
-    """The records that can be read; decodes every record to find out."""
-    progress, good = Progress("checking images", len(records)), []
-    for i, found in enumerate(decoder.items(records)):
-        progress.advance(1)
-        if isinstance(found, str):
-            decoder.problems.append(found)
-        else:
-            good.append(i)
-    return records.subset(np.array(good, int))
