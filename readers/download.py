@@ -131,7 +131,7 @@ def fetch(dataset: str, other_ways: str) -> pathlib.Path:
 
     Args:
       dataset: a name in FILES.
-      other_ways: a sentence for error messages that says how else to get the data.
+      other_ways: the end of error messages, which says how else to get the data.
 
     Raises:
       UserError: a file can't be downloaded, or is not the published one.
@@ -148,10 +148,10 @@ def fetch(dataset: str, other_ways: str) -> pathlib.Path:
     except OSError as error:
         raise UserError(
             f"{dataset} can't be downloaded to {folder}: {error.strerror or error}. XDG_CACHE_HOME "
-            f"names another folder. {other_ways}"
+            f"names another folder; {other_ways}"
         ) from error
     except UserError as error:
-        raise UserError(f"{dataset} can't be downloaded: {error}. {other_ways}") from error
+        raise UserError(f"{dataset} can't be downloaded: {error}; {other_ways}") from error
     return folder
 
 
@@ -175,7 +175,5 @@ def _fetch_file(file: Published, folder: pathlib.Path) -> None:
     )
     try:
         pooch.retrieve(file.url, f"sha256:{file.sha256}", name, folder, downloader=downloader)
-    except requests.HTTPError as error:
-        raise UserError(f"{file.url}: {_reason(error)}") from error
     except (requests.RequestException, ValueError) as error:
         raise UserError(f"{file.url}: {_reason(error)}") from error

@@ -59,12 +59,6 @@ class Published:
     resampling: Image.Resampling = Image.Resampling.BICUBIC
     pad: bool = False
 
-    @property
-    def held_out_share(self) -> str:
-        """A description of `held_out`, for the log."""
-        share = {7: "seventh", 10: "tenth"}[self.held_out]
-        return f"of which the last {share} is held out for testing"
-
 
 def _find_imagenet32(path: pathlib.Path) -> Found | None:
     if cifar.find_imagenet32_2017(path):
@@ -93,10 +87,12 @@ def _find_faces(path: pathlib.Path, config: ConfigDict) -> Found | None:
         if len(files) > 1:
             raise UserError(f"data.path: {path} has {', '.join(f.name for f in files)}; name one")
         path = files[0] if files else path
-    found = tfrecords.find(path, known.held_out, known.held_out_share)
+    share = {7: "seventh", 10: "tenth"}[known.held_out]
+    what = f"of which the last {share} is held out for testing"
+    found = tfrecords.find(path, known.held_out, what)
     if found is None and path.is_dir():
         found = image_files.find_splits(path, 0)
-    return found or image_files.find_held_out(path, known.held_out, known.held_out_share)
+    return found or image_files.find_held_out(path, known.held_out, what)
 
 
 def _find_folder(path: pathlib.Path, many: bool) -> Found | None:
@@ -223,8 +219,11 @@ def _other_ways(known: Published) -> str:
     return f"{ways}; docs/data.md has all ways"
 
 
-def _first_upper(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
+def get_fit(data: ConfigDict) -> Fit:
+    """The conversion of a data set's images to the size and channels in `config.data`."""
+    known = PUBLISHED[data.dataset]
+    shape = data.image_size, data.num_channels
+    return Fit(*shape, known.crop, known.resampling, known.pad, data.max_pixels)
 
 
 def find(config: ConfigDict) -> Found:
@@ -234,26 +233,14 @@ def find(config: ConfigDict) -> Found:
       UserError: it is missing, can't be downloaded, or has an unknown format; the message says
         which files are needed.
     """
-    known = PUBLISHED[config.data.dataset]
-    return _check_opened(_find(config, known), known)
-
-
-def get_fit(data: ConfigDict) -> Fit:
-    """The conversion of a data set's images to the size and channels in `config.data`."""
-    known = PUBLISHED[data.dataset]
-    shape = data.image_size, data.num_channels
-    return Fit(*shape, known.crop, known.resampling, known.pad, data.max_pixels)
-
-
-def _find(config: ConfigDict, known: Published) -> Found:
-    data = config.data
+    data, known = config.data, PUBLISHED[config.data.dataset]
     path = data.path or ("" if data.tfds_dir else data.tfrecords_path)
     if not path and data.tfds_dir:
-        return _find_tfds(data, known)
+        return _check_opened(_find_tfds(data, known), known)
     if not path and data.dataset == "fashion_mnist" and pathlib.Path(FASHION_MNIST_PATH).is_dir():
         path = FASHION_MNIST_PATH
     if not path and data.dataset in download.FILES:
-        path = str(download.fetch(data.dataset, _first_upper(_other_ways(known))))
+        path = str(download.fetch(data.dataset, _other_ways(known)))
     if not path:
         raise UserError(
             f"{known.title} has no stable address to be downloaded from: {_other_ways(known)}"
@@ -273,7 +260,7 @@ def _find(config: ConfigDict, known: Published) -> Found:
         raise UserError(
             f"data.path: {place} has nothing that {known.title} is read from; {_other_ways(known)}"
         )
-    return found
+    return _check_opened(found, known)
 
 
 def _find_tfds(data: ConfigDict, known: Published) -> Found:

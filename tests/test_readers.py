@@ -366,7 +366,7 @@ def test_a_download_that_fails_says_why_and_what_else_to_do(
             "cut off": "the download was cut off",
             "no network": "the connection is refused",
         }[problem]
-        with pytest.raises(UserError, match=rf"{reason}.*Bring cifar-10.*--config.data.path"):
+        with pytest.raises(UserError, match=rf"{reason}.*bring cifar-10.*--config.data.path"):
             datasets.load_data(get_default_config())
         assert time.time() - start < 10
     left = [p.name for p in (cache_folder / "downloads/CIFAR10").glob("*")]
