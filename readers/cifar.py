@@ -60,11 +60,7 @@ def _array(value: Any) -> Any:
 
 
 def _read_pickle(file: BinaryIO, where: str) -> dict[str, Any]:
-    """Read the arrays and lists `data` and `labels` of a pickled batch.
-
-    Raises:
-      UserError: the file is not a pickle, or has other things in their place.
-    """
+    """Read the arrays or lists `data` and `labels` of a pickled batch; UserError if it is none."""
     try:
         batch = _ArrayUnpickler(io.BytesIO(file.read())).load()
         found = {key.decode() if type(key) is bytes else key: batch[key] for key in batch}
@@ -142,9 +138,8 @@ def find_cifar10(path: pathlib.Path) -> Found | None:
         if container is None or not _has(container, first):
             continue
         place = "files" if isinstance(container, Folder) else "archive"
-
-        opened = functools.partial(_open_cifar10, container, suffix, read)
         what = f"the authors' {kind} {place} {container.path}"
+        opened = functools.partial(_open_cifar10, container, suffix, read)
         return Found(what, (kind, container.identity()), opened)
     return None
 

@@ -6,6 +6,7 @@ archive, and links to other places, are refused nevertheless, since no data set 
 
 import contextlib
 import functools
+import gzip
 import hashlib
 import io
 import os
@@ -257,18 +258,14 @@ class Tar(Container):
 
 
 def _decompress(path: pathlib.Path) -> io.BytesIO | None:
-    """The decompressed contents of a gzip file; None if it is large or has several parts."""
+    """The decompressed contents of a gzip file; None if it is large."""
     size = path.stat().st_size
     if size > _IN_MEMORY:
         return None
-    decompressor = zlib.decompressobj(wbits=31)
     most = min(4 * _IN_MEMORY, _SMALL + _MOST * size)
-    data = decompressor.decompress(path.read_bytes(), most)
-    if decompressor.unconsumed_tail or decompressor.unused_data:
-        return None
-    if not decompressor.eof:
-        raise EOFError("it ends too early")
-    return io.BytesIO(data)
+    with gzip.open(path) as file:
+        data = file.read(most + 1)
+    return io.BytesIO(data) if len(data) <= most else None
 
 
 def _compression(path: pathlib.Path) -> str | None:

@@ -1,6 +1,7 @@
 """The result of a reader: the splits of a data set, located at a path but not decoded yet."""
 
 import dataclasses
+import posixpath
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -221,9 +222,8 @@ def common_folder(names: Sequence[str]) -> str:
     """The longest folder path, ending with a slash, that all names begin with."""
     if not names:
         return ""
-    first, last = (name.split("/")[:-1] for name in (min(names), max(names)))
-    same = [one == other for one, other in zip(first, last, strict=False)]
-    return "".join(f"{part}/" for part in first[: (*same, False).index(False)])
+    common = posixpath.commonpath(map(posixpath.dirname, (min(names), max(names))))
+    return common and f"{common}/"
 
 
 def folder_labels(names: Sequence[str], many: bool) -> tuple[list[str] | None, str]:
