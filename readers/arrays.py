@@ -114,11 +114,12 @@ class Stack:
 
         return dataclasses.replace(self, rows=rows, shape=(height, width, channels))
 
-    def blocks(self, size: int) -> Iterator[np.ndarray]:
-        """The examples in order, `size` bytes at a time or a little less."""
+    def blocks(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(their indices, the examples), in order, `size` bytes at a time or a little less."""
         count = max(1, size // (int(np.prod(self.shape)) * self.dtype.itemsize))
         for start in range(0, len(self), count):
-            yield self.read(np.arange(start, min(start + count, len(self))))
+            chosen = np.arange(start, min(start + count, len(self)))
+            yield chosen, self.read(chosen)
 
     def extremes(self, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
         """The lowest and the highest value of each channel, (C,) float64 each.
@@ -126,17 +127,16 @@ class Stack:
         Raises:
           UserError: a value is not finite.
         """
-        low, high, done = np.full(self.shape[2], np.inf), np.full(self.shape[2], -np.inf), 0
-        for part in self.blocks(2**23):
-            finite = np.isfinite(part).all(axis=(1, 2, 3)) if self.dtype.kind == "f" else None
-            if finite is not None and not finite.all():
+        low, high = np.full(self.shape[2], np.inf), np.full(self.shape[2], -np.inf)
+        for chosen, part in self.blocks(2**23):
+            odd = chosen[~np.isfinite(part).all(axis=(1, 2, 3))]
+            if len(odd):
                 raise UserError(
-                    f"{self.name} has NaN or infinite values in example "
-                    f"{self.indices[done + int(np.argmin(finite))]}; remove or replace them"
+                    f"{self.name} has NaN or infinite values in example {self.indices[odd[0]]}; "
+                    "remove or replace them"
                 )
             low = np.minimum(low, part.min(axis=(0, 1, 2)))
             high = np.maximum(high, part.max(axis=(0, 1, 2)))
-            done += len(part)
             progress.advance(len(part))
         return low, high
 
@@ -293,12 +293,10 @@ def _as_images(stack: Stack) -> layout.Arrays:
             "(N, H, W, 1) or (N, H, W, 3) is needed, and configs/vp/array_st.py reads others"
         )
 
+    labels = np.zeros(len(stack), np.int64) if stack.labels is None else stack.labels
+
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        done, labels = 0, stack.labels
-        for images in stack.blocks(_IN_MEMORY):
-            part = slice(done, done + len(images))
-            yield images, np.zeros(len(images), np.int64) if labels is None else labels[part]
-            done += len(images)
+        return ((images, labels[chosen]) for chosen, images in stack.blocks(_IN_MEMORY))
 
     return layout.Arrays(blocks, is_single=len(stack) * int(np.prod(stack.shape)) <= _IN_MEMORY)
 
