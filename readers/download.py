@@ -3,6 +3,7 @@
 import io
 import logging
 import pathlib
+import re
 import threading
 from typing import Any, NamedTuple
 
@@ -22,51 +23,28 @@ class Published(NamedTuple):
     sha256: str
 
 
-_FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
-
-# The files of each data set; the checksums agree with those in TFDS and Keras.
-FILES: dict[str, tuple[Published, ...]] = {
-    "CIFAR10": (
-        Published(
-            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-            "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-        ),
-    ),
-    "SVHN": (
-        Published(
-            "http://ufldl.stanford.edu/housenumbers/train_32x32.mat",
-            "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
-        ),
-        Published(
-            "http://ufldl.stanford.edu/housenumbers/test_32x32.mat",
-            "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
-        ),
-    ),
-    "STL10": (
-        Published(
-            "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
-            "f31fd99273a1acb8609c8db427cebb1de3f71de77758cdc0e22956e1289b9866",
-        ),
-    ),
-    "fashion_mnist": (
-        Published(
-            f"{_FASHION}/train-images-idx3-ubyte.gz",
-            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        ),
-        Published(
-            f"{_FASHION}/train-labels-idx1-ubyte.gz",
-            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-        ),
-        Published(
-            f"{_FASHION}/t10k-images-idx3-ubyte.gz",
-            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-        ),
-        Published(
-            f"{_FASHION}/t10k-labels-idx1-ubyte.gz",
-            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-        ),
-    ),
-}
+# The files of each data set: name, address and SHA-256, which agrees with that in TFDS and Keras.
+_TABLE = """
+CIFAR10 https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz
+  6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce
+SVHN http://ufldl.stanford.edu/housenumbers/train_32x32.mat
+  435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8
+SVHN http://ufldl.stanford.edu/housenumbers/test_32x32.mat
+  cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b
+STL10 http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz
+  f31fd99273a1acb8609c8db427cebb1de3f71de77758cdc0e22956e1289b9866
+fashion_mnist http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/train-images-idx3-ubyte.gz
+  3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84
+fashion_mnist http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/train-labels-idx1-ubyte.gz
+  a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845
+fashion_mnist http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/t10k-images-idx3-ubyte.gz
+  346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073
+fashion_mnist http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/t10k-labels-idx1-ubyte.gz
+  67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5
+"""
+FILES: dict[str, tuple[Published, ...]] = {}
+for _name, _url, _sha256 in re.findall(r"(\S+) (\S+)\n  (\S+)", _TABLE):
+    FILES[_name] = (*FILES.get(_name, ()), Published(_url, _sha256))
 
 
 class _LogLines(io.StringIO):
