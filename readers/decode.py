@@ -55,6 +55,12 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image
 
 
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    """The square at an image's centre, black where the image does not reach."""
+    left, top = int((image.width - side) / 2), int((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
+
+
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """Converts an image to size × size pixels: crops its centre and resizes it, or pads it.
@@ -79,21 +85,13 @@ class Fit:
         """The image as (size, size, channels) uint8; ValueError if it has 32 bits a pixel."""
         is_large = image.width * image.height > _LARGE
         with _one_large if is_large else contextlib.nullcontext():
-            return self._fitted(image)
-
-    def _fitted(self, image: Image.Image) -> np.ndarray:
-        image = _flatten(image).convert("L" if self.channels == 1 else "RGB")
-        if 0 < self.crop <= min(image.size):
-            left, top = (image.width - self.crop) // 2, (image.height - self.crop) // 2
-            image = image.crop((left, top, left + self.crop, top + self.crop))
-        if self.pad and max(image.size) <= self.size:
-            left, top = (self.size - image.width) // 2, (self.size - image.height) // 2
-            image = ImageOps.expand(
-                image,
-                (left, top, self.size - image.width - left, self.size - image.height - top),
-            )
-        elif image.size != (self.size, self.size):
-            image = ImageOps.fit(image, (self.size, self.size), self.resampling)
+            image = _flatten(image).convert("L" if self.channels == 1 else "RGB")
+            if 0 < self.crop <= min(image.size):
+                image = _centre(image, self.crop)
+            if self.pad and max(image.size) <= self.size:
+                image = _centre(image, self.size)
+            elif image.size != (self.size, self.size):
+                image = ImageOps.fit(image, (self.size, self.size), self.resampling)
         return np.asarray(image, np.uint8).reshape(self.size, self.size, self.channels)
 
     def batch(self, images: np.ndarray) -> np.ndarray | None:
