@@ -284,13 +284,12 @@ def _check_opened(found: Found, known: Published) -> Found:
             raise UserError(
                 f"{found.what}: {len(got.classes)} classes; {known.title} has {known.classes}"
             )
-        if not known.native:
-            return got
-        size = (known.native, known.native)
-        splits = [
-            dataclasses.replace(split, size=size) if isinstance(split, Records) else split
+        train, test = (
+            dataclasses.replace(split, size=(known.native, known.native))
+            if known.native and isinstance(split, Records)
+            else split
             for split in (got.train, got.test)
-        ]
-        return got._replace(train=splits[0], test=splits[1])
+        )
+        return got._replace(train=train, test=test)
 
     return dataclasses.replace(found, open=opened)
