@@ -118,19 +118,20 @@ class _Decoder:
                     fitted = pool.map(lambda image: self._fit(open_image(image)), images[part])
                     yield np.stack(list(fitted)), labels[part]
 
-    def check(self, total: int) -> None:
+    def check(self) -> None:
         """Log a summary; UserError if images can't be read and `skip_unreadable` is off."""
+        readable, unreadable = sum(self.sizes.values()), len(self.problems)
         if self.problems and not self._skip:
             raise UserError(
-                f"{len(self.problems)} of {total} files in data.path are no readable images, the "
-                f"first of them {self.problems[0]}; mend or remove them, or set "
+                f"{unreadable} of {readable + unreadable} files in data.path are no readable "
+                f"images, the first of them {self.problems[0]}; mend or remove them, or set "
                 "data.skip_unreadable=True"
             )
         for problem in self.problems:
             log.warning("left out: %s is not a readable image", problem)
         if self.sizes:
             small, large = min(self.sizes, key=min), max(self.sizes, key=min)
-            counts = sum(self.sizes.values()), *small, *large, self.num_grey
+            counts = readable, *small, *large, self.num_grey
             log.info("%d images of %d × %d to %d × %d pixels, %d of them grey", *counts)
         if 0 < self.highest < 2**15:
             log.warning(
@@ -138,11 +139,6 @@ class _Decoder:
                 "should be scaled before",
                 self.highest,
             )
-
-
-def _count(split: Records | Arrays) -> int:
-    """The number of images that must be decoded one by one."""
-    return len(split) if isinstance(split, Records) else 0
 
 
 def _is_at_hand(split: Records | Arrays, fit: Fit) -> bool:
@@ -242,7 +238,7 @@ class _Entry:
             facts: dict[str, Any] = {"classes": opened.classes, "notes": opened.notes}
             for name, split in (("train", opened.train), ("test", opened.test)):
                 facts[name] = _write_split(partial, name, decoder.blocks(split))
-            decoder.check(_count(opened.train) + _count(opened.test))
+            decoder.check()
             facts["checksum"] = _checksum_of(facts)
             (partial / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
             partial.replace(self.folder)
@@ -311,7 +307,7 @@ def decode(
 
 def _fits_on_disk(opened: Opened, fit: Fit, folder: pathlib.Path) -> bool:
     """Whether the images take at most half of the free disk space; if not, logs a warning."""
-    count = _count(opened.train) + _count(opened.test)
+    count = sum(len(split) for split in opened[:2] if isinstance(split, Records))
     while not folder.exists():
         folder = folder.parent
     needed, free = count * fit.size**2 * fit.channels, shutil.disk_usage(folder).free
@@ -334,5 +330,5 @@ def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> 
         return RecordSource(split, fit, identity, fit.max_pixels)
 
     train, test = source("train", opened.train), source("test", opened.test)
-    decoder.check(_count(opened.train) + _count(opened.test))
+    decoder.check()
     return Decoded(train, test, opened.classes, opened.notes)
