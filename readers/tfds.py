@@ -108,18 +108,18 @@ def _records(builder: Any, split: str, labelled: bool) -> Records:
 
 def _check_features(folder: pathlib.Path) -> None:
     """Raise UserError if features.json names a class not of TFDS, which TFDS would import."""
+    file = folder / "features.json"
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        for key, name in pairs:
+            is_class = key in ("type", "pythonClassName", "python_class_name") and name
+            if is_class and isinstance(name, str) and not _FEATURE.fullmatch(name):
+                raise UserError(f"{file} names {name[:80]}, which is not TFDS's")
+
     try:
-        waiting = [json.loads((folder / "features.json").read_bytes())]
+        json.loads(file.read_bytes(), object_pairs_hook=check)
     except (OSError, ValueError, RecursionError) as error:
-        raise damaged(folder / "features.json", error) from error
-    while waiting:
-        value = waiting.pop()
-        waiting += value.values() if isinstance(value, dict) else value
-        for key in ("type", "pythonClassName", "python_class_name"):
-            name = value.get(key, "") if isinstance(value, dict) else ""
-            if isinstance(name, str) and name and not _FEATURE.fullmatch(name):
-                raise UserError(f"{folder}/features.json names {name[:80]}, which is not TFDS's")
-        waiting = [item for item in waiting if isinstance(item, (dict, list))]
+        raise damaged(file, error) from error
 
 
 def find(
