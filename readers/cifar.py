@@ -69,13 +69,13 @@ def _read_pickle(file: BinaryIO, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is no batch of images ({error}); bring the file again") from error
 
 
-def _to_images(rows: Any, size: int, where: str) -> np.ndarray:
-    """Rows (n, 3·size²) → (n, size, size, 3)."""
+def _to_images(rows: Any, where: str) -> np.ndarray:
+    """Rows (n, 3072) → (n, 32, 32, 3)."""
     is_array = isinstance(rows, np.ndarray)
-    if not is_array or rows.dtype != np.uint8 or rows.shape[1:] != (3 * size * size,):
+    if not is_array or rows.dtype != np.uint8 or rows.shape[1:] != (3072,):
         has = f"{rows.dtype} of shape {rows.shape}" if is_array else "no array"
-        raise UserError(f"{where} has {has}; rows of {3 * size * size} bytes are needed")
-    return np.ascontiguousarray(rows.reshape(-1, 3, size, size).transpose(0, 2, 3, 1))
+        raise UserError(f"{where} has {has}; rows of 3072 bytes are needed")
+    return np.ascontiguousarray(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
 
 def _labels(batch: dict[str, Any], count: int, first: int, where: str) -> np.ndarray:
@@ -92,7 +92,7 @@ Reader = Callable[[BinaryIO, str], tuple[np.ndarray, np.ndarray]]
 def _pickled(first_label: int) -> Reader:
     def read(file: BinaryIO, where: str) -> tuple[np.ndarray, np.ndarray]:
         batch = _read_pickle(file, where)
-        images = _to_images(batch["data"], 32, where)
+        images = _to_images(batch["data"], where)
         return images, _labels(batch, len(images), first_label, where)
 
     return read
@@ -103,7 +103,7 @@ def _binary(file: BinaryIO, where: str) -> tuple[np.ndarray, np.ndarray]:
     if not len(raw) or len(raw) % 3073:
         raise UserError(f"{where} has {len(raw)} bytes, which are no whole records of 3,073")
     rows = raw.reshape(-1, 3073)
-    return _to_images(rows[:, 1:], 32, where), rows[:, 0].astype(np.int64)
+    return _to_images(rows[:, 1:], where), rows[:, 0].astype(np.int64)
 
 
 def _read(

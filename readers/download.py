@@ -67,19 +67,19 @@ def check_reachable(url: str) -> None:
     """
     import requests
 
-    problems: list[str] = []
+    problem = f"no answer in {_SECONDS_TO_ANSWER:.0f} s"
 
     def ask() -> None:
+        nonlocal problem
         try:
             requests.get(url, stream=True, timeout=_SECONDS_TO_ANSWER).close()
-            problems.append("")
+            problem = ""
         except requests.RequestException as error:
-            problems.append(_reason(error))
+            problem = _reason(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_SECONDS_TO_ANSWER)
-    problem = problems[0] if problems else f"no answer in {_SECONDS_TO_ANSWER:.0f} s"
     if problem:
         raise UserError(f"{url} can't be reached ({problem})")
 

@@ -95,11 +95,7 @@ class _File:
         self.class_names = _class_names(schema.metadata or {}, self._label)
 
     def labels(self) -> tuple[list[Any] | None, str]:
-        """(the label of each row or None; a sentence if a column of labels is not used).
-
-        Raises:
-          UserError: a label is missing.
-        """
+        """(labels or None; why a column of them is not used); UserError if a label is missing."""
         import pyarrow
 
         if self._label is None:
