@@ -85,13 +85,16 @@ class Fit:
         """The image as (size, size, channels) uint8; ValueError if it has 32 bits a pixel."""
         is_large = image.width * image.height > _LARGE
         with _one_large if is_large else contextlib.nullcontext():
-            image = _flatten(image).convert("L" if self.channels == 1 else "RGB")
-            if 0 < self.crop <= min(image.size):
-                image = _centre(image, self.crop)
-            if self.pad and max(image.size) <= self.size:
-                image = _centre(image, self.size)
-            elif image.size != (self.size, self.size):
-                image = ImageOps.fit(image, (self.size, self.size), self.resampling)
+            return self._fitted(image)
+
+    def _fitted(self, image: Image.Image) -> np.ndarray:
+        image = _flatten(image).convert("L" if self.channels == 1 else "RGB")
+        if 0 < self.crop <= min(image.size):
+            image = _centre(image, self.crop)
+        if self.pad and max(image.size) <= self.size:
+            image = _centre(image, self.size)
+        elif image.size != (self.size, self.size):
+            image = ImageOps.fit(image, (self.size, self.size), self.resampling)
         return np.asarray(image, np.uint8).reshape(self.size, self.size, self.channels)
 
     def batch(self, images: np.ndarray) -> np.ndarray | None:
