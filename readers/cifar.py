@@ -122,10 +122,6 @@ def _read(
     return found
 
 
-def _has(container: Container, batch: str) -> bool:
-    return any(name.split("/")[-1] == batch for name in container.names())
-
-
 def find_cifar10(path: pathlib.Path) -> Found | None:
     """CIFAR-10's python or binary files: the archive, its folder, or the parent folder."""
     kinds: list[tuple[str, str, str, str, Reader]] = [
@@ -133,9 +129,8 @@ def find_cifar10(path: pathlib.Path) -> Found | None:
         ("binary", "cifar-10-batches-bin", "cifar-10-binary.tar.gz", ".bin", _binary),
     ]
     for kind, folder, archive, suffix, read in kinds:
-        first = f"data_batch_1{suffix}"
-        container = open_holder(path, first, folder, archive)
-        if container is None or not _has(container, first):
+        container = open_holder(path, f"data_batch_1{suffix}", folder, archive)
+        if container is None:
             continue
         place = "files" if isinstance(container, Folder) else "archive"
         what = f"the authors' {kind} {place} {container.path}"
@@ -163,7 +158,7 @@ def find_imagenet32_2017(path: pathlib.Path) -> Found | None:
     if train is None or test is None:
         missing = "Imagenet32_train.zip" if train is None else "Imagenet32_val.zip"
         raise UserError(
-            f"data.path: {path} has no {missing}, and nothing that was unpacked from it"
+            f"data.path: {path} has no {missing} of the authors, nor what was unpacked from it"
         )
 
     def opened() -> Opened:

@@ -307,9 +307,9 @@ def open_holder(path: pathlib.Path, first: str, folder: str, archive: str) -> Co
 
     `path` is the archive, the folder that was unpacked from it, or the parent of either.
     """
-    if path.is_file():
-        return open_container(path)
     for place in (path / folder, path):
         if (place / first).exists():
             return Folder(place)
-    return open_container(path / archive) if (path / archive).exists() else None
+    place = path if path.is_file() else path / archive
+    held = open_container(place) if place.exists() else None
+    return held if held and any(name.split("/")[-1] == first for name in held.names()) else None

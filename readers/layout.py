@@ -39,14 +39,6 @@ class Records:
     def __len__(self) -> int:
         return self.count
 
-    def check_size(self, i: int, size: tuple[int, int]) -> None:
-        """Raise UserError if `size`, the (width, height) of image i, is not the expected one."""
-        if self.size and size != self.size:
-            raise UserError(
-                f"{self.name(i)} is {size[0]}×{size[1]} pixels; this data set's images are "
-                f"{self.size[0]}×{self.size[1]}"
-            )
-
     @staticmethod
     def joined(parts: Sequence["Records"]) -> "Records":
         """The records of all parts, one after the other."""

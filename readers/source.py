@@ -77,7 +77,12 @@ class RecordSource:
         """
         data, label = item or self.records.read(i)
         image = open_image(data, self.max_pixels)
-        self.records.check_size(i, image.size)
+        size = self.records.size or image.size
+        if image.size != size:
+            raise UserError(
+                f"{self.records.name(i)} is {image.width}×{image.height} pixels; this data set's "
+                f"images are {size[0]}×{size[1]}"
+            )
         return self.fit(image), label, image
 
     def _example(self, i: int) -> tuple[np.ndarray, int]:

@@ -34,7 +34,7 @@ def find(path: pathlib.Path) -> Found | None:
     Labels are not read, since most training images have none.
     """
     container = open_holder(path, "train_X.bin", _FOLDER, _ARCHIVE)
-    if container is None or not any(n.split("/")[-1] == "train_X.bin" for n in container.names()):
+    if container is None:
         return None
 
     def train() -> Iterator[tuple[np.ndarray, np.ndarray]]:
