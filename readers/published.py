@@ -60,23 +60,21 @@ class Published:
     pad: bool = False
 
 
-def _find_imagenet32(path: pathlib.Path) -> Found | None:
-    if cifar.find_imagenet32_2017(path):
+def _find_imagenet32(path: pathlib.Path, config: ConfigDict) -> Found | None:
+    """The older set or that of 2017; UserError if the files are of the one that is not wanted."""
+    of_2017, wanted = cifar.find_imagenet32_2017(path), config.data.dataset
+    older = None if of_2017 else image_files.find_splits(path, 0, what="the authors' images")
+    if of_2017 and wanted == "IMAGENET32":
         raise UserError(
             f"data.path: {path} has the pickled batches of 2017, which are another data set than "
             "the older one of the published bits/dim: --config.data.dataset=IMAGENET32_2017"
         )
-    return image_files.find_splits(path, 0, what="the authors' images")
-
-
-def _find_imagenet32_2017(path: pathlib.Path) -> Found | None:
-    found = cifar.find_imagenet32_2017(path)
-    if found is None and image_files.find_splits(path, 0):
+    if older and wanted == "IMAGENET32_2017":
         raise UserError(
             f"data.path: {path} has train_32x32 and valid_32x32, which are another data set than "
             "the pickled batches of 2017: --config.data.dataset=IMAGENET32"
         )
-    return found
+    return of_2017 or older
 
 
 def _find_faces(path: pathlib.Path, config: ConfigDict) -> Found | None:
@@ -148,7 +146,7 @@ PUBLISHED = {
         "ImageNet 32 (the older set, which published bits/dim are of)",
         "train_32x32.tar and valid_32x32.tar (or .zip, or unpacked); their address is gone, and "
         "Academic Torrents has them as Downsampled ImageNet 32x32",
-        lambda path, config: _find_imagenet32(path),
+        _find_imagenet32,
         counts=(1_281_149, 49_999),
         native=32,
         tfds="downsampled_imagenet/32x32",
@@ -158,7 +156,7 @@ PUBLISHED = {
         "ImageNet 32 of 2017 (Chrabaszcz et al.)",
         "Imagenet32_train.zip and Imagenet32_val.zip, packed or unpacked, of "
         "https://image-net.org/download-images (after registration)",
-        lambda path, config: _find_imagenet32_2017(path),
+        _find_imagenet32,
         classes=1000,
         counts=(1_281_167, 50_000),
         native=32,
