@@ -601,6 +601,14 @@ def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch, caplog):
     assert "| 0:00:00 left" in caplog.text and "-" not in caplog.text.split("work")[1]
 
 
+def test_progress_through_an_unknown_number_of_images_is_told_in_images(caplog):
+    caplog.set_level(logging.INFO, "soft_truncation")
+    progress = Progress("work", 0, every=0)
+    progress.advance(1000)
+    progress.advance(234)
+    assert "work | 1,234 images | " in caplog.text and "left" not in caplog.text
+
+
 @pytest.mark.slow
 def test_fewer_iterations_than_the_run_has_made_train_nothing(run, caplog):
     caplog.set_level(logging.INFO, "soft_truncation")
