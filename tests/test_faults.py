@@ -413,6 +413,18 @@ def test_damaged_lines_of_the_metrics_are_left_out_and_those_after_them_kept(tmp
     assert losses_of(tmp_path) == {1: 0.5, 4: 0.25}
 
 
+@pytest.mark.parametrize("what", ["link", "endless", "pipe"])
+def test_metrics_that_are_no_file_are_replaced_and_no_link_is_followed(tmp_path, what):
+    path, target = tmp_path / "metrics.jsonl", tmp_path / "precious"
+    os.mkfifo(path) if what == "pipe" else path.symlink_to(
+        "/dev/zero" if what == "endless" else target
+    )
+    metrics = Metrics(tmp_path, 0)
+    metrics.write(1, {"loss": 0.5})
+    metrics.close()
+    assert losses_of(tmp_path) == {1: 0.5} and not path.is_symlink() and not target.exists()
+
+
 @pytest.mark.parametrize("kind", bit_flips.KINDS)
 def test_no_flipped_bit_is_read_as_something_else(kind):
     counts, wrong = bit_flips.flip(kind, flips=10, seed=1)
