@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from configs.default import UserError, array_shape, image_shape
 from readers import cache, published
 from readers.arrays import Stack, open_stacks, whole_stack
+from readers.layout import plain_classes
 from readers.source import ArraySource, Examples, Source
 from runtime.progress import Progress
 
@@ -42,18 +43,23 @@ class Dataset:
       name: the data set's name.
       source: its examples.
       num_levels: the number of values of a pixel; 0: floats.
-      num_classes: labels are 0 … num_classes - 1; 0: there are no labels.
+      classes: the names of labels 0, 1, …; (): there are no labels.
       notes: sentences that must be in every report about it.
     """
 
     name: str
     source: Source
     num_levels: int
-    num_classes: int
+    classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 … num_classes - 1; 0: there are no labels."""
+        return len(self.classes)
 
 
 class Data(NamedTuple):
@@ -102,10 +108,8 @@ def _load_known(config: ConfigDict) -> Data:
     for note in notes:
         log.warning("%s", note)
     name = pathlib.Path(data.path).stem if data.dataset == "folder" else data.dataset
-    classes = decoded.num_classes
-    return Data(
-        *(Dataset(name, split, 256, classes, notes) for split in (decoded.train, decoded.test))
-    )
+    splits = (decoded.train, decoded.test)
+    return Data(*(Dataset(name, split, 256, decoded.classes, notes) for split in splits))
 
 
 def _load_digits() -> Data:
@@ -114,10 +118,11 @@ def _load_digits() -> Data:
     digits = sklearn.datasets.load_digits()
     images = digits.images.astype(np.uint8)[..., None]
     order = np.random.default_rng(0).permutation(len(images))
+    classes = plain_classes(10)
     log.info("data: scikit-learn's digits")
     return Data(
         *(
-            Dataset("digits", ArraySource(images[part], digits.target[part]), 17, 10)
+            Dataset("digits", ArraySource(images[part], digits.target[part]), 17, classes)
             for part in (order[297:], order[:297])
         )
     )
@@ -151,7 +156,9 @@ class _StackSource:
         )
         if height[1] or width[1]:
             images = np.pad(images, ((0, 0), height, width, (0, 0)), mode="edge")
-        return {"image": images, "label": self.stack.labels[indices]}
+        labels = self.stack.labels
+        of = np.zeros(len(indices), np.int64) if labels is None else labels[indices]
+        return {"image": images, "label": of}
 
     def describe(self) -> bytes:
         """The files' identity, and what becomes of their values."""
@@ -168,7 +175,7 @@ def array_facts(config: ConfigDict) -> dict[str, Any]:
         `data.num_levels` or `data.scale`.
     """
     data, path = config.data, pathlib.Path(config.data.path)
-    train, test, _ = open_stacks(path)
+    train, test = open_stacks(path)[:2]
     height, width, channels = train.shape
     facts: dict[str, Any] = {"image_size": height, "num_channels": channels}
     facts["image_width"] = 0 if width == height else width
@@ -200,7 +207,9 @@ def array_facts(config: ConfigDict) -> dict[str, Any]:
     return facts | {"num_levels": data.num_levels or found}
 
 
-def _stack_dataset(config: ConfigDict, stack: Stack, name: str, classes: int = 0) -> Dataset:
+def _stack_dataset(
+    config: ConfigDict, stack: Stack, name: str, classes: tuple[str, ...] = ()
+) -> Dataset:
     if (stack.dtype.kind == "f") != bool(config.data.scale):
         kind = "floats" if config.data.scale else "whole numbers"
         raise UserError(f"{name} is {stack.dtype}; this model's data are {kind}")
@@ -212,9 +221,12 @@ def _stack_dataset(config: ConfigDict, stack: Stack, name: str, classes: int = 0
 
 def _load_array(config: ConfigDict) -> Data:
     path = pathlib.Path(config.data.path)
-    *stacks, classes = open_stacks(path)
-    log.info("data: arrays of %s in %s", stacks[0].dtype, path)
-    return Data(*(_stack_dataset(config, stack, path.stem, classes) for stack in stacks))
+    train, test, classes, notes = open_stacks(path)
+    log.info("data: arrays of %s in %s", train.dtype, path)
+    for note in notes:
+        log.warning("%s", note)
+    splits = (_stack_dataset(config, stack, path.stem, classes) for stack in (train, test))
+    return Data(*(dataclasses.replace(split, notes=notes) for split in splits))
 
 
 def array_of_images(config: ConfigDict, path: pathlib.Path, option: str) -> Dataset:
@@ -254,15 +266,19 @@ def load_data(config: ConfigDict) -> Data:
             f"data.image_size and data.num_channels ask for images of {expected}; "
             f"{loaded.train.name} has {shape}"
         )
-    classes = loaded.train.num_classes
+    classes = loaded.train.classes
     log.info(
         "%s training and %s test images, %d×%d×%d, %s, %s",
         f"{len(loaded.train):,}",
         f"{len(loaded.test):,}",
         *expected,
         f"{loaded.train.num_levels} levels" if loaded.train.num_levels else "floats",
-        f"{classes} classes" if classes else "no labels",
+        f"{len(classes)} classes" if classes else "no labels",
     )
+    if classes != plain_classes(len(classes)):
+        pairs = [f"{label} is {name!r}" for label, name in enumerate(classes)]
+        shown = pairs if len(pairs) <= 20 else [*pairs[:10], "…", pairs[-1]]
+        log.info("classes: %s", ", ".join(shown))
     return loaded
 
 

@@ -145,8 +145,8 @@ def _given_samples(config: ConfigDict, num_levels: int) -> tuple[Images, dict[st
     if data.dataset == "array":
         of_file = datasets.array_of_images(config, path, "eval.samples")
         return images_of(of_file), {"samples": str(path), "num_samples": len(of_file)}
-    source, _ = load_images(path, data.image_size, data.num_channels, "eval.samples")
-    dataset = datasets.Dataset(path.stem, source, 256, 0)
+    loaded = load_images(path, data.image_size, data.num_channels, "eval.samples")
+    dataset = datasets.Dataset(path.stem, loaded.source, 256)
     images = images_of(dataset)
 
     def batches() -> Iterator[np.ndarray]:
@@ -265,12 +265,12 @@ def _images_to_score(config: ConfigDict, num_levels: int) -> tuple[datasets.Data
     if config.data.dataset == "array":
         of_file = datasets.array_of_images(config, path, "eval.images")
         return of_file, [str(i) for i in range(len(of_file))]
-    source, names = load_images(path, size, config.data.num_channels, "eval.images", least=1)
+    source, names, _ = load_images(path, size, config.data.num_channels, "eval.images", least=1)
     if num_levels != 256:
         grey = source.fetch(np.arange(len(names)))["image"]
         levels = np.round(grey * ((num_levels - 1) / 255)).astype(np.uint8)
         source = ArraySource(levels, np.zeros(len(names), int))
-    return datasets.Dataset(path.stem, source, num_levels, 0), names
+    return datasets.Dataset(path.stem, source, num_levels), names
 
 
 def _evaluate_images(

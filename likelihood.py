@@ -56,11 +56,11 @@ def ode_log_likelihood(
       num_steps: number of steps of `_fixed_steps`, 32 or more; 0: the adaptive solver.
 
     Returns:
-      (log-likelihood in nats (N,), latents at T (N, ...), number of score evaluations).
+      (log-likelihood in nats (N,), latents at T (N, ...), number of score evaluations (N,)).
     """
     if num_steps:
         latent, divergence = _fixed_steps(sde, score_fn, x, probe, eps, num_steps)
-        return sde.prior_logp(latent) + divergence, latent, jnp.asarray(num_steps + 1)
+        return sde.prior_logp(latent) + divergence, latent, jnp.full(len(x), num_steps + 1)
     drift = probability_flow(sde, score_fn)
 
     def vector_field(t: Array, state: tuple[Array, Array], args: Any) -> tuple[Array, Array]:
@@ -294,7 +294,7 @@ def get_nll_fn(
       nll_fn(params, key, x), with one key or keys (N,), and x (N, H, W, C) dequantised and scaled →
         `nll`: bits/dim with the residual, (N,);
         `nll_without_residual`: bits/dim without it, (N,);
-        `nfe`: score evaluations of one solve;
+        `nfe`: score evaluations of one solve, (N,);
         `latent`: latents of the solve for `nll`, (N, H, W, C).
       With `truncated_normal=True`, x is `Preprocessing.to_x0_without_noise`, and the result is
         `nll_truncated_normal`: bits/dim of the levels, for one draw of the noise, (N,).

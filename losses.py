@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from configs.default import UserError, image_shape
 from datasets import Preprocessing, get_preprocessing
-from sde_lib import SDE, expand, get_sde
+from sde_lib import SDE, expand, get_sde, one_minus_exp, safe_log
 
 
 class Prior(Protocol):
@@ -40,7 +40,8 @@ class Prior(Protocol):
 class TruncationPrior:
     """P_k(τ) ∝ τ^-k on [eps, T] (arXiv 2106.05527, §4.2).
 
-    The relative error in float32 is at most 1e-5 for every k, also as k → 1.
+    The relative error of `icdf` in float32 is at most 1e-5 for every k, also as k → 1. The error of
+    `cdf` and the relative error of `pdf` are at most 1e-6 + 2e-7 k, as t's rounding counts k-fold.
 
     Attributes:
       k: exponent, at least 0; 0 is the uniform distribution, inf the fixed truncation τ = eps.
@@ -87,11 +88,12 @@ class TruncationPrior:
         t = jnp.asarray(t)
         if math.isinf(self.k):
             return jnp.where(t >= self.eps, 1.0, 0.0)
-        log_ratio = jnp.log(jnp.clip(t, self.eps, self.T) / self.eps)
+        log_ratio, whole = safe_log(jnp.clip(t, self.eps, self.T) / self.eps), self._log_range
         if self._k_minus_1 == 0:
-            return log_ratio / self._log_range
-        m = self._k_minus_1
-        return jnp.expm1(-m * log_ratio) / math.expm1(-m * self._log_range)
+            return log_ratio / whole
+        m = abs(self._k_minus_1)
+        share = one_minus_exp(m * log_ratio) / -math.expm1(-m * whole)
+        return share if self.k > 1 else share * jnp.exp(m * (log_ratio - whole))
 
     def pdf(self, t: ArrayLike) -> Array:
         """Density at t, elementwise; 0 outside [eps, T]. For k = inf: inf at eps, 0 elsewhere."""

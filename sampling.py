@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from configs.default import image_shape
-from sde_lib import SDE, expand
+from sde_lib import SDE, expand, one_minus_exp
 
 ScoreFn = Callable[[Array, Array], Array]  # x (N, ...), t (N,) → ∇ log p_t(x)
 MakeScoreFn = Callable[[Any], ScoreFn]  # parameters → score function
@@ -300,7 +300,7 @@ def dpm_solver_sample(
         before = lambdas[i] - lambdas[jnp.maximum(i - 1, 0)]
         weight = jnp.where(i == 0, 0.0, h / jnp.where(i == 0, 1.0, 2 * before))
         data = x0 + weight * (x0 - previous)
-        return stds[i + 1] / stds[i] * x - alphas[i + 1] * jnp.expm1(-h) * data, x0
+        return stds[i + 1] / stds[i] * x + alphas[i + 1] * one_minus_exp(h) * data, x0
 
     x, _ = jax.lax.fori_loop(0, num_steps, body, (x, jnp.zeros_like(x)))
     if noise_removal:
@@ -318,47 +318,60 @@ def solve_ode(
 ) -> tuple[Any, Array]:
     """Solve an ODE by Dormand-Prince 5(4) with adaptive steps, entirely on the device.
 
-    The error norm is the root mean square over the whole state, so a batch shares its steps.
+    Each row has steps of its own, chosen by the root mean square of its errors, so a row does not
+    depend on the others. The vector field is evaluated for all rows at once, as long as one of
+    them is on its way.
 
     Args:
-      vector_field: (t, y, args) → dy/dt.
-      y0: state at t0, a pytree.
+      vector_field: (t (N,), y, args) → dy/dt, where y has rows (N, ...) in each leaf.
+      y0: state at t0, a pytree of (N, ...).
       t0, t1: start and end time, in either order.
       rtol, atol: tolerances.
 
     Returns:
-      (y at t1, number of evaluations of the vector field). If the solver fails, y is NaN.
+      (y at t1, number of evaluations of the vector field for each row, (N,)). If the solver fails
+      for a row, that is NaN.
     """
     import diffrax  # takes half a second
 
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(vector_field),
-        diffrax.Dopri5(),
-        t0,
-        t1,
-        None,
-        y0,
-        # A field that is not finite would shrink the step forever; dtmin stops the solver then.
-        stepsize_controller=diffrax.PIDController(
-            rtol=rtol, atol=atol, dtmin=1e-10, force_dtmin=False
-        ),
-        max_steps=100_000,
-        throw=False,
-    )
-    failed = solution.result != diffrax.RESULTS.successful
-    y1 = jax.tree.map(lambda y: jnp.where(failed, jnp.nan, y[-1]), solution.ys)
-    # Six evaluations per step (the first stage is the last of the previous step), and two to
-    # choose the first step size.
-    return y1, 6 * solution.stats["num_steps"] + 2
+    def field_of_row(t: Array, y: Any, args: Any) -> Any:
+        slopes = vector_field(*jax.lax.all_gather((t, y), "rows"), args)
+        return jax.tree.map(lambda slope: slope[jax.lax.axis_index("rows")], slopes)
+
+    def solve_row(y0: Any) -> tuple[Any, Array]:
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(field_of_row),
+            diffrax.Dopri5(),
+            t0,
+            t1,
+            None,
+            y0,
+            # A field that is not finite would shrink the step forever; dtmin stops the solver then.
+            stepsize_controller=diffrax.PIDController(
+                rtol=rtol, atol=atol, dtmin=1e-10, force_dtmin=False
+            ),
+            max_steps=100_000,
+            throw=False,
+        )
+        failed = solution.result != diffrax.RESULTS.successful
+        y1 = jax.tree.map(lambda y: jnp.where(failed, jnp.nan, y[-1]), solution.ys)
+        # Six evaluations per step (the first stage is the last of the previous step), and two to
+        # choose the first step size.
+        return y1, 6 * solution.stats["num_steps"] + 2
+
+    return jax.vmap(solve_row, axis_name="rows")(y0)
 
 
 def probability_flow(sde: SDE, score_fn: ScoreFn) -> Callable[[Any, Array, Any], Array]:
-    """dx/dt = f x - ½ g² s(x, t), the ODE with the SDE's marginals, as a vector field (t, x, _)."""
+    """dx/dt = f x - ½ g² s(x, t), the ODE with the SDE's marginals, as a vector field (t, x, _).
+
+    t is a scalar or (N,).
+    """
 
     def drift(t: Array, x: Array, args: Any = None) -> Array:
         del args
-        score = score_fn(x, fill_time(t, x))
-        return sde.drift_coeff(t) * x - 0.5 * sde.diffusion(t) ** 2 * score
+        f, g = expand(sde.drift_coeff(t), x), expand(sde.diffusion(t), x)
+        return f * x - 0.5 * g**2 * score_fn(x, fill_time(t, x))
 
     return drift
 
@@ -373,7 +386,7 @@ def in_solver_time(
 
     def field(c: Array, y: Any, args: Any) -> Any:
         t, rate = jax.jvp(sde.time_of_solver, (c,), (jnp.ones_like(c),))
-        return jax.tree.map(lambda slope: rate * slope, vector_field(t, y, args))
+        return jax.tree.map(lambda slope: expand(rate, slope) * slope, vector_field(t, y, args))
 
     return field
 
@@ -388,9 +401,10 @@ def ode_sample(
     atol: float,
     noise_removal: bool = True,
 ) -> tuple[Array, Array]:
-    """Samples by the probability-flow ODE from latents `z` at T: (x, number of evaluations)."""
+    """Samples by the probability-flow ODE from latents `z` at T: (x, evaluations of all rows)."""
     field = in_solver_time(sde, probability_flow(sde, score_fn))
-    x, nfe = solve_ode(field, z, sde.solver_time(sde.T), sde.solver_time(eps), rtol, atol)
+    x, each = solve_ode(field, z, sde.solver_time(sde.T), sde.solver_time(eps), rtol, atol)
+    nfe = jnp.max(each)
     if noise_removal:
         return denoise(sde, score_fn, x, eps), nfe + 1
     return x, nfe

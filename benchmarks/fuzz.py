@@ -63,7 +63,7 @@ def _arrays(folder: pathlib.Path, kind: str) -> None:
 
 
 def _read_samples(folder: pathlib.Path, kind: str) -> None:
-    source, _ = load_images(folder / f"x.{kind}", 8, 1, "eval.samples")
+    source, *_ = load_images(folder / f"x.{kind}", 8, 1, "eval.samples")
     source.fetch(np.arange(4))
 
 
@@ -80,7 +80,7 @@ def _pngs(folder: pathlib.Path) -> None:
 
 
 def _read_pngs(folder: pathlib.Path) -> None:
-    source, _ = load_images(folder, 8, 1, "eval.samples")
+    source, *_ = load_images(folder, 8, 1, "eval.samples")
     source.fetch(np.arange(4))
 
 

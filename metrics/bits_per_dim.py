@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -45,7 +46,6 @@ def get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Arra
     ) -> dict[str, Array]:
         nll_keys, nelbo_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         values = {k: v for k, v in nll_fn(params, nll_keys, x).items() if k != "latent"}
-        values["nfe"] = jnp.broadcast_to(values["nfe"], len(x))
         values |= nelbo_fn(params, nelbo_keys, x)
         if config.data.dequantization == "lossless":
             values |= nelbo_fn(params, nelbo_keys, levels, lossless=True)
@@ -102,11 +102,21 @@ class BitsEvaluation:
         return min(self.config.eval.num_test_data, len(self.data.test))
 
 
+def keys_of_contents(seed: int, images: np.ndarray) -> Array:
+    """A key for each image (N, H, W, C), (N,): a function of the seed and of the image's pixels."""
+    digests = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images]
+    numbers = np.frombuffer(b"".join(digests), "<u4").astype(np.uint32).reshape(-1, 2)
+    fold_in = jax.vmap(jax.random.fold_in, (None, 0))
+    keys = fold_in(jax.random.key(seed + 4), numbers[:, 0])
+    return jax.vmap(jax.random.fold_in)(keys, numbers[:, 1])
+
+
 def _bits_of_batch(
-    evaluation: BitsEvaluation, params: Any, images: np.ndarray, image_keys: Array, draw: int
+    evaluation: BitsEvaluation, params: Any, images: np.ndarray, draw: int
 ) -> dict[str, np.ndarray]:
-    """Bits/dim, float64, of levels (N, H, W, C) with N keys; the devices must divide N."""
+    """Bits/dim, float64, of levels (N, H, W, C); the devices must divide N."""
     rows, _ = batch_and_replicated_shardings()
+    image_keys = keys_of_contents(evaluation.config.seed, images)
     keys = jax.vmap(lambda key: jax.random.fold_in(key, draw))(image_keys)
     data_keys, keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     preprocessing = evaluation.setup.preprocessing
@@ -129,11 +139,15 @@ def _bits_of_batch(
 def _bits_per_dim(
     evaluation: BitsEvaluation, params: Any, count: int, num_draws: int, name: str
 ) -> dict[str, np.ndarray]:
-    """NLL, NELBO and NFE of `count` test images (`datasets.subset`), (num_draws, count) each."""
+    """NLL, NELBO and NFE of `count` test images (`datasets.subset`), (num_draws, count) each.
+
+    All noise of an image is a function of the config's seed and of its pixels, and the solvers take
+    each image by itself, so that an image's scores do not depend on the others.
+    """
     config, test = evaluation.config, evaluation.data.test
     _, everywhere = batch_and_replicated_shardings()
     params = to_devices(params, everywhere)
-    key, devices = jax.random.key(config.seed + 4), jax.device_count()
+    devices = jax.device_count()
     full = -(-min(config.eval.batch_size, count) // devices) * devices
     options = ("batch_size", "nelbo_draws", "nll_steps", "rtol", "atol")
     solver = {k: config.eval[k] for k in options}
@@ -152,9 +166,8 @@ def _bits_per_dim(
         examples = test.source.fetch(number)
         # Images that come without labels are scored as images of no label.
         labels = examples["label"] if test.num_classes else np.full(full, config.model.num_classes)
-        image_keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(number)
         given = with_labels(config, params, labels)
-        values = _bits_of_batch(evaluation, given, examples["image"], image_keys, draw)
+        values = _bits_of_batch(evaluation, given, examples["image"], draw)
         return {name: value[:size] for name, value in values.items()}
 
     for draw in range(num_draws):
@@ -232,7 +245,8 @@ def summarize_bits(evaluation: BitsEvaluation, values: dict[str, np.ndarray]) ->
 
 def weighted_draws(config: ConfigDict, values: dict[str, np.ndarray]) -> np.ndarray:
     """The importance-weighted bound of the draws in `bits_of_images`, (number of images,)."""
-    dims = math.prod(image_shape(config))
+    # The bits of the padding are among those of each of the image's own dimensions.
+    dims = math.prod(array_shape(config))
     return likelihood.importance_weighted(values["nll_truncated_normal"], dims)
 
 

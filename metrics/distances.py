@@ -49,7 +49,8 @@ def frechet_distance_of_moments(
     root = _sqrt_psd(cov_a)
     cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
     squared = np.sum((mean_a - mean_b) ** 2)
-    return float(squared + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    # Of equal sets it would be negative by rounding.
+    return max(float(squared + np.trace(cov_a) + np.trace(cov_b) - 2 * cross), 0.0)
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

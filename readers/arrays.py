@@ -3,13 +3,13 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from configs.default import UserError
 from readers.containers import file_identity
-from readers.layout import Found, Opened, arrays_of, every_tenth
+from readers.layout import Found, Opened, arrays_of, every_tenth, number_labels
 from runtime.progress import Progress
 
 _SPLITS = ("x_train", "y_train", "x_test", "y_test")  # as in Keras's mnist.npz
@@ -44,8 +44,11 @@ def _images(path: pathlib.Path, name: str, images: np.ndarray) -> np.ndarray:
     return images
 
 
-def _labels(path: pathlib.Path, labels: np.ndarray, count: int) -> np.ndarray:
-    labels = labels.reshape(-1) if labels.ndim == 2 else labels
+def _labels(path: pathlib.Path, labels: np.ndarray | None, count: int) -> np.ndarray | None:
+    """Check the labels (N,) or (N, 1) of `count` images, and return them as (N,)."""
+    if labels is None:
+        return None
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     whole = np.issubdtype(labels.dtype, np.integer)
     if not whole or labels.shape != (count,) or (count and labels.min() < 0):
         raise UserError(
@@ -69,28 +72,24 @@ def _name_of_images(path: pathlib.Path, found: dict[str, np.ndarray], option: st
 def _open(path: pathlib.Path, needs_splits: bool) -> Opened:
     found = _load(path)
     if "x_train" in found and "x_test" in found:
-        x_train, x_test = (_images(path, name, found[name]) for name in ("x_train", "x_test"))
-        if "y_train" not in found or "y_test" not in found:
-            return Opened(arrays_of(x_train), arrays_of(x_test))
-        y_train = _labels(path, found["y_train"], len(x_train))
-        y_test = _labels(path, found["y_test"], len(x_test))
-        num_classes = int(max(y_train.max(), y_test.max())) + 1
-        return Opened(arrays_of(x_train, y_train), arrays_of(x_test, y_test), num_classes)
-    if needs_splits:
-        raise UserError(f"data.path: {path} has no splits; needed are {', '.join(_SPLITS)}")
-    name = _name_of_images(path, found, "data.path")
-    images = _images(path, name, found[name])
-    train, test = every_tenth(len(images))
-    if not len(test):
-        raise UserError(f"data.path: {path} has {len(images)} images; 10 or more are needed")
-    if "labels" not in found:
-        return Opened(arrays_of(images[train]), arrays_of(images[test]))
-    labels = _labels(path, found["labels"], len(images))
-    return Opened(
-        arrays_of(images[train], labels[train]),
-        arrays_of(images[test], labels[test]),
-        int(labels.max()) + 1,
-    )
+        parts = [_images(path, name, found[name]) for name in ("x_train", "x_test")]
+        labels = [
+            _labels(path, found.get(name), len(part))
+            for name, part in zip(("y_train", "y_test"), parts, strict=True)
+        ]
+    else:
+        if needs_splits:
+            raise UserError(f"data.path: {path} has no splits; needed are {', '.join(_SPLITS)}")
+        name = _name_of_images(path, found, "data.path")
+        images = _images(path, name, found[name])
+        of = _labels(path, found.get("labels"), len(images))
+        indices = every_tenth(len(images))
+        if not len(indices[1]):
+            raise UserError(f"data.path: {path} has {len(images)} images; 10 or more are needed")
+        parts = [images[part] for part in indices]
+        labels = [None if of is None else of[part] for part in indices]
+    train, test, classes, notes = number_labels(labels)
+    return Opened(arrays_of(parts[0], train), arrays_of(parts[1], test), classes, notes)
 
 
 def find(path: pathlib.Path, needs_splits: bool = False) -> Found | None:
@@ -111,7 +110,7 @@ class Stack:
     Attributes:
       rows: returns the examples (n, H, W, C) at indices (n,) of the whole array.
       indices: those of this stack's examples.
-      labels: (len(indices),) int64.
+      labels: (len(indices),), numbers or names of classes; None: there are none.
       shape: (H, W, C).
       dtype: uint8, uint16 or floats.
       name: the config's field and the path of the files, for messages.
@@ -120,7 +119,7 @@ class Stack:
 
     rows: Callable[[np.ndarray], np.ndarray]
     indices: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
     name: str
@@ -177,15 +176,12 @@ def _stack(
     def rows(indices: np.ndarray) -> np.ndarray:
         return np.asarray(images[indices]).reshape(len(indices), *shape)
 
-    count = len(images)
-    known = np.zeros(count, np.int64) if labels is None else _labels(path, labels, count)
-    everything, identity = np.arange(count), file_identity(path)
-    of = known.astype(np.int64)
-    return Stack(rows, everything, of, shape, images.dtype, name, identity)
+    known, identity = _labels(path, labels, len(images)), file_identity(path)
+    return Stack(rows, np.arange(len(images)), known, shape, images.dtype, name, identity)
 
 
-def _stack_of_files(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> tuple[Stack, int]:
-    """The stack of an example a file, and the number of classes; subfolders are classes."""
+def _stack_of_files(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> Stack:
+    """The stack of an example a file; subfolders are classes, whose names become the labels."""
     first = _load(files[0])["images"]
     shape = _check_stack(f"data.path: {files[0]}", first.shape, first.dtype)
 
@@ -199,39 +195,38 @@ def _stack_of_files(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> tupl
         return np.stack(examples)
 
     parents = [file.relative_to(folder).parts[:-1] for file in files]
-    classes = sorted(set(parents))
-    count = len(classes) if len(classes) > 1 and all(len(parent) == 1 for parent in parents) else 0
-    labels = np.array([classes.index(parent) if count else 0 for parent in parents])
+    are_classes = all(len(parent) == 1 for parent in parents)
+    labels = np.array([parent[0] for parent in parents]) if are_classes else None
     status = [file.stat() for file in files]
     changes = sum(s.st_size for s in status), max(s.st_mtime_ns for s in status), len(files)
     identity = (str(folder.resolve()), *changes)
-    return Stack(
-        rows, np.arange(len(files)), labels, shape, first.dtype, f"data.path: {folder}", identity
-    ), count
+    name = f"data.path: {folder}"
+    return Stack(rows, np.arange(len(files)), labels, shape, first.dtype, name, identity)
 
 
-def _every_tenth(stack: Stack) -> tuple[Stack, Stack]:
+def _every_tenth(stack: Stack) -> list[Stack]:
+    """The training and test examples of a stack without splits."""
     if len(stack) < 10:
         raise UserError(f"{stack.name} has {len(stack)} examples; 10 or more are needed")
-    train, test = (
-        dataclasses.replace(stack, indices=part, labels=stack.labels[part])
+    return [
+        dataclasses.replace(
+            stack, indices=part, labels=None if stack.labels is None else stack.labels[part]
+        )
         for part in every_tenth(len(stack))
-    )
-    return train, test
+    ]
 
 
-def _stacks_in_folder(path: pathlib.Path) -> tuple[Stack, Stack, int]:
+def _stacks_in_folder(path: pathlib.Path) -> list[Stack]:
     pair = path / "train.npy", path / "test.npy"
     if any(file.is_file() for file in pair):
-        stacks, classes = [], 0
+        stacks = []
         for file in pair:
             if not file.is_file():
                 raise UserError(f"data.path: {path} has no {file.name} beside the other split")
             of_labels = file.with_name(f"{file.stem}_labels.npy")
             labels = _load(of_labels)["images"] if of_labels.is_file() else None
             stacks.append(_stack(file, _load(file)["images"], labels))
-            classes = max(classes, 0 if labels is None else int(stacks[-1].labels.max()) + 1)
-        return stacks[0], stacks[1], classes
+        return stacks
     splits = [path / "train", path / "test"]
     if not any(split.is_dir() for split in splits):
         splits = [path]
@@ -239,30 +234,31 @@ def _stacks_in_folder(path: pathlib.Path) -> tuple[Stack, Stack, int]:
     for split, files in found:
         if not files:
             raise UserError(f"data.path: {split} has no .npy files")
-    stacks_and_classes = [_stack_of_files(split, files) for split, files in found]
-    classes = max(count for _, count in stacks_and_classes)
-    if len(found) == 1:
-        return *_every_tenth(stacks_and_classes[0][0]), classes
-    return stacks_and_classes[0][0], stacks_and_classes[1][0], classes
+    stacks = [_stack_of_files(split, files) for split, files in found]
+    return stacks if len(stacks) == 2 else _every_tenth(stacks[0])
 
 
-def _open_stacks(path: pathlib.Path) -> tuple[Stack, Stack, int]:
+def _open_stacks(path: pathlib.Path) -> list[Stack]:
     if path.is_dir():
         return _stacks_in_folder(path)
     found = _load(path)
     if "x_train" in found and "x_test" in found:
-        train = _stack(path, found["x_train"], found.get("y_train"))
-        test = _stack(path, found["x_test"], found.get("y_test"))
-        labelled = "y_train" in found and "y_test" in found
-        classes = int(max(train.labels.max(), test.labels.max())) + 1 if labelled else 0
-        return train, test, classes
-    stack = _stack(path, found[_name_of_images(path, found, "data.path")], found.get("labels"))
-    classes = int(stack.labels.max()) + 1 if "labels" in found and len(stack) else 0
-    return *_every_tenth(stack), classes
+        return [_stack(path, found[f"x_{s}"], found.get(f"y_{s}")) for s in ("train", "test")]
+    name = _name_of_images(path, found, "data.path")
+    return _every_tenth(_stack(path, found[name], found.get("labels")))
 
 
-def open_stacks(path: pathlib.Path) -> tuple[Stack, Stack, int]:
-    """The training and test examples of arrays, and the number of classes (0: no labels).
+class Stacks(NamedTuple):
+    """The splits of arrays; `classes` and `notes` are as in `Opened`."""
+
+    train: Stack
+    test: Stack
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def open_stacks(path: pathlib.Path) -> Stacks:
+    """The training and test examples of arrays, with their labels numbered.
 
     Args:
       path: an .npy of (N, H, W) or (N, H, W, C), memory-mapped; an .npz of the same as `images`
@@ -276,7 +272,7 @@ def open_stacks(path: pathlib.Path) -> tuple[Stack, Stack, int]:
     """
     if not path.exists() or (path.is_file() and path.suffix not in (".npy", ".npz")):
         raise UserError(f"data.path: {path} is no .npy or .npz file and no folder of .npy files")
-    train, test, classes = _open_stacks(path)
+    train, test = _open_stacks(path)
     for stack in (train, test):
         if not len(stack):
             raise UserError(f"{stack.name} has no examples")
@@ -285,7 +281,13 @@ def open_stacks(path: pathlib.Path) -> tuple[Stack, Stack, int]:
             f"data.path: the training examples of {path} are {train.dtype} {train.shape}, the test "
             f"examples {test.dtype} {test.shape}"
         )
-    return train, test, classes
+    labels = number_labels((train.labels, test.labels))
+    return Stacks(
+        dataclasses.replace(train, labels=labels.train),
+        dataclasses.replace(test, labels=labels.test),
+        labels.classes,
+        labels.notes,
+    )
 
 
 def whole_stack(path: pathlib.Path, option: str) -> Stack:

@@ -33,7 +33,7 @@ from runtime.progress import Progress
 
 log = logging.getLogger("soft_truncation")
 
-_FORMAT = 1  # version of an entry's format; entries of other versions are not read
+_FORMAT = 2  # version of an entry's format; entries of other versions are not read
 _IN_MEMORY = 2**30  # bytes; smaller arrays of the right size are kept in memory, not cached
 _READ_AHEAD = 64  # images
 _BLOCK = 256  # images
@@ -46,7 +46,7 @@ class Decoded(NamedTuple):
 
     train: Source
     test: Source
-    num_classes: int  # 0: there are no labels
+    classes: tuple[str, ...]  # the names of labels 0, 1, …; (): there are no labels
     notes: tuple[str, ...]  # for the log and the report
 
 
@@ -238,7 +238,7 @@ class _Entry:
                 log.warning("%s is damaged (%s) and is made anew", self.folder, error)
                 shutil.rmtree(self.folder, ignore_errors=True)
             return None
-        return Decoded(train, test, facts["num_classes"], tuple(facts["notes"]))
+        return Decoded(train, test, tuple(facts["classes"]), tuple(facts["notes"]))
 
     def _read_split(self, name: str, facts: dict[str, Any]) -> ArraySource:
         shape = (facts["count"], self._fit.size, self._fit.size, self._fit.channels)
@@ -265,7 +265,7 @@ class _Entry:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            facts: dict[str, Any] = {"num_classes": opened.num_classes, "notes": opened.notes}
+            facts: dict[str, Any] = {"classes": opened.classes, "notes": opened.notes}
             for name, split in (("train", opened.train), ("test", opened.test)):
                 blocks = _with_progress(_blocks(split, self._fit, decoder), _count(split))
                 facts[name] = _write_split(partial, name, blocks)
@@ -377,7 +377,7 @@ def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> 
 
     train, test = source("train", opened.train), source("test", opened.test)
     decoder.check(_count(opened.train) + _count(opened.test))
-    return Decoded(train, test, opened.num_classes, opened.notes)
+    return Decoded(train, test, opened.classes, opened.notes)
 
 
 def _readable(records: Records, decoder: _Decoder) -> Records:

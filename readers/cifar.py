@@ -12,7 +12,7 @@ import numpy as np
 
 from configs.default import UserError
 from readers.containers import Container, Folder, damaged, member, open_container
-from readers.layout import Arrays, Found, Opened, arrays_of
+from readers.layout import Arrays, Found, Opened, arrays_of, plain_classes
 
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
@@ -137,7 +137,7 @@ def find_cifar10(path: pathlib.Path) -> Found | None:
                 for parts in zip(*(batches[batch] for batch in train), strict=True)
             )
             test = batches[f"test_batch{suffix}"]
-            return Opened(arrays_of(images, labels), arrays_of(*test), num_classes=10)
+            return Opened(arrays_of(images, labels), arrays_of(*test), plain_classes(10))
 
         what = f"the authors' {kind} {place} {container.path}"
         return Found(what, (kind, container.identity()), opened)
@@ -173,7 +173,7 @@ def find_imagenet32_2017(path: pathlib.Path) -> Found | None:
                 yield from _read(train, [batch], _pickled(1)).values()
 
         held_out = _read(test, ["val_data"], _pickled(1))["val_data"]
-        return Opened(Arrays(blocks), arrays_of(*held_out), num_classes=1000)
+        return Opened(Arrays(blocks), arrays_of(*held_out), plain_classes(1000))
 
     what = f"the authors' pickled batches in {path}"
     return Found(what, (train.identity(), test.identity()), opened)

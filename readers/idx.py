@@ -9,7 +9,7 @@ import numpy as np
 
 from configs.default import UserError
 from readers.containers import file_identity
-from readers.layout import Arrays, Found, Opened, arrays_of
+from readers.layout import Arrays, Found, Opened, arrays_of, plain_classes
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
@@ -48,7 +48,7 @@ def find(path: pathlib.Path) -> Found | None:
         return arrays_of(images[..., None], labels)
 
     def opened() -> Opened:
-        return Opened(split("train"), split("t10k"), num_classes=10)
+        return Opened(split("train"), split("t10k"), plain_classes(10))
 
     files = sorted(path.glob("*-idx?-ubyte*"))
     return Found(f"IDX files in {path}", tuple(map(file_identity, files)), opened)

@@ -16,7 +16,7 @@ from readers.containers import (
     open_container,
 )
 from readers.decode import is_image_name, open_image
-from readers.layout import Found, Item, Opened, Records, every_tenth
+from readers.layout import Found, Item, Labels, Opened, Records, every_tenth, number_labels
 
 TRAIN_NAMES = ("train", "train_32x32")
 TEST_NAMES = ("test", "val", "valid", "valid_32x32", "validation")  # the first one found
@@ -29,11 +29,11 @@ Splitter = Callable[[int], tuple[np.ndarray, np.ndarray]]  # count → (training
 def records_of(
     container: Container,
     names: Sequence[str],
-    labels: Sequence[int] | np.ndarray | None = None,
+    labels: np.ndarray | None = None,
     size: tuple[int, int] | None = None,
 ) -> Records:
     """Records of some of a container's files; without `labels` all labels are 0."""
-    of = np.zeros(len(names), np.int64) if labels is None else np.asarray(labels, np.int64)
+    of = np.zeros(len(names), np.int64) if labels is None else labels
 
     def read(i: int) -> Item:
         return container.read(names[i]), int(of[i])
@@ -74,30 +74,29 @@ class _Part:
         return [parts[0] for parts in below]
 
 
-def _classes(parts: Sequence[_Part], wanted: int | None) -> tuple[list[list[int]] | None, int]:
-    """(labels of each part's images, number of classes); (None, 0) if folders are not classes.
+def _folder_labels(parts: Sequence[_Part], wanted: int | None) -> list[list[str] | None]:
+    """The class folder of each image of each part; None if folders are not classes.
 
     Args:
       parts: the splits, or one part of a data set without splits.
       wanted: the number of classes; another number is refused. None: 2 to 100 folders are classes.
     """
+    none: list[list[str] | None] = [None] * len(parts)
     if wanted == 0:
-        return None, 0
+        return none
     folders = [part.class_names() for part in parts]
     known = sorted(set(folders[0] or []))
-    same = all(names is not None and sorted(set(names)) == known for names in folders)
     if wanted:
-        if not same or len(known) != wanted:
+        if len(known) != wanted or any(set(names or ["/"]) - set(known) for names in folders):
             raise UserError(
                 f"{parts[0].container.path} must have {wanted} class folders below each split, "
                 f"the same in both; it has {', '.join(known[:12]) or 'none'}"
             )
-    elif not same or not 2 <= len(known) <= _MOST_CLASSES:
-        return None, 0
+    elif not 2 <= len(known) <= _MOST_CLASSES:
+        return none
     elif all(re.fullmatch(r"\d{4,}", name) for name in known):
-        return None, 0  # numbered folders, as in FFHQ and EDM
-    number = {name: i for i, name in enumerate(known)}
-    return [[number[name] for name in names or []] for names in folders], len(known)
+        return none  # numbered folders, as in FFHQ and EDM
+    return folders
 
 
 def _labels_file(part: _Part) -> str | None:
@@ -108,7 +107,7 @@ def _labels_file(part: _Part) -> str | None:
     return None
 
 
-def _edm_labels(part: _Part, file: str) -> tuple[list[int] | None, int]:
+def _edm_labels(part: _Part, file: str) -> list[int] | None:
     """Labels in dataset.json, the format of EDM's and StyleGAN's dataset_tool.py."""
     container = part.container
     where = f"{container.path}/{file}"
@@ -118,7 +117,7 @@ def _edm_labels(part: _Part, file: str) -> tuple[list[int] | None, int]:
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where} can't be understood: {error}") from error
     if by_name is None:
-        return None, 0
+        return None
     names = [name.removeprefix(file.removesuffix(_LABELS)) for name in part.names]
     missing = [name for name in names if name not in by_name]
     if missing:
@@ -128,41 +127,53 @@ def _edm_labels(part: _Part, file: str) -> tuple[list[int] | None, int]:
     labels = [by_name[name] for name in names]
     if min(labels) < 0:
         raise UserError(f"{where} has the negative label {min(labels)}")
-    return labels, max(labels) + 1
+    return labels
+
+
+def labels_of(container: Container, classes: int | None = None) -> Labels | None:
+    """The labels of all image files of a container, in the order of their names.
+
+    They are those of dataset.json, or the names of class folders; None: there are none.
+    """
+    part = _Part(container)
+    file = _labels_file(part)
+    return _folder_labels([part], classes)[0] if file is None else _edm_labels(part, file)
 
 
 def _open_unsplit(container: Container, classes: int | None, note: str) -> Opened:
-    part = _Part(container)
-    if not part.names:
+    names = [name for name in container.names() if is_image_name(name)]
+    if not names:
         raise UserError(f"data.path: {container.path} has no images")
-    if len(part.names) < 10:
+    if len(names) < 10:
         raise UserError(
-            f"data.path: {container.path} has {len(part.names)} images; every tenth is held out "
+            f"data.path: {container.path} has {len(names)} images; every tenth is held out "
             "for testing, so 10 or more are needed"
         )
     size = None
-    labels_file = _labels_file(part)
-    if labels_file is not None:
-        labels, num_classes = _edm_labels(part, labels_file)
-        size = open_image(container.read(part.names[0])).size
-    else:
-        of_parts, num_classes = _classes([part], classes)
-        labels = of_parts[0] if of_parts else None
-    records = records_of(container, part.names, labels, size)
-    train, test = every_tenth(len(records))
-    return Opened(records.subset(train), records.subset(test), num_classes, (note,) if note else ())
+    if _labels_file(_Part(container)) is not None:
+        size = open_image(container.read(names[0])).size
+    labels, indices = labels_of(container, classes), every_tenth(len(names))
+    numbered = number_labels(
+        [None if labels is None else [labels[i] for i in part] for part in indices]
+    )
+    records = [
+        records_of(container, [names[i] for i in part], of, size)
+        for part, of in zip(indices, (numbered.train, numbered.test), strict=True)
+    ]
+    notes = ((note,) if note else ()) + numbered.notes
+    return Opened(records[0], records[1], numbered.classes, notes)
 
 
 def _open_splits(train: _Part, test: _Part, classes: int | None) -> Opened:
     for part in (train, test):
         if not part.names:
             raise UserError(f"data.path: {part.container.path}/{part.root} has no images")
-    labels, num_classes = _classes([train, test], classes)
-    of_train, of_test = labels or (None, None)
+    of_train, of_test, known, notes = number_labels(_folder_labels([train, test], classes))
     return Opened(
         records_of(train.container, train.names, of_train),
         records_of(test.container, test.names, of_test),
-        num_classes,
+        known,
+        notes,
     )
 
 

@@ -1,7 +1,8 @@
 """The result of a reader: the splits of a data set, located at a path but not decoded yet."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from configs.default import UserError
 
 # (an encoded image or an array (H, W, C) uint8, its label)
 Item = tuple[bytes | np.ndarray, int]
+Labels = np.ndarray | list[int] | list[str]  # of images, in any of their own numbers or names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +80,69 @@ class Opened:
 
     Attributes:
       train, test: their images.
-      num_classes: labels are 0 … num_classes - 1; 0: there are no labels.
+      classes: the names of labels 0, 1, …; (): there are no labels.
       notes: sentences that the log and the report show, such as that a split is not official.
     """
 
     train: Records | Arrays
     test: Records | Arrays
-    num_classes: int = 0
+    classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def plain_classes(count: int) -> tuple[str, ...]:
+    """The names of classes that have no others: their numbers."""
+    return tuple(map(str, range(count)))
+
+
+class Numbered(NamedTuple):
+    """Labels as the numbers of classes.
+
+    Attributes:
+      train, test: (N,) int64 each, 0 … len(classes) - 1; None: there are no labels.
+      classes: the names of labels 0, 1, …
+      notes: a sentence for the log and the report, if there were labels that are not used.
+    """
+
+    train: np.ndarray | None = None
+    test: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def number_labels(given: Sequence[Labels | None], names: Sequence[str] = ()) -> Numbered:
+    """Number the labels that occur among the training images, in their order.
+
+    One label alone is no label. Without labels for both splits, and if a test image has one that no
+    training image has, they are not used.
+
+    Args:
+      given: of the training and of the test images: a whole number from 0 on for each, or a name;
+        None: they have none.
+      names: the names of labels 0, 1, …; others are called by their number.
+    """
+    train, test = given
+    if train is None or test is None:
+        if train is None and test is None:
+            return Numbered()
+        which = "training" if train is None else "test"
+        return Numbered(notes=(f"labels are not used: the {which} images have none",))
+
+    def name(label: int | str) -> str:
+        return names[label] if isinstance(label, int) and label < len(names) else str(label)
+
+    splits = [split.tolist() if isinstance(split, np.ndarray) else split for split in (train, test)]
+    known = sorted(set(splits[0]))
+    if len(known) < 2:
+        return Numbered()
+    number = {label: i for i, label in enumerate(known)}
+    new = sorted(set(splits[1]) - number.keys())
+    if new:
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        note = f"labels are not used: no training image has the test images' {name(new[0])}{more}"
+        return Numbered(notes=(note,))
+    numbers = [np.array([number[label] for label in split], np.int64) for split in splits]
+    return Numbered(numbers[0], numbers[1], tuple(map(name, known)))
 
 
 @dataclasses.dataclass(frozen=True)

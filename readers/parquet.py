@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.default import UserError
 from readers.containers import damaged, file_identity
-from readers.layout import Found, Item, Opened, Records, every_tenth
+from readers.layout import Found, Item, Opened, Records, every_tenth, number_labels
 
 _NAME = re.compile(r"(train|test|validation|valid|val)(-\d+-of-\d+)?\.parquet")
 _TEST_NAMES = ("test", "validation", "valid", "val")
@@ -89,7 +89,7 @@ class _Files:
         return int(self._starts[-1])
 
     def labels(self) -> np.ndarray | None:
-        """Labels (N,), or None if there is no such column; UserError if a label is missing."""
+        """Labels (N,), or None if there are none; UserError if a label is missing."""
         if self.label is None:
             return None
         parts = []
@@ -102,7 +102,8 @@ class _Files:
                     f"{len(column)} are missing)"
                 )
             parts.append(column.to_numpy())
-        return np.concatenate(parts).astype(np.int64)
+        labels = np.concatenate(parts).astype(np.int64)
+        return None if (labels < 0).any() else labels  # the hub marks unlabelled splits by -1
 
     def image(self, i: int) -> bytes:
         """The encoded image of a row."""
@@ -145,13 +146,14 @@ def _class_names(metadata: dict[bytes, bytes], label: str | None) -> list[str]:
         return []
 
 
-def _records(files: _Files, labels: np.ndarray | None) -> Records:
-    of = np.zeros(len(files), np.int64) if labels is None else labels
+def _records(files: _Files, rows: np.ndarray, labels: np.ndarray | None) -> Records:
+    """Records of these rows, with a label for each."""
+    of = np.zeros(len(rows), np.int64) if labels is None else labels
 
     def read(i: int) -> Item:
-        return files.image(i), int(of[i])
+        return files.image(int(rows[i])), int(of[i])
 
-    return Records(len(files), read, files.name)
+    return Records(len(rows), read, lambda i: files.name(int(rows[i])))
 
 
 def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> Opened:
@@ -166,18 +168,17 @@ def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> Op
 def _open_files(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> Opened:
     parts = [_Files(paths) for paths in (train_files, test_files) if paths]
     labels = [part.labels() for part in parts]
-    known = [part for part in labels if part is not None]
-    num_classes = 0
-    if len(known) == len(parts):
-        num_classes = max(int(part.max()) + 1 for part in known)
-        num_classes = max(num_classes, len(parts[0].class_names))
-        if min(int(part.min()) for part in known) < 0:  # the hub marks unlabelled splits by -1
-            labels, num_classes = [None] * len(parts), 0
-    train, *rest = [_records(part, of) for part, of in zip(parts, labels, strict=True)]
-    if rest:
-        return Opened(train, rest[0], num_classes)
-    train_rows, test_rows = every_tenth(len(train))
-    return Opened(train.subset(train_rows), train.subset(test_rows), num_classes)
+    if len(parts) == 2:
+        rows = [(part, np.arange(len(part))) for part in parts]
+    else:
+        rows = [(parts[0], indices) for indices in every_tenth(len(parts[0]))]
+        labels = [None if labels[0] is None else labels[0][indices] for _, indices in rows]
+    of_train, of_test, classes, notes = number_labels(labels, parts[0].class_names)
+    train, test = (
+        _records(part, indices, of)
+        for (part, indices), of in zip(rows, (of_train, of_test), strict=True)
+    )
+    return Opened(train, test, classes, notes)
 
 
 def find(path: pathlib.Path, needs_splits: bool = False) -> Found | None:

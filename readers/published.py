@@ -296,9 +296,9 @@ def _check_opened(found: Found, known: Published) -> Found:
 
     def opened() -> Opened:
         got = found.open()
-        if known.classes and got.num_classes not in (0, known.classes):
+        if known.classes and len(got.classes) not in (0, known.classes):
             raise UserError(
-                f"{found.what}: {got.num_classes} classes; {known.title} has {known.classes}"
+                f"{found.what}: {len(got.classes)} classes; {known.title} has {known.classes}"
             )
         if not known.native:
             return got

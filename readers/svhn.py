@@ -6,7 +6,7 @@ import numpy as np
 
 from configs.default import UserError
 from readers.containers import damaged, file_identity
-from readers.layout import Found, Opened, arrays_of
+from readers.layout import Found, Opened, arrays_of, plain_classes
 
 _FILES = ("train_32x32.mat", "test_32x32.mat")
 
@@ -38,6 +38,6 @@ def find(path: pathlib.Path) -> Found | None:
 
     def opened() -> Opened:
         train, test = map(_read, files)
-        return Opened(arrays_of(*train), arrays_of(*test), num_classes=10)
+        return Opened(arrays_of(*train), arrays_of(*test), plain_classes(10))
 
     return Found(f"the authors' .mat files in {path}", tuple(map(file_identity, files)), opened)

@@ -11,7 +11,7 @@ import numpy as np
 from configs.default import UserError
 from readers import download, tfrecords
 from readers.containers import file_identity
-from readers.layout import Found, Item, Opened, Records
+from readers.layout import Found, Item, Opened, Records, plain_classes
 from runtime import environment
 
 log = logging.getLogger("soft_truncation")
@@ -173,7 +173,7 @@ def find(
         if hold_out:
             train_indices, test_indices = hold_out(len(train))
             train, test = train.subset(train_indices), train.subset(test_indices)
-        return Opened(train, test, num_classes)
+        return Opened(train, test, plain_classes(num_classes))
 
     files = sorted(file for file in there.iterdir() if file.is_file())
     return Found(f"TFDS's {there}", tuple(map(file_identity, files)), opened)

@@ -36,7 +36,7 @@ def test_digits_split_every_image_once():
 def order(count, batch_size, steps, **options):
     """The indices of the images of so many steps' batches, one after the other."""
     source = ArraySource(np.zeros((count, 1, 1, 1), np.uint8), np.zeros(count))
-    dataset = datasets.Dataset("numbered", source, 256, 0)
+    dataset = datasets.Dataset("numbered", source, 256)
     stream = datasets.train_batches(dataset, batch_size, indices_only=True, **options)
     return np.concatenate([next(stream)["image"] for _ in range(steps)])
 
@@ -241,7 +241,7 @@ def test_a_small_set_of_files_is_read_into_memory(tmp_path):
     for file, image in zip(files, images, strict=True):
         Image.fromarray(image).save(file)
     source = RecordSource(records_of(Folder(tmp_path), [file.name for file in files]), Fit(8, 3))
-    dataset = datasets.Dataset("files", source, 256, 0)
+    dataset = datasets.Dataset("files", source, 256)
     whole = datasets.in_memory(dataset, images.nbytes)
     np.testing.assert_array_equal(whole["image"], images)
     assert datasets.in_memory(dataset, images.nbytes - 1) is None
@@ -268,7 +268,7 @@ def test_files_are_read_ahead_in_order_and_not_far():
             return {"image": indices, "label": indices}
 
     source = Slow()
-    stream = datasets.train_batches(datasets.Dataset("slow", source, 256, 0), 4, seed=1)
+    stream = datasets.train_batches(datasets.Dataset("slow", source, 256), 4, seed=1)
     found = np.concatenate([next(stream)["image"] for _ in range(20)])
     np.testing.assert_array_equal(found, order(40, 4, 20, seed=1))
     stream.close()
@@ -281,9 +281,35 @@ def test_a_file_that_breaks_during_training_is_named(tmp_path):
     for file in files:
         Image.new("RGB", (8, 8)).save(file)
     source = RecordSource(records_of(Folder(tmp_path), [file.name for file in files]), Fit(8, 3))
-    stream = datasets.train_batches(datasets.Dataset("files", source, 256, 0), 4, seed=0)
+    stream = datasets.train_batches(datasets.Dataset("files", source, 256), 4, seed=0)
     assert next(stream)["image"].shape == (4, 8, 8, 3)
     files[2].write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"2\.png is not a readable image"):
         for _ in range(100):
             next(stream)
+
+
+def test_a_flip_and_the_noise_of_its_image_are_independent():
+    preprocessing = datasets.Preprocessing(4, False, "uniform", True)
+    images = jnp.tile(jnp.array([0, 3], jnp.uint8)[None, None, :, None], (4000, 1, 1, 1))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    x = 4 * np.asarray(preprocessing.to_x0(images, keys, flip=True)).reshape(4000, 2)
+    flipped, noise = x[:, 0] >= 1, x % 1
+    for pixel in range(2):
+        assert abs(np.corrcoef(flipped, noise[:, pixel])[0, 1]) < 5 / 4000**0.5
+
+
+@pytest.mark.parametrize("dequantization", ["none", "uniform"])
+@pytest.mark.parametrize("centered", [True, False])
+def test_levels_without_noise_are_the_middles_of_their_cells(dequantization, centered):
+    preprocessing = datasets.Preprocessing(5, centered, dequantization, False)
+    levels = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    without = preprocessing.to_x0_without_noise(levels)
+    np.testing.assert_allclose(np.diff(without.ravel()), preprocessing.cell_width, rtol=1e-6)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    x = preprocessing.to_x0(jnp.asarray(levels[:1].repeat(20_000, axis=0)), keys, flip=False)
+    np.testing.assert_allclose(np.mean(x), without[0], atol=3e-3)
+
+
+def test_values_at_both_ends_are_counted():
+    assert datasets.share_at_ends(np.array([0, 0, 1, 15, 16, 16, 16, 9]), 17) == 5 / 8

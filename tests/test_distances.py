@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.stats
 
 from metrics import distances
 from tests.helpers import GOLDEN, Gaussian
@@ -130,3 +131,11 @@ def test_gaussian_baseline_is_the_fitted_density():
     bits = distances.gaussian_bits_per_dim(fitted, test, 7)
     np.testing.assert_allclose(bits, data.nats(test) / (4 * np.log(2)) + 7, atol=0.1)
     np.testing.assert_allclose(bits.mean(), data.nats(test).mean() / (4 * np.log(2)) + 7, atol=2e-3)
+
+
+def test_the_gaussian_baseline_is_fitted_by_maximum_likelihood():
+    # Of four rows the difference from the unbiased variance shows: it has 4/3 of it.
+    rows, fitted = np.array([[0.0], [2.0], [4.0], [10.0]]), distances.Moments()
+    fitted.add(rows)
+    bits = distances.gaussian_bits_per_dim(fitted, rows, 0)
+    np.testing.assert_allclose(bits, -scipy.stats.norm.logpdf(rows, 4, 14**0.5)[:, 0] / np.log(2))

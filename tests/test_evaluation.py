@@ -16,7 +16,8 @@ import datasets
 import evaluation
 import run_lib
 from configs.default import UserError
-from metrics import scorers
+from metrics import bits_per_dim, scorers
+from metrics import report as metrics_report
 from metrics.features import Extractor
 from tests.helpers import environment_of, tiny_config
 from tests.test_run_lib import TINY, command, run_main
@@ -350,3 +351,46 @@ def test_a_killed_evaluation_ends_with_the_same_report(trained, tmp_path):
         assert result.returncode == 0, result.stderr
         reports.append((eval_folder / "report.json").read_bytes())
     assert reports[0] == reports[1]
+
+
+LESS_IS_BETTER = ("nll", "nelbo", "fid", "kid", "fd_classifier", "kid_classifier")
+MORE_IS_BETTER = ("inception_score", "label_agreement", "precision", "recall")
+MORE_IS_BETTER += ("precision_classifier", "recall_classifier")
+
+
+def test_the_best_of_a_sweep_is_the_least_distance_and_the_most_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_report, "remarks", lambda _: [])
+    monkeypatch.setattr(metrics_report, "_plot_sweep", lambda *_: None)
+    names = (*LESS_IS_BETTER, *MORE_IS_BETTER)
+    reports = [{"data": "digits", "step": i} | dict.fromkeys(names, i / 10) for i in (1, 2, 3)]
+    best = metrics_report.write_sweep(reports, tmp_path)["best"]
+    assert best == dict.fromkeys(LESS_IS_BETTER, 1) | dict.fromkeys(MORE_IS_BETTER, 3)
+
+
+@pytest.mark.parametrize(("gaussian", "verb"), [(4.5, "beats"), (3.5, "does NOT beat")])
+def test_a_gain_over_a_baseline_is_fewer_bits(gaussian, verb):
+    own = {"nll": 4.0, "nll_gaussian": gaussian, "num_test_images": 9, "num_draws": 1}
+    own |= {"rtol": 1e-5, "atol": 1e-5, "nll_steps": 32, "nll_nfe": 33.0, "nelbo_draws": 1}
+    first = next(metrics_report.remarks(own | {"num_levels": 256}))
+    assert first.startswith(f"Training {verb} a Gaussian by 0.500 bits/dim")
+
+
+@pytest.mark.parametrize("field", ["data", "num_levels", "padded", "step", "weights_digest"])
+def test_scores_of_an_earlier_report_are_kept_for_the_same_weights_alone(field, tmp_path):
+    same = {"data": "digits", "num_levels": 17, "step": 6, "weights_digest": "a"}
+    (tmp_path / "report.json").write_text(json.dumps(same | {"nll": 4.0, "fid": 9.0}))
+    assert metrics_report.earlier_scores(same | {"num_samples": 5}, tmp_path) == {"nll": 4.0}
+    assert (
+        metrics_report.earlier_scores(same | {"num_samples": 5, field: "another"}, tmp_path) == {}
+    )
+
+
+def test_the_table_of_images_has_the_error_of_the_mean_over_draws():
+    config = tiny_config()
+    config.eval.num_draws = 4
+    nll = np.random.default_rng(0).standard_normal((4, 3))
+    evaluated = bits_per_dim.BitsEvaluation(config, None, None, None, None)
+    table = bits_per_dim.table_of_images(evaluated, {"nll": nll, "nfe": nll})
+    assert set(table) == {"nll", "nll_stderr"}
+    np.testing.assert_allclose(table["nll"], nll.mean(axis=0))
+    np.testing.assert_allclose(table["nll_stderr"], nll.std(axis=0, ddof=1) / 2)

@@ -779,3 +779,46 @@ def test_damaged_files_are_read_or_refused_in_one_line():
     done = subprocess.run([*command, f"--formats={names}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("| 0 | 0 |") == 2 * (len(fuzz.FORMATS) - 1)  # as they come, and again
+
+
+def test_metrics_of_the_checkpoints_step_stay_and_later_ones_go(tmp_path):
+    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        metrics = Metrics(tmp_path, first)
+        for step in steps:
+            metrics.write(step, {"loss": step + first})
+        metrics.close()
+    assert losses_of(tmp_path) == {1: 1, 2: 2, 3: 5, 4: 6}
+
+
+def test_the_newest_checkpoint_that_can_be_read_is_taken(tmp_path, monkeypatch):
+    broken = {9}
+
+    def restore(folder, shape, step):
+        if step in broken:
+            raise UserError("damaged")
+        return step
+
+    def newest():
+        folder = tmp_path / "checkpoints"
+        manager = SimpleNamespace(
+            directory=folder, all_steps=lambda: steps_of(tmp_path), reload=lambda: None
+        )
+        return checkpointing.restore_newest(manager, None)
+
+    monkeypatch.setattr(checkpointing, "restore", restore)
+    for step in (3, 6, 9):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    assert newest() == 6 and steps_of(tmp_path) == [3, 6]
+    assert [path.name[:2] for path in (tmp_path / "damaged_checkpoints").iterdir()] == ["9_"]
+    broken.update((3, 6))
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        newest()
+
+
+def test_checkpoints_to_evaluate_are_those_between_both_ends(tmp_path):
+    config = tiny_config(snapshot_freq=2)
+    for step in (2, 4, 6, 8):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    assert checkpointing.steps_to_evaluate(config, tmp_path) == [8]
+    config.eval.update(begin_ckpt=2, end_ckpt=3)
+    assert checkpointing.steps_to_evaluate(config, tmp_path) == [4, 6]

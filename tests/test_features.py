@@ -12,12 +12,13 @@ import pytest
 
 import datasets
 from configs.default import UserError
-from metrics import classifier
+from metrics import classifier, scorers
 from metrics import inception as metrics_inception
 from metrics import statistics as stats
 from metrics.classifier import get_classifier
-from metrics.features import apply_batched
+from metrics.features import Extractor, apply_batched
 from models import inception
+from runtime.workdir import PartialResults
 from tests import torch_file
 from tests.helpers import GOLDEN, inception_state, tiny_config
 
@@ -270,3 +271,40 @@ def test_classifier_is_trained_once_and_tells_classes_apart(tmp_path, monkeypatc
     files[0].write_bytes(files[0].read_bytes()[:100])  # damage: made anew
     mended, _ = get_classifier(train, test, tmp_path, steps=200)
     assert mended.weights == extractor.weights
+
+
+def scored(tmp_path, name, count, labels=None, shift=0.0):
+    """Scores of images under an extractor of their 8 pixels, against these images + `shift`."""
+    images = np.random.default_rng(0).integers(0, 256, (count, 8, 1, 1), np.uint8)
+
+    def features(levels):
+        rows = levels.reshape(len(levels), 8).astype(np.float32)
+        return {"features": rows, "logits": rows[:, :3]}
+
+    reference = stats.summarize({}, [features(images)["features"] + shift], count)
+    of = scorers.Images(count, "digest", lambda: iter(np.split(images, 5)), labels)
+    extractor = Extractor(name, "abc", features, 100)
+    scorer = scorers.Scorer(extractor, reference, {})
+    return images, scorers.score_images(scorer, of, PartialResults(tmp_path))
+
+
+def test_samples_are_scored_by_another_subset_than_the_references(tmp_path, monkeypatch):
+    # With the same rows in both, each sample would lie on a training image.
+    monkeypatch.setattr(stats, "SUBSET", 40)
+    _, report = scored(tmp_path, "inception", 400)
+    assert report["num_rows_kid"] == 40
+    assert 0.3 < report["precision"] < 1 and 0.3 < report["recall"] < 1
+
+
+def test_the_error_of_a_scored_distance_is_of_all_samples(tmp_path, monkeypatch):
+    whole = scored(tmp_path / "whole", "classifier", 2000, shift=50)[1]["fd_classifier_stderr"]
+    monkeypatch.setattr(stats, "SUBSET", 200)
+    part = scored(tmp_path / "part", "classifier", 2000, shift=50)[1]["fd_classifier_stderr"]
+    assert 0.4 < part / whole < 2.2
+
+
+def test_agreement_is_scored_over_the_samples_of_a_label(tmp_path):
+    labels = np.arange(50) % 4  # 3: drawn for no label
+    images, report = scored(tmp_path, "classifier", 50, labels)
+    agree = images.reshape(50, 8)[:, :3].argmax(axis=1) == labels
+    np.testing.assert_allclose(report["label_agreement"], agree[labels < 3].mean())

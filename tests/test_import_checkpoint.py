@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import optax
 import pytest
 
 import run_lib
@@ -182,3 +183,16 @@ def test_a_checkpoint_of_another_form_is_refused(tmp_path):
     config.model.name = "ncsnv2_64"
     with pytest.raises(UserError, match="official checkpoints are of ncsnpp and ddpm"):
         import_checkpoint.load(GOLDEN / "ve_ncsnpp.pth", config)
+
+
+def test_the_moments_of_adam_are_told_apart(tmp_path):
+    checkpoint = read_pth(GOLDEN / "vp_ddpmpp.pth")
+    model = [v for k, v in checkpoint["model"].items() if ".all_modules." in k]
+    checkpoint["optimizer"]["state"] = {
+        i: {"step": 7, "exp_avg": -v, "exp_avg_sq": v**2} for i, v in enumerate(model)
+    }
+    write_pth(tmp_path / "trained.pth", checkpoint)
+    state = import_checkpoint.load_state(tmp_path / "trained.pth", golden_config("vp_ddpmpp"))
+    mean, variance = (optax.tree_utils.tree_get(state.opt_state, n) for n in ("mu", "nu"))
+    assert_equal(mean, jax.tree.map(lambda p: -p, state.params))
+    assert_equal(variance, jax.tree.map(lambda p: p**2, state.params))

@@ -187,7 +187,7 @@ def test_bits_are_of_an_image_given_its_label(tmp_path, told):
     config.eval.update(num_test_data=6, batch_size=4)
     data = datasets.load_data(config)
     if not told:  # images that come without labels
-        test = dataclasses.replace(data.test, num_classes=0)
+        test = dataclasses.replace(data.test, classes=())
         data = datasets.Data(test, test)
 
     def bits(params, keys, image_keys, x, levels):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.stats
 
 import datasets
@@ -274,3 +275,34 @@ def test_the_lossless_nelbo_bounds_the_entropy_of_levels():
     entropy = -np.sum(p * np.log2(np.maximum(p, 1e-300)))
     stderr = bits.std() / np.sqrt(len(bits))
     assert -4 * stderr < bits.mean() - entropy < 0.3 + 4 * stderr
+
+
+def test_the_weights_of_fixed_steps_integrate_polynomials_exactly():
+    h, num = 0.3, 40
+    corrector, predictor, quadrature = likelihood._adams_weights(h, num)
+
+    def exact(power, start, stop):
+        return scipy.integrate.quad(lambda u: 0.5 * np.exp(u / 2) * u**power, start, stop)[0]
+
+    for power in range(4):
+        nodes = (h * np.arange(num + 1)) ** power
+        np.testing.assert_allclose(quadrature @ nodes, (h * num) ** (power + 1) / (power + 1))
+        before = (-h * np.arange(4)) ** power
+        np.testing.assert_allclose(corrector[num] @ before, exact(power, -h, 0), rtol=1e-8)
+        if power < 3:
+            np.testing.assert_allclose(predictor[5] @ before[:3], exact(power, 0, h), rtol=1e-8)
+
+
+def test_each_nll_is_of_the_point_that_its_name_says():
+    # At an ε where x_0 and x_ε are far apart, and draw by draw.
+    data, cfg = Gaussian((2, 2, 1), 0.2, 0.1), config()
+    cfg.training.truncation_time, cfg.eval.nll_steps = 0.1, 32
+    alpha, std = float(SDE.mean_coeff(0.1)), float(SDE.std(0.1))
+    diffused = Gaussian((2, 2, 1), alpha**2 * 0.2 + std**2, alpha * 0.1)
+    x, z, z_residual = data.sample(16), data.sample(16, seed=2), data.sample(16, seed=3)
+    nll_fn = likelihood.get_nll_fn(cfg, SDE, lambda _: data.score_fn(SDE))
+    bits = nll_fn(None, jax.random.key(0), x, z_eps=z, z_residual=z_residual)
+    residual = losses.reconstruction_loss(data.score_fn(SDE), SDE, x, 0.1, z_residual)
+    of_x_eps = diffused.nats(alpha * x + std * z) + np.asarray(residual)
+    for name, nats in (("nll_without_residual", diffused.nats(x)), ("nll", of_x_eps)):
+        np.testing.assert_allclose(bits[name], nats / (4 * np.log(2)) + 7, atol=0.01)

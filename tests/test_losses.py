@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,7 +112,9 @@ def test_golden_losses(name):
         np.testing.assert_allclose(loss / 2, get(f"{mode}.official_sum"), rtol=rtol)
 
 
-@pytest.mark.parametrize(("tau", "importance"), [(1e-5, True), (1e-2, True), (1e-2, False)])
+@pytest.mark.parametrize(
+    ("tau", "importance"), [(1e-5, True), (1e-2, True), (1e-2, False), (0.5, True), (0.5, False)]
+)
 def test_drawn_times_integrate_without_bias(tau, importance):
     u = jax.random.uniform(jax.random.key(2), (100_000,))
     t, inverse_density = losses.draw_times(SDE, u, tau, importance)
@@ -467,3 +471,147 @@ def test_rematerialisation_changes_nothing_but_memory():
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert less < 0.8 * memory
+
+
+def training_steps(loss, params, count, devices=1, optimizer=None, **options):
+    """The states after each of `count` steps on a loss (params, pixels (n,)) → (n,), no network.
+
+    The batch of each step has eight images of one pixel, 0 … 7.
+    """
+
+    def objective(params, key, images, index, train):
+        return loss(params, images.reshape(-1)), jnp.zeros(())
+
+    optimizer = optimizer or optax.sgd(1.0)
+    step_fn = train_step.get_step_fn(
+        objective, lambda params: params, optimizer, seed=0, ema_rate=0.999, **options
+    )
+    step = jax.jit(jax.vmap(step_fn, axis_name="batch"))
+    index = jnp.arange(8).reshape(devices, -1)
+    images = index.astype(jnp.float32).reshape(devices, 1, -1, 1, 1, 1)
+    first = train_step.TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
+    packed = train_step.pack_state(first)
+    packed = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *jnp.shape(x))), packed)
+    states = []
+    for _ in range(count):
+        packed, metrics = step(packed, images, index)
+        own = jax.tree.map(lambda x: x[-1], (packed, metrics))
+        states.append((train_step.unpack_state(own[0]), jax.tree.map(lambda x: x.item(), own[1])))
+    return states
+
+
+def test_the_ema_of_three_training_steps():
+    # The weight goes 10, 9, 8, 7; the n-th average has the weights of ema_decay(n).
+    states = training_steps(lambda params, x: params["w"] + 0 * x, {"w": jnp.array(10.0)}, 3)
+    assert [float(state.params["w"]) for state, _ in states] == [9, 8, 7]
+    first = 10 * 2 / 11 + 9 * 9 / 11
+    second = first * 3 / 12 + 8 * 9 / 12
+    third = second * 4 / 13 + 7 * 9 / 13
+    averages = [float(state.ema_params["w"]) for state, _ in states]
+    np.testing.assert_allclose(averages, [first, second, third], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("devices", "micro"), [(1, 1), (2, 1), (1, 4), (2, 2)])
+def test_a_training_step_has_the_mean_gradient_of_the_whole_batch(devices, micro):
+    def loss(params, x):
+        return params["w"] * x**2
+
+    ((state, metrics),) = training_steps(
+        loss, {"w": jnp.array(3.0)}, 1, devices, num_micro_batch=micro
+    )
+    gradient = np.mean(np.arange(8.0) ** 2)
+    np.testing.assert_allclose(state.params["w"], 3 - gradient, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], gradient, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], 3 * gradient, rtol=1e-6)
+
+
+def test_a_training_step_whose_gradient_alone_is_not_finite_is_skipped():
+    def loss(params, x):
+        return jnp.sqrt(0 * params["w"]) + x  # whose derivative is 0/0
+
+    ((state, metrics),) = training_steps(loss, {"w": jnp.array(3.0)}, 1)
+    assert metrics["skipped"] == 1 and np.isfinite(metrics["loss"])
+    assert state.step == 1 and state.params["w"] == state.ema_params["w"] == 3
+
+
+def test_the_optimizer_does_not_decay_fixed_frequencies():
+    config = tiny_config()
+    config.optim.update(weight_decay=0.5, warmup=1)
+    optimizer = train_step.get_optimizer(config)
+    params = {"GaussianFourierProjection_0": {"W": jnp.ones(2)}, "Conv_0": {"kernel": jnp.ones(2)}}
+    packed = train_step.pack(params)
+    nothing, state = jax.tree.map(jnp.zeros_like, packed), optimizer.init(packed)
+    for _ in range(2):  # the first step has a learning rate of 0
+        updates, state = optimizer.update(nothing, state, packed)
+    assert (updates.fixed == 0).all() and (updates.trained < 0).all()
+
+
+@pytest.mark.parametrize("field", ["n_jitted_steps", "log_freq", "eval_freq", "snapshot_freq"])
+def test_training_steps_of_a_call_end_where_something_is_due(field, monkeypatch):
+    monkeypatch.setattr(train_step, "_on_accelerator", lambda: True)
+    every = ("n_jitted_steps", "log_freq", "eval_freq", "snapshot_freq")
+    config = tiny_config(**dict.fromkeys(every, 12), snapshot_freq_for_preemption=12)
+    assert train_step.steps_a_call(config) == 12
+    config.training[field] = 4
+    assert train_step.steps_a_call(config) == 4
+
+
+def test_the_residual_is_the_logarithm_of_two_normal_densities():
+    # At an ε where α is far from 1.
+    eps, data = 0.3, Gaussian((2, 2, 1), 0.2, 0.1)
+    x0, z = data.sample(5), jnp.asarray(np.random.default_rng(0).normal(size=(5, 2, 2, 1)))
+    alpha, std = float(SDE.mean_coeff(eps)), float(SDE.std(eps))
+    x_eps = alpha * x0 + std * z
+    denoised = SDE.denoise(x_eps, eps, data.score_fn(SDE)(x_eps, jnp.full(5, eps)))
+    log_of_encoder = scipy.stats.norm.logpdf(x_eps, alpha * x0, std)
+    log_of_decoder = scipy.stats.norm.logpdf(x0, denoised, std / alpha)
+    exact = (log_of_encoder - log_of_decoder).sum(axis=(1, 2, 3))
+    ours = losses.reconstruction_loss(data.score_fn(SDE), SDE, x0, eps, z)
+    np.testing.assert_allclose(ours, exact, rtol=1e-4)
+
+
+def seen_by_the_objective(train, **training):
+    """The (x, t) of each call of the score, and `flip`, for 500 images of four pixels at 0."""
+    calls = []
+
+    class Data(datasets.Preprocessing):
+        def to_x0(self, images, keys, flip):
+            calls.append(flip)
+            return jnp.zeros(images.shape)
+
+    config = toy_config("fixed", 1.0, likelihood=True, importance=True)
+    config.training.update(training)
+    objective = losses.get_objective(config, SDE)
+    own = dataclasses.asdict(objective.preprocessing)
+    objective = dataclasses.replace(objective, preprocessing=Data(**own))
+
+    def score_fn(x, t, keys):
+        calls.append((np.asarray(x), np.asarray(t)))
+        return -x
+
+    images, index = jnp.zeros((500, 2, 2, 1), jnp.uint8), jnp.arange(500)
+    objective(score_fn, losses.step_key(0, 0), images, index, train=train)
+    return calls
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_images_are_flipped_in_training_alone(train):
+    assert seen_by_the_objective(train)[0] == train
+
+
+def test_the_residual_has_noise_of_its_own():
+    _, *calls = seen_by_the_objective(False, reconstruction_loss=True)
+    (of_loss, of_residual) = (
+        (x / np.asarray(SDE.std(t)).reshape(-1, 1, 1, 1)).ravel() for x, t in calls
+    )
+    np.testing.assert_allclose([of_loss.std(), of_residual.std()], 1, rtol=0.1)
+    assert abs(np.corrcoef(of_loss, of_residual)[0, 1]) < 5 / 2000**0.5
+
+
+def test_the_ratio_of_halves_is_of_pairs_on_all_devices():
+    pairs = jnp.array([[3.0, 1.0, 10.0, 2.0], [7.0, 1.0, 9.0, 1.0]])
+    first = jnp.array([True, False, True, False])
+    ratio = jax.vmap(
+        lambda own: losses._mean_pair_loss_ratio(own, first, "batch"), axis_name="batch"
+    )(pairs)
+    np.testing.assert_allclose(ratio, [6, 6])

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,8 +143,16 @@ def dense_fir(x, kernel, up, down, padding):
     return out[::down, ::down]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", [(1, 3, 3, 1), (1, 2, 3, 4), (1, 1), (1, 4, 6, 5, 2, 1)])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        (1, 2, 3, 4),
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in ((1, 3, 3, 1), (1, 1), (1, 4, 6, 5, 2, 1))
+        ),
+    ],
+)
 def test_fir_resampling_is_its_definition(kernel):
     x = np.random.default_rng(0).standard_normal((1, 6, 8, 1)).astype(np.float32)
     rest = len(kernel) - 2
@@ -338,3 +347,64 @@ def test_dropout_of_an_image_depends_on_its_own_key_alone():
     with pytest.raises(ValueError, match="dropout_keys"):
         score_fn(x, t)
     assert score_fn(x, t, jax.random.key(3)).shape == x.shape  # one key serves a batch too
+
+
+def test_features_of_an_image_and_of_a_time_are_waves_of_their_formulas():
+    x = np.random.default_rng(0).random((2, 3)).astype(np.float32)
+    waves = [f(scale * np.pi * x) for scale in (128, 256) for f in (np.sin, np.cos)]
+    expected = np.concatenate([x, *waves], axis=-1)
+    np.testing.assert_allclose(layers.fourier_features(jnp.asarray(x)), expected, atol=1e-4)
+    t, frequencies = x[0], np.array([0.5, -3.0], np.float32)
+    embedding = layers.GaussianFourierProjection(2, 16.0)
+    angles = 2 * np.pi * t[:, None] * frequencies
+    expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    ours = embedding.apply({"params": {"W": frequencies}}, t)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_each_layer_drops_values_of_its_own():
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, keys):
+            return [layers.DropoutKeys(0.5)(keys) for _ in range(3)]
+
+    words = np.stack(Layers().apply({}, jax.random.split(jax.random.key(0), 4)))
+    assert words.shape == (3, 4, 2) and len(np.unique(words.reshape(12, 2), axis=0)) == 12
+
+
+class _Reached(Exception):
+    """What a layer is given, as the network comes to it."""
+
+
+def given_to_first_layer(kind, config, *args):
+    """What a network gives to its first layer of a kind; the rest of it is not computed."""
+
+    def stop(call, own, options, context):
+        if isinstance(context.module, kind):
+            raise _Reached(*own)
+        return call(*own, **options)
+
+    with nn.intercept_methods(stop), pytest.raises(_Reached) as reached:
+        mutils.create_model(config).init(jax.random.key(0), *args)
+    return reached.value.args[0]
+
+
+@pytest.mark.parametrize("name", ["ncsnpp", "ncsnv2_64"])
+def test_the_first_layer_sees_images_of_the_range_of_centred_ones(name):
+    config = tiny_config(sde="vesde")
+    config.model.update(name=name, parametrization="noise")
+    x, labels = jax.random.uniform(jax.random.key(0), (1, 8, 8, 1)), jnp.ones(1)
+    for centered, expected in ((True, x), (False, 2 * x - 1)):
+        config.data.centered = centered
+        seen = given_to_first_layer(layers.Conv, config, x, labels)
+        np.testing.assert_allclose(seen, expected, atol=1e-6)
+
+
+def test_the_first_layer_of_the_fourier_embedding_sees_log_sigma():
+    config = tiny_config(sde="vesde")
+    config.model.update(embedding_type="fourier", parametrization="noise")
+    sigma = jnp.array([0.01, 50.0])
+    seen = given_to_first_layer(
+        layers.GaussianFourierProjection, config, jnp.zeros((2, 8, 8, 1)), sigma
+    )
+    np.testing.assert_allclose(seen, jnp.log(sigma))

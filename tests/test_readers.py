@@ -431,3 +431,15 @@ def test_a_folder_of_tfds_is_read_in_either_format(file_format, tmp_path):
             assert len(found) == len(images)
             sums = found.astype(int).sum(axis=(1, 2, 3))
             np.testing.assert_array_equal(examples[name]["label"], sums % 10)
+
+
+@pytest.mark.parametrize("name", ["stl10_folder", "celebahq_tfrecords"])
+def test_images_are_neither_mirrored_nor_turned(name, tmp_path):
+    # At their own size, where every pixel is known.
+    made = write(tmp_path, make_datasets.LAYOUTS[name])
+    config = config_of(made)
+    if made.dataset == "STL10":
+        config.data.image_size = 96
+    _, examples = load(config)
+    for split in ("train", "test"):
+        np.testing.assert_array_equal(examples[split]["image"], made.images[split])

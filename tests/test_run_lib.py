@@ -727,3 +727,34 @@ def test_weights_that_do_not_belong_to_the_config_are_one_line(exported_run, tmp
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="can't be read"):
             checkpointing.restore_latest(config, tmp_path, shape)
+
+
+def test_an_exported_array_in_another_order_of_memory_is_the_same(tmp_path):
+    # As transposed kernels of the release are.
+    params = {"Conv_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3).T}}
+    exported.write(tmp_path, params, 5)
+    assert_identical(exported.read(tmp_path, params), params)
+
+
+def test_a_hash_is_of_names_and_values():
+    x, y = np.zeros(2), np.ones(2)
+    trees = ({"a": x}, {"b": x}, {"a": y}, {"a": x, "b": x}, {"a": [x, x]})
+    assert len({workdir.short_hash(tree) for tree in trees}) == len(trees)
+    assert workdir.short_hash(trees[0]) == workdir.short_hash({"a": x.copy()})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "line"),
+    [
+        ("training.truncation_time", 1.0, "below 1"),
+        ("sampling.truncation_time", 1.0, "below 1"),
+        ("model.num_classes", 1, "2 or more"),
+        ("model.embedding_dim", 2, "4 or more"),
+    ],
+)
+def test_values_at_the_edge_are_refused(field, value, line):
+    config = get_default_config()
+    section, name = field.split(".")
+    config[section][name] = value
+    with pytest.raises(UserError, match=f"{field} is {value}.*{line}"):
+        validate(config, 4, REGISTRIES)

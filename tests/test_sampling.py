@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 import controllable_generation
+import datasets
 import losses
 import sampling
 import sde_lib
@@ -298,3 +300,91 @@ def test_colorization_keeps_the_grey():
     x = complete(None, jax.random.key(0), images, jnp.zeros(()))
     np.testing.assert_allclose(x.mean(-1), images.mean(-1), atol=1e-5)
     assert jnp.abs(x - images).max() > 0.3  # the colours are new
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_a_large_ancestral_step_draws_from_the_posterior_of_a_point(name):
+    # If all data are one point, p(x_s | x_t) is normal, by Bayes from x_s | x_0 and x_t | x_s.
+    sde, point = SDES[name], 0.3
+    t, s, _ = np.asarray(sde.time_grid(1e-5 if name == "rve" else 1e-3, 3), np.float64)
+    a, b = (float(c) for c in sde.transition(s, t))
+    alpha, std = float(sde.mean_coeff(s)), float(sde.std(s))
+
+    def score(x, t):
+        return (sde_lib.expand(sde.mean_coeff(t), x) * point - x) / sde_lib.expand(
+            sde.std(t) ** 2, x
+        )
+
+    z = np.linspace(-2, 2, 9).reshape(9, 1, 1, 1)
+    x = a * alpha * point + np.hypot(a * std, b) * (z[::-1] + 0.5)
+    ours, mean = sampling.ancestral_sampling(
+        sde, score, jnp.asarray(x, jnp.float32), t, s, jnp.asarray(z, jnp.float32)
+    )
+    precision = 1 / std**2 + (a / b) ** 2
+    exact = (alpha * point / std**2 + a * x / b**2) / precision
+    np.testing.assert_allclose(mean, exact, atol=1e-4 * std)
+    np.testing.assert_allclose(ours, exact + z / np.sqrt(precision), atol=1e-4 * std)
+
+
+def test_each_step_of_a_chain_has_its_own_noise_and_is_counted(monkeypatch):
+    def add(sde, score_fn, x, t, t_next, z, probability_flow):
+        return x + z, x
+
+    def subtract(sde, score_fn, x, t, t_next, snr, z):
+        return x - z, x
+
+    monkeypatch.setitem(sampling.PREDICTORS, "add", add)
+    monkeypatch.setitem(sampling.CORRECTORS, "subtract", subtract)
+    options = {"predictor": "add", "corrector": "subtract", "num_steps": 6, "n_steps_each": 2}
+    x, nfe = sampling.pc_sample(
+        SDE, None, jax.random.key(0), (2000, 2, 2, 1), eps=0.1, noise_removal=False, **options
+    )
+    assert nfe == 5 * 3
+    np.testing.assert_allclose(np.var(x), 1 + nfe, rtol=0.06)
+
+
+def test_what_is_known_is_diffused_to_each_time():
+    images, mask = jnp.full((4000, 1, 2, 1), 0.8), np.array([[[[0.0], [1.0]]]])
+    constrain, _ = controllable_generation.inpainting(SDE, images, mask)
+    x = constrain(jax.random.split(jax.random.key(0), 4000), jnp.full(images.shape, 7.0), 0.3)
+    alpha, std = float(SDE.mean_coeff(0.3)), float(SDE.std(0.3))
+    assert (x[:, :, 1] == 7).all()
+    np.testing.assert_allclose(np.mean(x[:, :, 0]), alpha * 0.8, atol=4.5 * std / 4000**0.5)
+    np.testing.assert_allclose(np.std(x[:, :, 0]), std, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [
+        ("left", (0, 8), (0, 4)),
+        ("right", (0, 8), (4, 8)),
+        ("top", (0, 4), (0, 8)),
+        ("bottom", (4, 8), (0, 8)),
+        ("center", (2, 6), (2, 6)),
+    ],
+)
+def test_a_mask_is_the_region_of_its_name(name, rows, columns):
+    config, expected = tiny_config(), np.zeros((8, 8))
+    config.sampling.mask = name
+    expected[slice(*rows), slice(*columns)] = 1
+    np.testing.assert_array_equal(controllable_generation._read_mask(config)[..., 0], expected)
+
+
+def test_completions_of_all_batches_have_noise_of_their_own(monkeypatch):
+    seen = []
+
+    def stand_in(*_):
+        def complete(params, keys, images, mask):
+            seen.extend(map(tuple, np.asarray(jax.random.key_data(keys)).tolist()))
+            return images
+
+        return complete
+
+    monkeypatch.setattr(controllable_generation, "get_completion_fn", stand_in)
+    config = tiny_config()
+    config.sampling.update(task="inpaint", method="pc", n_images=12, batch_size=4)
+    preprocessing = datasets.get_preprocessing(config)
+    setup = SimpleNamespace(sde=SDE, make_score_fn=None, preprocessing=preprocessing, num_levels=17)
+    test = datasets.get_dataset(config, "test")
+    arrays = controllable_generation.complete_test_images(config, setup, test, {})
+    assert len(arrays["samples"]) == len(set(seen)) == 12

@@ -3,6 +3,7 @@
 import json
 import math
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from configs.default import UserError, image_shape
 from configs.vp import array_st
 from controllable_generation import _read_mask
 from evaluation import evaluate
+from metrics import bits_per_dim
 from metrics.report import channel_moments
-from runtime.pictures import save_grid
+from runtime.pictures import image_grid, save_grid
+from runtime.workdir import PartialResults
 from session import with_data_facts
 
 
@@ -360,3 +363,32 @@ def test_padded_floats_have_no_density(tmp_path):
     config.eval.samples = str(tmp_path / "missing.npz")
     with pytest.raises(UserError, match=r"missing\.npz is no \.npy or \.npz file"):
         evaluate(config, tmp_path / "run")
+
+
+def test_bits_with_their_padding_are_no_fewer_than_the_images_have(tmp_path):
+    # Independent levels have 4 bits each. Half of the pixels of each padded image are copies.
+    array = levels(count=200, shape=(3, 3), most=15, dtype=np.uint8)
+    config = array_config(saved(tmp_path / "a.npy", array), pad=True)
+    config.model.ch_mult = (1, 1, 1)
+    config = with_data_facts(config, tmp_path / "no run")
+    data = datasets.load_data(config)
+    assert image_shape(config) == (4, 4, 1)
+    assert bits_per_dim._gaussian_baseline(config, data, 20).mean() > 4
+    # What a network says of each dimension counts 16/9 times.
+
+    def two_bits(*given):
+        return {name: np.full(len(given[-1]), 2.0) for name in ("nll", "nelbo", "nfe")}
+
+    setup = SimpleNamespace(preprocessing=datasets.get_preprocessing(config))
+    results = PartialResults(tmp_path / "parts")
+    evaluated = bits_per_dim.BitsEvaluation(config, setup, data, results, two_bits)
+    values = bits_per_dim.bits_of_images(evaluated, {"w": np.zeros(1)})
+    assert np.allclose(values["nll"], 2 * 16 / 9) and np.allclose(values["nelbo"], 2 * 16 / 9)
+    assert (values["nfe"] == 2).all()
+
+
+def test_a_grid_is_filled_row_by_row():
+    images = np.arange(1, 7, dtype=np.uint8)[:, None, None, None].repeat(48, 1).repeat(48, 2)
+    grid = image_grid(images, columns=3)
+    assert grid.shape == (2 * 50 + 2, 3 * 50 + 2, 1)
+    assert np.array_equal(grid[25::50, 25::50, 0], [[1, 2, 3], [4, 5, 6]])
