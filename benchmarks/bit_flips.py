@@ -30,8 +30,8 @@ from metrics.classifier import Classifier, _read_classifier
 from metrics.statistics import Statistics, load_statistics, save_statistics
 from readers.cache import _Decoder, _Entry
 from readers.decode import Fit
-from readers.layout import Found, Opened, arrays_of
-from runtime import checkpointing, exported
+from readers.layout import Found, Opened, arrays_of, plain_classes
+from runtime import checkpointing, environment, exported
 from runtime.checksums import checksum, checksums
 from runtime.workdir import PartialResults
 
@@ -96,7 +96,7 @@ def _entry(folder: pathlib.Path) -> tuple[_Entry, Opened, _Decoder]:
     draw, fit = np.random.default_rng(0), Fit(8, 3)
     images = draw.integers(0, 256, (90, 8, 8, 3), np.uint8)
     split = arrays_of(images, draw.integers(0, 9, 90))
-    opened = Opened(split, split, 9, ("a note",))
+    opened = Opened(split, split, plain_classes(9), ("a note",))
     return _Entry("x", Found("x", (), lambda: opened), fit, False), opened, _Decoder(fit, False)
 
 
@@ -110,7 +110,7 @@ def _read_decoded(folder: pathlib.Path) -> Any:
     if decoded is None:
         return None
     splits = [source.fetch(np.arange(len(source))) for source in (decoded.train, decoded.test)]
-    return splits, decoded.num_classes, json.dumps(decoded.notes)
+    return splits, json.dumps([decoded.classes, decoded.notes])
 
 
 def _make_results(folder: pathlib.Path) -> None:
@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=500, help="for each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    environment.prepare()
     logging.getLogger("soft_truncation").propagate = False
     every: list[str] = []
     print("| kind | flips | noticed | harmless | read as something else |")

@@ -80,10 +80,14 @@ def damage(folder, how):
             path.unlink()
     else:
         shutil.rmtree(folder / "default")
+    if how == "other values":  # which can be read
+        shutil.copytree(folder.parent / "6" / "default", folder / "default")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["truncated", "missing file", "no metadata", "no state"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "missing file", "no metadata", "no state", "other values"]
+)
 def test_a_damaged_checkpoint_is_passed_over(trained, run, how, caplog):
     caplog.set_level(logging.INFO, "soft_truncation")
     damage(run / "checkpoints" / "9", how)
@@ -442,12 +446,14 @@ def test_files_without_checksums_are_read_as_before(tmp_path, caplog):
     (tmp_path / "x.msgpack").write_bytes(serialization.to_bytes(params))
     kept = bit_flips._read_cached_classifier(tmp_path), exported.read(model, params)
     assert jax.tree.all(jax.tree.map(np.array_equal, kept, (params, params)))
-    bit_flips._make_decoded(tmp_path)
-    decoded, (path,) = bit_flips._read_decoded(tmp_path), tmp_path.glob("*/data/*/facts.json")
+    bit_flips._make_checkpoint(tmp_path)
+    path = tmp_path / "checkpoints" / "7" / "_CHECKPOINT_METADATA"
     facts = json.loads(path.read_text())
-    del facts["checksum"], facts["train"]["checksums"], facts["test"]["checksums"]
-    path.write_text(json.dumps(facts))
-    np.testing.assert_equal(bit_flips._read_decoded(tmp_path), decoded)
+    assert len(facts["custom_metadata"]["checksums"]) == len(jax.tree.leaves(bit_flips._state()))
+    for text in (json.dumps(facts | {"custom_metadata": None}), None):
+        path.unlink() if text is None else path.write_text(text)
+        state = bit_flips._read_checkpoint(tmp_path)
+        assert jax.tree.all(jax.tree.map(np.array_equal, state, bit_flips._state()))
     assert not caplog.text
 
 
