@@ -707,7 +707,8 @@ def export_official(
     file, step = pathlib.Path(to).absolute(), _step_to_export(config, workdir)
     exported.refuse(workdir)
     import_checkpoint.check_network(config)
-    state = checkpointing.restore_step(config, workdir, set_up(config).state_shape, step)
+    shape = set_up(config).state_shape
+    state = checkpointing.restore_step(config, workdir, shape, step, weights_only=False)
 
     def write() -> None:
         if file.exists():

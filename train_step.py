@@ -48,25 +48,32 @@ def _trainable_mask(params: Any) -> Any:
     )
 
 
-def _weight_decay_mask(params: Any) -> Any:
-    """Whether L2 decay applies to each parameter, or to each vector of `Packed`."""
-    if isinstance(params, Packed):
-        return dataclasses.replace(params, trained=True, fixed=False)  # type: ignore[arg-type]
-    return _trainable_mask(params)
+def _decay(weight_decay: float) -> optax.GradientTransformation:
+    """L2 decay of trained parameters, or of the trained vector of `Packed`, without a state."""
+
+    def add(updates: Any, params: Any) -> Any:
+        if isinstance(params, Packed):
+            trained = updates.trained + weight_decay * params.trained
+            return dataclasses.replace(updates, trained=trained)
+        mask = _trainable_mask(params)
+        return jax.tree.map(lambda g, p, m: g + weight_decay * m * p, updates, params, mask)
+
+    return optax.stateless(add) if weight_decay else optax.identity()
 
 
 def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Clipping by global norm, L2 decay, and Adam with linear warm-up from 0, as officially."""
+    """Clipping by global norm, L2 decay, and Adam with linear warm-up from 0, as officially.
+
+    The tree of its state does not depend on the settings, so that they may change during a run.
+    """
     optim = config.optim
-    schedule = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup else optim.lr
-    decay = (
-        optax.add_decayed_weights(optim.weight_decay, mask=_weight_decay_mask)
-        if optim.weight_decay
-        else optax.identity()
-    )
+    if optim.warmup:
+        schedule = optax.linear_schedule(0.0, optim.lr, optim.warmup)
+    else:
+        schedule = optax.constant_schedule(optim.lr)
     return optax.chain(
         optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip >= 0 else optax.identity(),
-        decay,
+        _decay(optim.weight_decay),
         optax.scale_by_adam(b1=optim.beta1, b2=0.999, eps=optim.eps),
         optax.scale_by_learning_rate(schedule),
     )

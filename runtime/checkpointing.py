@@ -57,19 +57,70 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def restore(folder: pathlib.Path, shape: State, step: int) -> State:
-    """Read the state of one checkpoint with the given shapes; UserError if it can't be read."""
+    """Read one checkpoint as NumPy arrays.
+
+    Args:
+      folder: the run's checkpoints.
+      shape: the state's shapes; fields that are None are not read.
+      step: the checkpoint's step.
+
+    Raises:
+      UserError: it can't be read, or it has other arrays than `shape`; the line names them.
+    """
     path = folder.resolve() / str(step)
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shape
+    wanted = {_name(key): leaf.shape for key, leaf in _leaves(shape)}
+    fields = {name.split(".")[0] for name in wanted}
+    reader = ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone()),
+        multiprocessing_options=_alone(),
     )
     try:
-        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
-            state = jax.tree.map(np.asarray, checkpointer.restore(path / "default", target))
+        with reader:
+            there = reader.metadata(path / "default").item_metadata.tree
+            there = {name: tree for name, tree in there.items() if name in fields}
+            _check_shapes(path, {_name(key): leaf.shape for key, leaf in _leaves(there)}, wanted)
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
+            args = ocp.args.PyTreeRestore(there, restore_args=how, partial_restore=True)
+            saved = reader.restore(path / "default", args)
+        arrays = {_name(key): np.asarray(leaf) for key, leaf in _leaves(saved)}
+        structure = jax.tree.structure(shape)
+        state = jax.tree.unflatten(structure, [arrays.get(n, arrays.get(_UPDATES)) for n in wanted])
         compare(_saved_checksums(path), state)
         return state
+    except UserError:
+        raise
     except Exception as error:  # Orbax raises many kinds of error for damaged files
         raise UserError(f"the checkpoint {path} can't be read ({first_line(error)})") from error
+
+
+# The number of updates in Adam's state, which is that of the schedule's, too. Runs with
+# optim.warmup=0 used to have no schedule.
+_UPDATES, _UPDATES_OF_SCHEDULE = "opt_state.2.count", "opt_state.3.count"
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _name(path: Any) -> str:
+    """The name of an array in a state, as `params.Conv_0.kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _check_shapes(path: pathlib.Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise a UserError that names the arrays of a checkpoint that differ from the wanted ones."""
+    there = {_UPDATES_OF_SCHEDULE: there[_UPDATES], **there} if _UPDATES in there else there
+    differ = [
+        f"{name} is {there.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
+        for name in sorted(wanted.keys() | there.keys())
+        if there.get(name) != wanted.get(name)
+    ]
+    if differ:
+        more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise UserError(
+            f"the checkpoint {path} is of another network or optimiser: "
+            f"{'; '.join(differ[:3])}{more}"
+        )
 
 
 def _saved_checksums(path: pathlib.Path) -> dict[str, Any]:
@@ -109,8 +160,8 @@ def restore_newest(manager: ocp.CheckpointManager, shape: State) -> State | None
         return state
     if damaged:
         raise UserError(
-            f"none of the {len(damaged)} checkpoints in {manager.directory} can be read, or the "
-            "network is another; nothing was changed"
+            f"none of the {len(damaged)} checkpoints in {manager.directory} can be read; nothing "
+            "was changed"
         )
     return None
 
@@ -213,28 +264,39 @@ def steps_to_evaluate(config: ConfigDict, workdir: pathlib.Path) -> list[int]:
     return chosen
 
 
-def restore_step(config: ConfigDict, workdir: pathlib.Path, shape: State, step: int) -> State:
-    """The state of a checkpoint as NumPy arrays on every process, for evaluation and sampling.
+def restore_step(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    shape: State,
+    step: int,
+    weights_only: bool = True,
+) -> State:
+    """The state of a checkpoint as NumPy arrays on every process.
 
-    An exported model has EMA weights alone: they are its `params` too, without an `opt_state`.
+    With `weights_only`, and of an exported model, only the EMA weights are read. They are its
+    `params` too, without an `opt_state`.
     """
 
     def read() -> State:
         check_network(config, workdir)
         if exported.is_exported(workdir):
-            params = exported.read(workdir, shape.ema_params)
-            weights = {"params": params, "ema_params": params, "opt_state": None}
-            return dataclasses.replace(shape, step=np.int32(step), **weights)
-        return jax.tree.map(np.asarray, restore(workdir / "checkpoints", shape, step))
+            weights = exported.read(workdir, shape.ema_params)
+            return dataclasses.replace(
+                like, step=np.int32(step), params=weights, ema_params=weights
+            )
+        if not weights_only:
+            return restore(workdir / "checkpoints", shape, step)
+        state = restore(workdir / "checkpoints", dataclasses.replace(like, params=None), step)
+        return dataclasses.replace(state, params=state.ema_params)
 
-    is_exported = hosts.on_main(lambda: exported.is_exported(workdir))
-    like = dataclasses.replace(shape, opt_state=None) if is_exported else shape
+    weights_only = hosts.on_main(lambda: weights_only or exported.is_exported(workdir))
+    like = dataclasses.replace(shape, opt_state=None) if weights_only else shape
     return hosts.on_main(read, like)
 
 
 def restore_latest(config: ConfigDict, workdir: pathlib.Path, shape: State) -> State:
-    """The state of the newest checkpoint."""
+    """The whole state of the newest checkpoint."""
     config = config.copy_and_resolve_references()
     config.eval.update(begin_ckpt=0, end_ckpt=0)
     (step,) = hosts.on_main(lambda: steps_to_evaluate(config, workdir))
-    return restore_step(config, workdir, shape, step)
+    return restore_step(config, workdir, shape, step, weights_only=False)
