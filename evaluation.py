@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ from metrics.scorers import (
     score_images,
 )
 from readers.samples import load_images
-from readers.source import ArraySource
+from readers.source import ArraySource, LabelledSource
 from runtime import checkpointing, hosts
 from runtime.locking import locked
 from runtime.pictures import plot_training, save_grid
@@ -67,6 +67,7 @@ from runtime.workdir import (
     check_network,
     check_processes,
     make_folder,
+    run_config,
     short_hash,
 )
 from session import (
@@ -256,8 +257,10 @@ def _check_density(config: ConfigDict) -> None:
         )
 
 
-def _images_to_score(config: ConfigDict, num_levels: int) -> tuple[datasets.Dataset, list[str]]:
-    """The images of `eval.images` and their names."""
+def _images_to_score(
+    config: ConfigDict, num_levels: int, classes: tuple[str, ...]
+) -> tuple[datasets.Dataset, list[str]]:
+    """The images of `eval.images`, with the labels of a network that is told them, and names."""
     if config.eval.images == "test":
         test = datasets.get_dataset(config, "test")
         return test, [str(i) for i in datasets.subset(test, config.eval.num_test_data)]
@@ -265,12 +268,34 @@ def _images_to_score(config: ConfigDict, num_levels: int) -> tuple[datasets.Data
     if config.data.dataset == "array":
         of_file = datasets.array_of_images(config, path, "eval.images")
         return of_file, [str(i) for i in range(len(of_file))]
-    source, names, _ = load_images(path, size, config.data.num_channels, "eval.images", least=1)
+    source, names, given = load_images(path, size, config.data.num_channels, "eval.images", least=1)
     if num_levels != 256:
         grey = source.fetch(np.arange(len(names)))["image"]
         levels = np.round(grey * ((num_levels - 1) / 255)).astype(np.uint8)
         source = ArraySource(levels, np.zeros(len(names), int))
-    return datasets.Dataset(path.stem, source, num_levels), names
+    labels = _known_labels(config, given, classes) if config.model.num_classes else None
+    if labels is None:
+        return datasets.Dataset(path.stem, source, num_levels, ()), names
+    source = LabelledSource(source, labels)
+    return datasets.Dataset(path.stem, source, num_levels, classes), names
+
+
+def _known_labels(
+    config: ConfigDict, given: Sequence[str] | None, classes: tuple[str, ...]
+) -> np.ndarray | None:
+    """The numbers of images' labels among a network's classes; None if there are none of these."""
+    if given is None:
+        log.warning("eval.images have no labels; they are scored as images of no label")
+        return None
+    unknown = sorted(set(given) - set(classes))
+    if unknown:
+        log.warning(
+            "eval.images are scored as images of no label: %s is none of the network's classes %s",
+            unknown[0],
+            ", ".join(classes[:12]) + (", …" if len(classes) > 12 else ""),
+        )
+        return None
+    return np.array([classes.index(name) for name in given])
 
 
 def _evaluate_images(
@@ -280,19 +305,27 @@ def _evaluate_images(
     if len(steps) != 1:
         raise UserError(f"eval.images is for one checkpoint; {len(steps)} are chosen")
     _check_density(config)
-    chosen, names = _images_to_score(config, setup.num_levels)
+    # Of runs that do not have the names of their classes, they are numbers.
+    classes = tuple(run_config(config, workdir).data.classes)
+    classes = classes or tuple(map(str, range(config.model.num_classes)))
+    chosen, names = _images_to_score(config, setup.num_levels, classes)
     if config.model.num_classes and not (chosen.num_classes or config.training.label_dropout):
         raise UserError(
             "eval.images have no labels, and the network was never trained without "
             "(training.label_dropout=0)"
         )
     config = config.copy_and_resolve_references()
-    config.eval.num_test_data = len(names)
+    config.eval.update(num_test_data=len(names), num_draws=config.eval.image_draws)
     results = PartialResults(workdir / "eval" / "parts")
     scored = Data(chosen, chosen)  # the training images are not needed
     bits = BitsEvaluation(config, setup, scored, results, get_bpd_fn(config, setup))
     advise_on_bits(config, setup, bits.num_test)
-    log.info("bits/dim of %d images of %s", len(names), config.eval.images)
+    log.info(
+        "bits/dim of %d images of %s, %d draws each for its error (eval.image_draws)",
+        len(names),
+        config.eval.images,
+        config.eval.image_draws,
+    )
     params = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0]).ema_params
     values = bits_of_images(bits, params)
     digest = short_hash(datasets.fingerprint(chosen), len(names), params, config.eval)[:8]

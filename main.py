@@ -43,6 +43,11 @@ _WORKDIR = flags.DEFINE_string(
 _OVERRIDE = flags.DEFINE_bool(
     "override", False, "For --mode train: continue in a workdir of another config."
 )
+_INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "For --mode train: start a new run from the weights of another run, or of an exported model.",
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "For several processes: host:port of process 0."
 )
@@ -55,19 +60,21 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def _with_saved_config(argv: list[str]) -> list[str]:
-    """Without --config, add a --config flag for the config saved in the workdir, if any."""
+    """Without --config, add a flag for the config saved in the workdir, or by --init_from's run."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     parser.add_argument("--workdir")
+    parser.add_argument("--init_from")
     try:
         given, _ = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError:
         return argv  # a flag without a value; absl reports it
-    folder = given.workdir and pathlib.Path(given.workdir)
-    if given.config or not folder or not (folder / "config.json").exists():
+    folders = [pathlib.Path(name) for name in (given.workdir, given.init_from) if name]
+    found = [folder for folder in folders if (folder / "config.json").exists()]
+    if given.config or not found or not given.workdir:
         return argv
     recipe = pathlib.Path(__file__).parent / "configs" / "saved.py"
-    return [argv[0], f"--config={recipe}:{folder}", *argv[1:]]  # overrides come after it
+    return [argv[0], f"--config={recipe}:{found[0]}", *argv[1:]]  # overrides come after it
 
 
 def _with_home(argument: str) -> str:
@@ -177,12 +184,15 @@ def main(argv: list[str]) -> None:
             raise UserError("--checkpoint is for --mode import")
         if _OVERRIDE.value and _MODE.value != "train":
             raise UserError("--override is for --mode train")
+        if _INIT_FROM.value and _MODE.value != "train":
+            raise UserError("--init_from is for --mode train")
         if _TO.value and _MODE.value != "export":
             raise UserError("--to is for --mode export")
         if _FORMAT.value and _MODE.value != "export":
             raise UserError("--format is for --mode export; for samples, --config.sampling.format")
         if _MODE.value == "train":
-            run_lib.train(config, workdir, _OVERRIDE.value, _config_file())
+            init_from = _INIT_FROM.value or ""
+            run_lib.train(config, workdir, _OVERRIDE.value, _config_file(), init_from)
         elif _MODE.value == "eval":
             run_lib.evaluate(config, workdir)
         elif _MODE.value == "sample":

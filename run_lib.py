@@ -52,7 +52,6 @@ from session import (
     Setup,
     advise_on_sampling,
     advise_on_training,
-    check_labels,
     get_sampler,
     get_train_call,
     init_state,
@@ -60,6 +59,7 @@ from session import (
     sample_batches,
     sample_labels,
     set_up,
+    with_classes,
     with_data_facts,
     with_labels,
 )
@@ -72,6 +72,7 @@ from train_step import (
     steps_a_call,
     unpack_state,
 )
+from transfer import start_from
 
 __all__ = ["evaluate", "export", "import_official", "make_statistics", "sample", "train"]
 
@@ -85,6 +86,7 @@ def train(
     workdir: str | os.PathLike[str],
     override: bool = False,
     config_file: str = "",
+    init_from: str = "",
 ) -> TrainState:
     """Train `config` in `workdir`, or resume an interrupted training there.
 
@@ -95,6 +97,7 @@ def train(
       workdir: the run's folder; only the main process reads and writes it.
       override: continue in a workdir of another config.
       config_file: the file of the config, recorded in the workdir.
+      init_from: a run or an exported model whose weights a new run starts from (`transfer`).
 
     Returns:
       The last state.
@@ -103,12 +106,12 @@ def train(
       UserError: the config, the data or the workdir can't be used; or the loss is not finite, or
         saving fails, too often in a row.
     """
-    config = with_data_facts(config, workdir)
+    config = with_data_facts(config, workdir, of_run=not override)
     workdir, training, num_steps = pathlib.Path(workdir), config.training, config.training.n_iters
 
     # Model, optimiser and objective; data.
     setup, data = set_up(config, jax.device_count()), load_data(config)
-    check_labels(config, data.train)
+    config = with_classes(config, data.train, anew=bool(init_from))
     facts = datasets.facts_of_data(data)
     check_processes(config, facts)
 
@@ -126,6 +129,10 @@ def train(
             record_data(workdir, facts)
         advise_on_training(config)
         state = restored or init_state(config, setup.model, setup.optimizer)
+        if init_from and not restored:
+            state = start_from(config, setup, state, init_from)
+        if files and not restored:
+            files.record()
         step = int(state.step)
         if step > num_steps:
             log.warning("step %d is reached, training.n_iters is %d: no training", step, num_steps)
@@ -236,8 +243,13 @@ class _Files:
         self._stack.enter_context(locked(workdir))
         manager = self._stack.enter_context(checkpointing.checkpoints(config, workdir))
         state = checkpointing.restore_newest(manager, shape)
-        claim_workdir(config, workdir, True, override, config_file)
-        self.saver = checkpointing.Saver(manager, config.training.max_failed_saves)
+
+        def record() -> None:
+            claim_workdir(config, workdir, True, override, config_file)
+
+        # What is there was saved under the config that is recorded there.
+        self.record = record
+        self.saver = checkpointing.Saver(manager, config.training.max_failed_saves, record)
         self.metrics = Metrics(workdir, 0 if state is None else int(state.step))
         self._stack.callback(self.metrics.close)
         return jax.tree.map(np.asarray, state)

@@ -91,11 +91,14 @@ def _first_state(optimizer: optax.GradientTransformation, params: Any) -> TrainS
 _OF_ARRAYS = ("image_size", "image_width", "num_channels", "num_levels", "scale", "dequantization")
 
 
-def with_data_facts(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
+def with_data_facts(
+    config: ConfigDict, workdir: str | os.PathLike[str], of_run: bool = True
+) -> ConfigDict:
     """The config with what the data set says in place of what the recipe leaves to it.
 
     That is the number of labels for `model.num_classes` = -1, and the shape and units of an array
-    data set. They are those of the run, or of the data set if there is no run yet.
+    data set. They are those of the run, or of the data set if there is no run of such data yet or
+    not `of_run`.
 
     Raises:
       UserError: the data set has no labels, or can't be read.
@@ -105,8 +108,9 @@ def with_data_facts(config: ConfigDict, workdir: str | os.PathLike[str]) -> Conf
         return config
     config = config.copy_and_resolve_references()
     run = None
-    if (pathlib.Path(workdir) / "config.json").exists():
+    if of_run and (pathlib.Path(workdir) / "config.json").exists():
         run = saved.get_config(pathlib.Path(workdir))
+        run = run if run.data.dataset == config.data.dataset else None
     if is_array:
         check_array_fields(config)
         facts = dict(run.data) if run else datasets.array_facts(config)
@@ -130,6 +134,26 @@ def check_labels(config: ConfigDict, train: datasets.Dataset) -> None:
     if told and told != train.num_classes:
         has = f"{train.num_classes} labels" if train.num_classes else "no labels"
         raise UserError(f"model.num_classes is {told}, and {train.name} has {has}")
+    known = tuple(config.data.classes)
+    if told and known and known != train.classes:
+        first = next(i for i in range(told) if known[i : i + 1] != train.classes[i : i + 1])
+        raise UserError(
+            f"label {first} is {train.classes[first]!r} in {train.name}, and {known[first]!r} in "
+            "the run's data.classes"
+        )
+
+
+def with_classes(config: ConfigDict, train: datasets.Dataset, anew: bool = False) -> ConfigDict:
+    """The config with the names of the labels that its network is told.
+
+    They are checked as above, but not the names if `anew`.
+    """
+    config = config.copy_and_resolve_references()
+    config.data.classes = () if anew else config.data.classes
+    check_labels(config, train)
+    if config.model.num_classes:
+        config.data.classes = train.classes
+    return config
 
 
 def _check_sampling_time(config: ConfigDict, sde: sde_lib.SDE) -> None:

@@ -58,6 +58,7 @@ def get_default_config() -> ConfigDict:
     data.centered = True  # images in [-1, 1] instead of [0, 1]
     data.random_flip = True
     data.dequantization = "uniform"  # none, uniform, or lossless (a discrete decoder)
+    data.classes = ()  # the labels' names, of a network that is told labels; (): the data set's
 
     config.model = model = ConfigDict()
     # ncsnpp; ddpm, the plain U-Net, which reads only dtype, nf, ch_mult, num_res_blocks,
@@ -180,6 +181,7 @@ def get_default_config() -> ConfigDict:
     evaluation.stats_path = ""  # statistics of the training images; empty: a file in the cache
     evaluation.num_test_data = 10_000
     evaluation.num_draws = 1  # draws of dequantisation and noise for each test image
+    evaluation.image_draws = 4  # the same for each of eval.images; its error needs 2 or more
     evaluation.nelbo_draws = 4  # times t for each of these draws
     evaluation.truncated_normal = False  # bits/dim of the levels by truncated-normal noise, too
     evaluation.images = ""  # images whose bits/dim are wanted, or test; the scores of each in a CSV

@@ -91,6 +91,7 @@ _POSITIVE = [
     "eval.num_samples",
     "eval.num_test_data",
     "eval.num_draws",
+    "eval.image_draws",
     "eval.nelbo_draws",
     "eval.rtol",
     "eval.atol",

@@ -86,3 +86,22 @@ class RecordSource:
     def describe(self) -> bytes:
         """A hash of `identity`."""
         return hashlib.sha256(self.identity).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledSource:
+    """The examples of another source with labels (N,) in place of its own."""
+
+    source: Source
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fetch(self, indices: np.ndarray) -> Examples:
+        """The examples at these indices."""
+        return {**self.source.fetch(indices), "label": self.labels[indices]}
+
+    def describe(self) -> bytes:
+        """What the source says of itself, and the labels."""
+        return self.source.describe() + self.labels.tobytes()

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -169,9 +170,18 @@ def restore_newest(manager: ocp.CheckpointManager, shape: State) -> State | None
 class Saver:
     """Saves checkpoints in the background; training continues if the disk is full for a while."""
 
-    def __init__(self, manager: ocp.CheckpointManager, max_failures: int) -> None:
-        """Stop the training after `max_failures` failed saves in a row."""
+    def __init__(
+        self,
+        manager: ocp.CheckpointManager,
+        max_failures: int,
+        on_first: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Stop the training after `max_failures` failed saves in a row.
+
+        `on_first` is called when the first save has succeeded.
+        """
         self._manager, self._max_failures = manager, max_failures
+        self._on_first: Callable[[], None] | None = on_first
         self._failures = 0
         self._pending: int | None = None
 
@@ -202,6 +212,9 @@ class Saver:
             try:
                 self._manager.wait_until_finished()
                 self._failures = 0
+                if self._on_first:
+                    self._on_first()
+                    self._on_first = None
             except Exception as error:  # as in `save`
                 _release_waiting()
                 self._failed(step, error)

@@ -117,16 +117,19 @@ def record_data(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
         write_text(path, json.dumps(facts) + "\n")
 
 
+def run_config(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+    """The config that the run in `workdir` recorded; `config` if there is none."""
+    return saved.get_config(workdir) if (workdir / "config.json").exists() else config
+
+
 def portable_config(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     """The config of a run, without the paths of this machine.
 
     The sections eval and sampling are those of `config`, the others of the run in `workdir`.
     """
-    portable = config.copy_and_resolve_references()
-    if (workdir / "config.json").exists():
-        own = saved.get_config(workdir)
-        for section in ("data", "model", "optim", "training"):
-            portable[section] = own[section]
+    portable, own = config.copy_and_resolve_references(), run_config(config, workdir)
+    for section in ("data", "model", "optim", "training"):
+        portable[section] = own[section]
     # A folder's data need a name, which the report has, though sampling does not read them.
     folder = portable.data.dataset == "folder"
     name = pathlib.Path(portable.data.path).resolve().name if folder else ""

@@ -241,7 +241,7 @@ def test_bits_of_given_images_are_a_row_each_in_a_folder_of_their_own(trained, t
     rows = {}
     for images, count in (("few", 3), ("many.npz", 7), ("zipped.zip", 1), ("test", 12)):
         path = images if images == "test" else str(tmp_path / images)
-        config = eval_config(trained, images=path, num_draws=2, truncated_normal=True)
+        config = eval_config(trained, images=path, image_draws=2, truncated_normal=True)
         config.eval.update(nll_steps=32, nelbo_draws=1)
         before = set((tmp_path / "run" / "eval").glob("images_*"))
         report = run_lib.evaluate(config, tmp_path / "run")

@@ -1,0 +1,103 @@
+"""The start of a new run from the weights of another: fine-tuning."""
+
+import dataclasses
+import logging
+import pathlib
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from configs import saved
+from configs.default import UserError
+from runtime import checkpointing
+from session import Setup, set_up
+from train_step import TrainState
+
+log = logging.getLogger("soft_truncation")
+
+_LEAST = 0.1  # of the parameters must fit
+_LABELS = "Embed_0/embedding"  # a row for each class, and a last one for no label
+
+
+def start_from(config: ConfigDict, setup: Setup, state: TrainState, source: str) -> TrainState:
+    """The first state of a run whose weights are those of another run or of an exported model.
+
+    Each array of the other network's EMA weights that has the name and the shape of one here takes
+    its place. So the data, the resolution, the objective and the parametrisation may be others. Of
+    the labels' embedding the rows are taken whose classes have the same names.
+
+    Args:
+      config: the new run's config.
+      setup: its parts.
+      state: its first state.
+      source: the folder of the other run, whose newest checkpoint is read, or of an exported model;
+        every process reads it.
+
+    Returns:
+      `state` with these `params` and `ema_params`; its other arrays are new.
+
+    Raises:
+      UserError: `source` can't be read, or is of another network.
+    """
+    folder = pathlib.Path(source)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--init_from: {folder} is no run and no exported model")
+    other = saved.get_config(folder)
+    there = checkpointing.restore_latest(other, folder, set_up(other).state_shape)
+    given = traverse_util.flatten_dict(there.ema_params, sep="/")
+    own = {
+        name: np.asarray(array)
+        for name, array in traverse_util.flatten_dict(state.params, sep="/").items()
+    }
+    taken = {name: array for name, array in given.items() if _fits(own.get(name), array)}
+    rows = _rows_of_classes(config, other) if _LABELS in own.keys() & given.keys() else {}
+    if rows:
+        taken[_LABELS] = np.array(own[_LABELS])
+        taken[_LABELS][list(rows)] = given[_LABELS][list(rows.values())]
+    elif config.model.num_classes:
+        taken.pop(_LABELS, None)
+    share = sum(x.size for x in taken.values()) / sum(x.size for x in own.values())
+    if share < _LEAST:
+        raise UserError(
+            f"--init_from: {share:.1%} of the parameters here have the name and shape of one in "
+            f"{folder}; set config.model as in its config.json"
+        )
+    log.info("weights of step %d of %s: %s", there.step, folder, _told(own, given, taken, rows))
+    params = traverse_util.unflatten_dict(own | taken, sep="/")
+    return dataclasses.replace(state, params=params, ema_params=params)
+
+
+def _fits(own: Any, array: np.ndarray) -> bool:
+    return own is not None and own.shape == array.shape
+
+
+def _rows_of_classes(config: ConfigDict, other: ConfigDict) -> dict[int, int]:
+    """The rows of the labels' embedding here, and those of the same meaning in another network."""
+    here, there = tuple(config.data.classes), tuple(other.data.classes)
+    of_both = {here.index(name): there.index(name) for name in here if name in there}
+    if not there and config.model.num_classes == other.model.num_classes:
+        of_both = {row: row for row in range(config.model.num_classes)}  # an older run's
+    return {**of_both, config.model.num_classes: other.model.num_classes}
+
+
+def _told(
+    own: dict[str, np.ndarray],
+    given: dict[str, np.ndarray],
+    taken: dict[str, np.ndarray],
+    rows: dict[int, int],
+) -> str:
+    """What was taken and what is new, in one line."""
+
+    def some(names: set[str]) -> str:
+        shown = sorted(names)
+        return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
+
+    parts = [f"{len(taken)} of {len(own)} arrays"]
+    if rows:
+        parts.append(f"{len(rows)} of {len(own[_LABELS])} rows of the labels")
+    new, unused = own.keys() - taken.keys(), given.keys() - taken.keys()
+    parts += [f"new: {some(new)}"] if new else []
+    parts += [f"not used: {some(unused)}"] if unused else []
+    return "; ".join(parts)
