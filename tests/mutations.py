@@ -37,10 +37,11 @@ density of the prior: ratio ** (-self.k) → ratio ** (1 - self.k)
 equivalent weight from above: weight * self.prior.cdf(t) → weight * (1 - self.prior.cdf(t))
 [losses.py | test_losses.py -k devices]
 truncation of each device: (tau_key)  # one → (jax.random.fold_in(tau_key, index[0]))  # one
-[losses.py | test_losses.py -k "golden_losses or decoder or residual or flipped or halves"]
+[losses.py | test_losses.py -k "golden_losses or decoder"]
 sign of the noise in the loss: (scaled_score + z) ** 2) → (scaled_score - z) ** 2)
-normaliser of the decoder: - dims * jnp.log(alpha) → + dims * jnp.log(alpha)
 closed lowest level: -jnp.inf, error - half → error - half, error - half
+[losses.py | test_losses.py -k "residual or flipped or ratio_of_halves"]
+normaliser of the decoder: - dims * jnp.log(alpha) → + dims * jnp.log(alpha)
 one noise for two terms: for k in (z_key, z_tau_key)) → for k in (z_key, z_key))
 training without flips: flip=train) → flip=False)
 balance of one device: if axis_name else mean) → if False else mean)
@@ -59,9 +60,10 @@ no residual but noise: to_bits_per_dim(-logp_x0, → to_bits_per_dim(-logp_x_eps
 mass of the cut normal: np.log(2 * np.pi) - log_mass → np.log(2 * np.pi) + log_mass
 sum over draws: np.log(np.mean(np.exp(nats - top) → np.log(np.sum(np.exp(nats - top)
 
-[sampling.py | test_sampling.py -k "ancestral or golden or chain or its_key"]
-noise of the posterior: b * sde.std(t_next) / sde.std(t) * z → b * z
+[sampling.py | test_sampling.py -k golden]
 corrector's step: 2 * a**2 * (snr * norm(z) → 2 * (snr * norm(z)
+[sampling.py | test_sampling.py -k "large_ancestral or chain or its_key"]
+noise of the posterior: b * sde.std(t_next) / sde.std(t) * z → b * z
 noise used twice: number = number + 1 → number = number
 one evaluation too many: nfe = (num_steps - 1) * each → nfe = num_steps * each
 keys of the first batch: start + jnp.arange(count)) → jnp.arange(count))
@@ -96,9 +98,10 @@ width of a cell: else 1.0) / self.num_levels → else 1.0) / (self.num_levels - 
 highest level not counted: levels == num_levels - 1) → levels == num_levels)
 process's share: process_index * share, (process_index + 1) * share → 0, share
 
-[models/layers.py | test_models.py -k "golden_scores or attention or waves or each_layer or fir"]
+[models/layers.py | test_models.py -k "golden_scores or attention"]
 time embedding: (half - 1) * jnp.arange(half) → half * jnp.arange(half)
 attention without its scale: (scores - largest) / math.sqrt(query.shape[-1]) → scores - largest
+[models/layers.py | test_models.py -k "resampling or waves or each_layer"]
 filter without gain: [up * tap / sum(kernel) → [tap / sum(kernel)
 filter shifted: ((rest + 1) // 2 + 1, rest // 2), up=2) → (rest // 2, (rest + 1) // 2 + 1), up=2)
 Fourier features: for scale in (128, 256) → for scale in (64, 128)
@@ -116,7 +119,7 @@ variance of means: axis=-1, keepdims=True, ddof=1) → axis=-1, keepdims=True)
 VE divided twice: scale_by_sigma and not network_divides_by_sigma) → scale_by_sigma)
 [models/utils.py | test_labels.py -k guidance]
 guidance the wrong way: (with_label - without) → (without - with_label)
-[models/normalization.py | test_normalization.py]
+[models/normalization.py | test_normalization.py -k "dropout or left_to_xla or some_gradients"]
 dropout without its scale: y / (1 - options.rate) → y
 groups interleaved: jnp.repeat(mean, size, axis=-1) → jnp.tile(mean, (1, size))
 

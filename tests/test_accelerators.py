@@ -497,7 +497,8 @@ def test_the_estimate_of_memory_counts_what_is_alive():
     def loop(x, kernel):
         return jax.lax.scan(lambda x, _: (four(x, kernel), None), x, length=100)[0]
 
-    assert memory.needed_bytes(loop, x, kernel) <= 21 * kib  # once, not a hundred times
+    # What one round needs, and that once, not a hundred times.
+    assert 12 * kib <= memory.needed_bytes(loop, x, kernel) <= 21 * kib
 
 
 @pytest.mark.slow

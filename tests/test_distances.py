@@ -139,3 +139,9 @@ def test_the_gaussian_baseline_is_fitted_by_maximum_likelihood():
     fitted.add(rows)
     bits = distances.gaussian_bits_per_dim(fitted, rows, 0)
     np.testing.assert_allclose(bits, -scipy.stats.norm.logpdf(rows, 4, 14**0.5)[:, 0] / np.log(2))
+
+
+def test_the_frechet_distance_of_a_set_to_itself_is_not_negative():
+    for seed in range(5):
+        rows = np.random.default_rng(seed).standard_normal((20, 64)) * 100  # of low rank
+        assert 0 <= distances.frechet_distance(rows, rows) < 1e-2

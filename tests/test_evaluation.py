@@ -8,6 +8,7 @@ import subprocess
 import time
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -258,7 +259,7 @@ def test_bits_of_given_images_are_a_row_each_in_a_folder_of_their_own(trained, t
         np.testing.assert_allclose(weighted, report["nll_truncated_normal_weighted"], rtol=1e-5)
         assert weighted <= report["nll_truncated_normal"]
     assert [row["image"] for row in rows["few"]] == ["0.png", "1.png", "2.png"]
-    # The same image at the same place has the same bits in any company.
+    # The same image has the same bits in any company.
     assert rows["zipped.zip"][0]["image"] == "inside/0.png"
     assert rows["zipped.zip"][0]["nll"] == rows["few"][0]["nll"]
     assert not (tmp_path / "run" / "eval" / "report.json").exists()
@@ -394,3 +395,56 @@ def test_the_table_of_images_has_the_error_of_the_mean_over_draws():
     assert set(table) == {"nll", "nll_stderr"}
     np.testing.assert_allclose(table["nll"], nll.mean(axis=0))
     np.testing.assert_allclose(table["nll_stderr"], nll.std(axis=0, ddof=1) / 2)
+
+
+def test_noise_of_bits_is_a_function_of_the_image_and_the_seed():
+    images = np.random.default_rng(0).integers(0, 17, (5, 8, 8, 1), np.uint8)
+    images[3] = images[0]
+    data = jax.random.key_data(bits_per_dim.keys_of_contents(1, images))
+    again = jax.random.key_data(bits_per_dim.keys_of_contents(1, images[::-1]))
+    np.testing.assert_array_equal(data, again[::-1])
+    assert len(np.unique(data, axis=0)) == 4
+    other = jax.random.key_data(bits_per_dim.keys_of_contents(2, images))
+    assert not (data == other).all(axis=1).any()
+
+
+@pytest.mark.slow
+def test_bits_of_an_image_do_not_depend_on_the_others(trained, tmp_path):
+    rng, scores = np.random.default_rng(0), []
+    images = [Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)) for _ in range(9)]
+    shutil.copytree(trained / "run", tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    folders = {"plain": range(6), "turned": range(5, -1, -1), "more": [8, 0, 7, 1, 2, 3, 4, 5, 6]}
+    for (name, order), size in zip(folders.items(), (4, 4, 9), strict=True):
+        (tmp_path / name).mkdir()
+        for place, i in enumerate(order):
+            images[i].save(tmp_path / name / f"{place}_{i}.png")
+        config = eval_config(trained, images=str(tmp_path / name), rtol=1e-4, atol=1e-4)
+        config.eval.update(batch_size=size, image_draws=2)
+        run_lib.evaluate(config, tmp_path / "run")
+        (path,) = (tmp_path / "run" / "eval").glob(f"images_{name}_*/bits_per_dim.csv")
+        with path.open() as file:
+            rows = {row.pop("image").split("_")[1]: row for row in csv.DictReader(file)}
+        assert all(float(row["nll_stderr"]) > 0 for row in rows.values())
+        scores.append([[float(v) for v in rows[f"{i}.png"].values()] for i in range(6)])
+    np.testing.assert_array_equal(scores[0], scores[1])
+    np.testing.assert_allclose(scores[0], scores[2], atol=1e-4)
+
+
+def test_labels_of_given_images_are_those_of_the_networks_classes(tmp_path, caplog):
+    config = tiny_config()
+    config.model.num_classes = 3
+    config.eval.images = str(tmp_path)
+    for i, label in enumerate(["cat", "dog", "cat"]):
+        (tmp_path / label).mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / label / f"{i}.png")
+
+    def labels(classes):
+        chosen, _ = evaluation._images_to_score(config, 17, classes)
+        return chosen.source.fetch(np.arange(3))["label"].tolist() if chosen.classes else None
+
+    assert labels(("ant", "cat", "dog")) == [1, 1, 2]
+    assert not caplog.text
+    assert labels(("0", "1", "2")) is None
+    assert (
+        "scored as images of no label: cat is none of the network's classes 0, 1, 2" in caplog.text
+    )

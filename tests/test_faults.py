@@ -790,15 +790,6 @@ def test_damaged_files_are_read_or_refused_in_one_line():
     assert done.stdout.count("| 0 | 0 |") == 2 * (len(fuzz.FORMATS) - 1)  # as they come, and again
 
 
-def test_metrics_of_the_checkpoints_step_stay_and_later_ones_go(tmp_path):
-    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        metrics = Metrics(tmp_path, first)
-        for step in steps:
-            metrics.write(step, {"loss": step + first})
-        metrics.close()
-    assert losses_of(tmp_path) == {1: 1, 2: 2, 3: 5, 4: 6}
-
-
 def test_the_newest_checkpoint_that_can_be_read_is_taken(tmp_path, monkeypatch):
     broken = {9}
 

@@ -268,3 +268,10 @@ def test_dropout_is_independent_between_places_images_and_keys(rate):
     for sums in (per_place, per_image):
         assert abs(sums).max() < 6
         np.testing.assert_allclose(sums.var(), 1, atol=6 * np.sqrt(2 / sums.size))
+
+
+def test_dropout_keeps_the_mean():
+    options, x = normalization.Options(1, False, 0.25), jnp.ones((2, 4, 4, 4))
+    words = jax.random.key_data(jax.random.split(jax.random.key(0), 2))
+    y = normalization.norm_act(options, x, jnp.zeros(4), jnp.full(4, 3.0), None, words)
+    np.testing.assert_allclose(np.unique(y), [0, 4])

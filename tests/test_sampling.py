@@ -1,3 +1,4 @@
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -388,3 +389,26 @@ def test_completions_of_all_batches_have_noise_of_their_own(monkeypatch):
     test = datasets.get_dataset(config, "test")
     arrays = controllable_generation.complete_test_images(config, setup, test, {})
     assert len(arrays["samples"]) == len(set(seen)) == 12
+
+
+def test_colours_are_multiplied_in_full_precision():
+    key, x = jax.random.key(0), jnp.ones((2, 4, 4, 3))
+    constrain, finish = controllable_generation.colorization(SDE, x)
+    programs = jax.make_jaxpr(constrain)(key, x, 0.5), jax.make_jaxpr(finish)(x)
+    products = [line for p in programs for line in str(p).split("\n") if "precision=" in line]
+    assert len(products) >= 4 and all("HIGHEST" in line for line in products)
+
+
+def test_an_adaptive_solve_of_a_row_does_not_depend_on_the_others():
+    sde, rng = sde_lib.VPSDE(), np.random.default_rng(0)
+    z = jnp.asarray(rng.standard_normal((6, 3)), jnp.float32)
+
+    def score_fn(x, t):  # of data at ±0.01, a harder ODE for some rows than for others
+        alpha, variance = sde.mean_coeff(t)[:, None], sde.std(t)[:, None] ** 2
+        return (0.01 * alpha * jnp.tanh(0.01 * alpha * x / variance) - x) / variance
+
+    solve = functools.partial(sampling.ode_sample, sde, score_fn, eps=1e-3, rtol=1e-3, atol=1e-3)
+    whole, _ = solve(z)
+    alone = jnp.concatenate([solve(row[None])[0] for row in z])
+    np.testing.assert_allclose(whole, alone, atol=1e-6)
+    np.testing.assert_allclose(solve(z[::-1])[0], whole[::-1], atol=1e-6)

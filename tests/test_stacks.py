@@ -18,7 +18,7 @@ from controllable_generation import _read_mask
 from evaluation import evaluate
 from metrics import bits_per_dim
 from metrics.report import channel_moments
-from runtime.pictures import image_grid, save_grid
+from runtime.pictures import save_grid
 from runtime.workdir import PartialResults
 from session import with_data_facts
 
@@ -385,10 +385,8 @@ def test_bits_with_their_padding_are_no_fewer_than_the_images_have(tmp_path):
     values = bits_per_dim.bits_of_images(evaluated, {"w": np.zeros(1)})
     assert np.allclose(values["nll"], 2 * 16 / 9) and np.allclose(values["nelbo"], 2 * 16 / 9)
     assert (values["nfe"] == 2).all()
-
-
-def test_a_grid_is_filled_row_by_row():
-    images = np.arange(1, 7, dtype=np.uint8)[:, None, None, None].repeat(48, 1).repeat(48, 2)
-    grid = image_grid(images, columns=3)
-    assert grid.shape == (2 * 50 + 2, 3 * 50 + 2, 1)
-    assert np.array_equal(grid[25::50, 25::50, 0], [[1, 2, 3], [4, 5, 6]])
+    # The bound of several draws is of the whole padded image, 16 dimensions, in bits per each of 9.
+    draws = np.array([[2.0], [3.0]]) * 16 / 9
+    weighted = bits_per_dim.weighted_draws(config, {"nll_truncated_normal": draws})
+    likelihoods = 2.0 ** -np.array([2 * 16, 3 * 16])
+    np.testing.assert_allclose(weighted, -np.log2(likelihoods.mean()) / 9, rtol=1e-12)
