@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from configs.default import UserError, array_shape, image_shape
 from readers import cache, published
-from readers.arrays import Stack, open_stacks, whole_stack
+from readers.arrays import Stack, Stacks, open_stacks, whole_stack
 from readers.layout import plain_classes
 from readers.source import ArraySource, Examples, Source
 from runtime.progress import Progress
@@ -85,7 +85,7 @@ def _load_known(config: ConfigDict) -> Data:
     data = config.data
     known, fit = published.PUBLISHED[data.dataset], published.get_fit(data)
     try:
-        found = published.find(data)
+        found = published.find(config)
         decoded = cache.decode(data.dataset, found, fit, data.skip_unreadable, data.cache)
     except (UserError, MemoryError):
         raise
@@ -165,6 +165,19 @@ class _StackSource:
         return repr((self.stack.identity, self.scale, self.shape)).encode()
 
 
+def _open_stacks(config: ConfigDict) -> Stacks:
+    """The arrays of a config, with their channels last."""
+    stacks = open_stacks(pathlib.Path(config.data.path))
+    if config.data.channels_first != 1:
+        return stacks
+    return stacks._replace(train=stacks.train.channels_last(), test=stacks.test.channels_last())
+
+
+def _looks_channels_first(shape: tuple[int, int, int]) -> bool:
+    first, *others = shape
+    return first < min(others) and (others[0] == others[1] or 2 * first <= min(others))
+
+
 def array_facts(config: ConfigDict) -> dict[str, Any]:
     """What `data.path` says of an array data set, by the name of the field in `config.data`.
 
@@ -175,12 +188,22 @@ def array_facts(config: ConfigDict) -> dict[str, Any]:
         `data.num_levels` or `data.scale`.
     """
     data, path = config.data, pathlib.Path(config.data.path)
-    train, test = open_stacks(path)[:2]
+    train, test = _open_stacks(config)[:2]
     height, width, channels = train.shape
+    if data.channels_first == -1 and _looks_channels_first(train.shape):
+        raise UserError(
+            f"data.path: {path} has examples of {train.shape}, as if channels came first: "
+            "--config.data.channels_first=1, or 0 if they are pictures of "
+            f"{height}×{width} with {channels} channels"
+        )
     facts: dict[str, Any] = {"image_size": height, "num_channels": channels}
     facts["image_width"] = 0 if width == height else width
     progress = Progress("reading all arrays once", len(train) + len(test))
     (low, high), (_, high_test) = train.extremes(progress), test.extremes(progress)
+    ranges = [f"{a:g} to {b:g}" for a, b in zip(low, high, strict=True)]
+    shown = ", ".join(ranges[:8]) + (", …" if channels > 8 else "")
+    axis = "first" if data.channels_first == 1 else "last"
+    log.info("%d×%d pixels of %d channels (the %s axis): %s", height, width, channels, axis, shown)
     if train.dtype.kind == "f":
         if data.num_levels:
             raise UserError(f"data.num_levels is for whole numbers; {path} has {train.dtype}")
@@ -221,7 +244,7 @@ def _stack_dataset(
 
 def _load_array(config: ConfigDict) -> Data:
     path = pathlib.Path(config.data.path)
-    train, test, classes, notes = open_stacks(path)
+    train, test, classes, notes = _open_stacks(config)
     log.info("data: arrays of %s in %s", train.dtype, path)
     for note in notes:
         log.warning("%s", note)
@@ -241,6 +264,8 @@ def array_of_images(config: ConfigDict, path: pathlib.Path, option: str) -> Data
       UserError: they can't be read, or have another shape or kind of numbers than the data.
     """
     stack = whole_stack(path, option)
+    if config.data.channels_first == 1 and stack.shape != array_shape(config):
+        stack = stack.channels_last()  # as the data are; samples have them last
     progress = Progress(f"reading {path.name}", len(stack))
     if stack.extremes(progress)[1].max() >= config.data.num_levels > 0:
         raise UserError(f"{option}: {path} has levels beyond the data's {config.data.num_levels}")

@@ -334,8 +334,9 @@ def solve_ode(
     """
     import diffrax  # takes half a second
 
-    def field_of_row(t: Array, y: Any, args: Any) -> Any:
-        slopes = vector_field(*jax.lax.all_gather((t, y), "rows"), args)
+    def field_of_row(t: Any, y: Any, args: Any) -> Any:
+        times, rows = jax.lax.all_gather((t, y), "rows")
+        slopes = vector_field(times, rows, args)
         return jax.tree.map(lambda slope: slope[jax.lax.axis_index("rows")], slopes)
 
     def solve_row(y0: Any) -> tuple[Any, Array]:

@@ -30,7 +30,7 @@ from metrics.classifier import Classifier, _read_classifier
 from metrics.statistics import Statistics, load_statistics, save_statistics
 from readers.cache import _Decoder, _Entry
 from readers.decode import Fit
-from readers.layout import Found, Opened, arrays_of, plain_classes
+from readers.layout import Found, Opened, arrays_of
 from runtime import checkpointing, environment, exported
 from runtime.checksums import checksum, checksums
 from runtime.workdir import PartialResults
@@ -96,7 +96,7 @@ def _entry(folder: pathlib.Path) -> tuple[_Entry, Opened, _Decoder]:
     draw, fit = np.random.default_rng(0), Fit(8, 3)
     images = draw.integers(0, 256, (90, 8, 8, 3), np.uint8)
     split = arrays_of(images, draw.integers(0, 9, 90))
-    opened = Opened(split, split, plain_classes(9), ("a note",))
+    opened = Opened(split, split, tuple("abcdefghi"), ("a note",))
     return _Entry("x", Found("x", (), lambda: opened), fit, False), opened, _Decoder(fit, False)
 
 

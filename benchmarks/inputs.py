@@ -77,7 +77,7 @@ def kept_and_not(name: str, found: Found, flags: argparse.Namespace) -> list[tup
     rows.append((f"{name}: decoding into the cache", (len(kept) / seconds, 1e6 * cpu / len(kept))))
     not_kept = cache.decode("benchmark", found, fit, keep=False).train
     for how, source in (("from the cache", kept), ("data.cache=False", not_kept)):
-        dataset = Dataset(name, source, 256, 0)
+        dataset = Dataset(name, source, 256)
         rows.append((f"{name}: {how}", speed(dataset, flags.batch, flags.seconds)))
     return rows
 
@@ -96,7 +96,7 @@ def main() -> None:
     coarse = rng.integers(0, 256, (flags.images, 8, 8, 3), dtype=np.uint8)
     images = coarse.repeat(4, axis=1).repeat(4, axis=2) // 2 + rng.integers(0, 64, shape)
     images = images.astype(np.uint8)
-    memory = Dataset("memory", ArraySource(images, np.zeros(len(images))), 256, 0)
+    memory = Dataset("memory", ArraySource(images, np.zeros(len(images))), 256)
     rows = [
         ("indices, of data in the device's memory", speed(memory, flags.batch, flags.seconds, True))
     ]

@@ -84,7 +84,7 @@ def ours(config: ConfigDict, profile: int, kernels: str | None = None) -> Iterat
     setup, data, batch = session.set_up(config), config.data, config.training.batch_size
     shape = (data.image_size, data.image_size, data.num_channels)
     images = np.random.default_rng(0).integers(0, 256, (10_000, *shape), dtype=np.uint8)
-    noise = datasets.Dataset("noise", ArraySource(images, np.zeros(len(images))), 256, 0)
+    noise = datasets.Dataset("noise", ArraySource(images, np.zeros(len(images))), 256)
     packed = train_step.replicate(
         train_step.pack_state(session.init_state(config, setup.model, setup.optimizer)),
         jax.local_device_count(),

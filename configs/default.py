@@ -45,6 +45,7 @@ def get_default_config() -> ConfigDict:
     data.path = ""  # the authors' files, images, parquet or arrays; empty: download if possible
     data.tfrecords_path = ""  # CelebAHQ, FFHQ: the path of the file, if data.path is empty
     data.skip_unreadable = False  # leave out files that are not readable images, instead of failing
+    data.max_pixels = 2**26  # images with more are refused, since they take so much memory
     data.tfds_dir = ""  # a folder of TFDS, where it prepares missing data sets
     data.cache = True  # keep decoded images in the user's cache folder
     data.image_size = 32  # for array, this and the four fields below it are read from the file
@@ -54,6 +55,8 @@ def get_default_config() -> ConfigDict:
     # Array of floats: the lowest and the highest value of the training images; numbers, or a tuple
     # each with a number for each channel. (): read, for each channel.
     data.scale = ()
+    # array: 1: examples are (C, H, W); 0: (H, W, C); -1: (H, W, C), and the other is refused.
+    data.channels_first = -1
     data.pad = False  # array: whether to pad its images to a size that the network's levels divide
     data.centered = True  # images in [-1, 1] instead of [0, 1]
     data.random_flip = True

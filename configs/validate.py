@@ -57,6 +57,7 @@ _POSITIVE = [
     "data.num_channels",
     "model.nf",
     "model.num_res_blocks",
+    "data.max_pixels",
     "model.ema_rate",
     "model.beta_max",
     "model.sigma_min",
@@ -354,6 +355,8 @@ def check_array_fields(config: ConfigDict) -> None:
             f"config: data.scale is {tuple(data.scale)}; it must be two numbers, the values that "
             "become the ends of the model's range, or two lists with a number for each channel"
         )
+    if data.channels_first not in (-1, 0, 1):
+        raise UserError(f"config: data.channels_first is {data.channels_first}; it must be 0 or 1")
     if not 0 <= data.num_levels <= 65536:
         raise UserError(f"config: data.num_levels is {data.num_levels}; it must be 2 to 65536")
 

@@ -8,7 +8,6 @@ import io
 import math
 import pathlib
 import pickle
-import pickletools
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.default import UserError
+from runtime.unpickling import InertUnpickler
 
 # Dtypes of the storage classes. A pickle can refer to these names, but not to the classes.
 _DTYPES: dict[str, np.dtype] = {
@@ -56,111 +56,28 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
     return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False)
 
 
-# The pickle opcodes that torch.save uses for tensors in plain containers.
-_OPCODES = {
-    "PROTO",
-    "STOP",
-    "MARK",
-    "GLOBAL",
-    "REDUCE",
-    "BUILD",
-    "BINPERSID",
-    "NONE",
-    "NEWTRUE",
-    "NEWFALSE",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG1",
-    "BINFLOAT",
-    "BINUNICODE",
-    "SHORT_BINUNICODE",
-    "EMPTY_TUPLE",
-    "TUPLE",
-    "TUPLE1",
-    "TUPLE2",
-    "TUPLE3",
-    "EMPTY_LIST",
-    "APPEND",
-    "APPENDS",
-    "EMPTY_DICT",
-    "SETITEM",
-    "SETITEMS",
-    "BINPUT",
-    "LONG_BINPUT",
-    "BINGET",
-    "LONG_BINGET",
-}
-
 # (dtype, the storage's name in the file, number of values) → the storage
 _FindStorage = Callable[[np.dtype, str, int], _Storage]
 
 
-class _Dispatch(dict[int, Callable[[Any], None]]):
-    def __missing__(self, code: int) -> Callable[[Any], None]:
-        name = next((op.name for op in pickletools.opcodes if ord(op.code) == code), hex(code))
-        raise pickle.UnpicklingError(f"it has the pickle opcode {name}, which no checkpoint needs")
-
-
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """An unpickler for tensors and OrderedDict that refuses all other names and opcodes.
-
-    It derives from pickle's Python implementation, where single opcodes can be removed.
-    """
-
-    stack: list[Any]  # an attribute of the base class, like pop_mark
-    pop_mark: Callable[[], list[Any]]
-    dispatch = _Dispatch(
-        (ord(op.code), pickle._Unpickler.dispatch[ord(op.code)])  # type: ignore[attr-defined]
-        for op in pickletools.opcodes
-        if op.name in _OPCODES
-    )
+class _Unpickler(InertUnpickler):
+    """An unpickler for tensors and OrderedDict that refuses all other names."""
 
     def __init__(self, file: io.BytesIO, find_storage: _FindStorage) -> None:
         super().__init__(file)
         self._find_storage = find_storage
 
-    def load_build(self) -> None:
+    def build(self, made: Any, state: Any) -> None:
         # Only an OrderedDict has attributes, with versions; they are dropped.
-        self.stack.pop()
-        if type(self.stack[-1]) is not OrderedDict:
+        if type(made) is not OrderedDict:
             raise pickle.UnpicklingError("it sets attributes, which no tensor has")
 
-    def load_reduce(self) -> None:
-        arguments = self.stack.pop()
-        function = self.stack[-1]
+    def call(self, function: Any, arguments: Any) -> Any:
         if function is OrderedDict and arguments == ():
-            self.stack[-1] = OrderedDict()
-        elif function is _rebuild_tensor and type(arguments) is tuple:
-            self.stack[-1] = _rebuild_tensor(*arguments)
-        else:
-            raise pickle.UnpicklingError("it calls what no checkpoint needs")
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set(self.stack[-1], [key, value])
-
-    def load_setitems(self) -> None:
-        items = self.pop_mark()
-        self._set(self.stack[-1], items)
-
-    def _set(self, target: Any, items: list[Any]) -> None:
-        if type(target) not in (dict, OrderedDict):
-            raise pickle.UnpicklingError("it sets an item of what is no dictionary")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            # Hashing deeply nested tuples could overflow the stack.
-            if type(key) not in (str, int):
-                raise pickle.UnpicklingError("it has a key that is neither a name nor a number")
-            target[key] = value
-
-    dispatch.update(
-        {
-            pickle.BUILD[0]: load_build,
-            pickle.REDUCE[0]: load_reduce,
-            pickle.SETITEM[0]: load_setitem,
-            pickle.SETITEMS[0]: load_setitems,
-        }
-    )
+            return OrderedDict()
+        if function is _rebuild_tensor and type(arguments) is tuple:
+            return _rebuild_tensor(*arguments)
+        raise pickle.UnpicklingError("it calls what no checkpoint needs")
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -191,10 +108,14 @@ def _read_archive(path: str | pathlib.Path) -> Any:
             raise pickle.UnpicklingError("it is not an archive that torch.save wrote")
         root = pickles[0].removesuffix("/data.pkl")
         storages: dict[str, _Storage] = {}
+        size = pathlib.Path(path).stat().st_size
 
         def find_storage(dtype: np.dtype, key: str, _: int) -> _Storage:
             if key not in storages:
-                storages[key] = _Storage(np.frombuffer(archive.read(f"{root}/data/{key}"), dtype))
+                entry = archive.getinfo(f"{root}/data/{key}")
+                if sum(s.values.nbytes for s in storages.values()) + entry.file_size > size:
+                    raise pickle.UnpicklingError("its storages are longer than the file")
+                storages[key] = _Storage(np.frombuffer(archive.read(entry), dtype))
             return storages[key]
 
         return _Unpickler(io.BytesIO(archive.read(pickles[0])), find_storage).load()

@@ -23,8 +23,8 @@ import numpy as np
 
 from configs import saved
 from configs.default import UserError
-from readers.decode import Fit, is_grey, open_image
-from readers.layout import Arrays, Found, Opened, Records
+from readers.decode import Fit, has_16_bits, is_grey, open_image
+from readers.layout import Arrays, Found, Item, Opened, Records
 from readers.source import ArraySource, Examples, RecordSource, Source
 from runtime import environment
 from runtime.checksums import checksum
@@ -34,7 +34,7 @@ from runtime.progress import Progress
 log = logging.getLogger("soft_truncation")
 
 _FORMAT = 2  # version of an entry's format; entries of other versions are not read
-_IN_MEMORY = 2**30  # bytes; smaller arrays of the right size are kept in memory, not cached
+_CHECKED_AT_ONCE = 2**30  # bytes; the checksum of larger images is checked in the background
 _READ_AHEAD = 64  # images
 _BLOCK = 256  # images
 
@@ -57,33 +57,33 @@ class _Decoder:
         self._fit, self._skip = fit, skip_unreadable
         self.problems: list[str] = []
         self.sizes: collections.Counter[tuple[int, int]] = collections.Counter()
-        self.num_grey = self.num_read = 0
+        self.num_grey = self.highest = 0
 
-    def _decode(self, records: Records, i: int, data: Any) -> tuple[np.ndarray, Any]:
-        image = open_image(data)
-        records.check_size(i, image.size)
-        about = image.size, is_grey(image)
-        return self._fit(image), about
-
-    def _item(self, records: Records, i: int, item: Any = None) -> Any:
+    def _item(self, source: RecordSource, i: int, item: Any = None) -> Any:
+        """(image, label) of a record, or what is wrong with it; `item` as of `_in_order`."""
         try:
-            data, label = records.read(i) if item is None else item
-            image, about = self._decode(records, i, data)
-            return image, label, about
+            if isinstance(item, Exception):
+                raise item
+            fitted, label, image = source.read(i, item)
         except UserError:
             raise
         except Exception as error:  # PIL raises many kinds of error for damaged images
-            return str(error) or type(error).__name__
+            return f"{source.records.name(i)} ({str(error) or type(error).__name__})"
+        self.sizes[image.size] += 1
+        self.num_grey += is_grey(image)
+        if has_16_bits(image):
+            self.highest = max(self.highest, int(np.asarray(image).max()))
+        return fitted, label
 
-    def _results(self, records: Records) -> Iterator[Any]:
+    def items(self, records: Records) -> Iterator[Any]:
         """The result of `_item` for each record, in order; threads read ahead."""
+        source = RecordSource(records, self._fit, max_pixels=self._fit.max_pixels)
         pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
         pending: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
         try:
             for i in range(len(records)):
-                # Records that must be read in order are read here, and decoded in a thread.
-                item = records.read(i) if records.in_order else None
-                pending.append(pool.submit(self._item, records, i, item))
+                item = _in_order(records, i) if records.in_order else None
+                pending.append(pool.submit(self._item, source, i, item))
                 if len(pending) == _READ_AHEAD:
                     yield pending.popleft().result()
             while pending:
@@ -94,15 +94,12 @@ class _Decoder:
     def blocks(self, records: Records) -> Iterator[Block]:
         """Yield all images in order, in blocks; those that can't be read go to `problems`."""
         images, labels = [], []
-        for i, found in enumerate(self._results(records)):
+        for i, found in enumerate(self.items(records)):
             if isinstance(found, str):
-                self.problems.append(f"{records.name(i)} ({found})")
+                self.problems.append(found)
             else:
-                image, label, (size, grey) = found
-                images.append(image)
-                labels.append(label)
-                self.sizes[size] += 1
-                self.num_grey += grey
+                images.append(found[0])
+                labels.append(found[1])
             if images and (len(images) == _BLOCK or i == len(records) - 1):
                 yield np.stack(images), np.array(labels, np.int64)
                 images, labels = [], []
@@ -119,13 +116,24 @@ class _Decoder:
             log.warning("left out: %s is not a readable image", problem)
         if self.sizes:
             small, large = min(self.sizes, key=min), max(self.sizes, key=min)
-            log.info(
-                "%d images of %d × %d to %d × %d pixels, %d of them grey",
-                sum(self.sizes.values()),
-                *small,
-                *large,
-                self.num_grey,
+            counts = sum(self.sizes.values()), *small, *large, self.num_grey
+            log.info("%d images of %d × %d to %d × %d pixels, %d of them grey", *counts)
+        if 0 < self.highest < 2**15:
+            log.warning(
+                "the highest value of the images of 16 bits is %d of 65535: they are dark, and "
+                "should be scaled before",
+                self.highest,
             )
+
+
+def _in_order(records: Records, i: int) -> Item | Exception:
+    """An item that must be read in its turn, by one thread, or what is wrong with it."""
+    try:
+        return records.read(i)
+    except UserError:
+        raise
+    except Exception as error:
+        return error
 
 
 def _fitted(arrays: Arrays, fit: Fit) -> Iterator[Block]:
@@ -165,13 +173,12 @@ def _with_progress(blocks: Iterator[Block], total: int) -> Iterator[Block]:
 
 
 def _is_at_hand(split: Records | Arrays, fit: Fit) -> bool:
-    """Whether a split needs no cache: it is in memory or memory-mapped at the size of training."""
-    if not isinstance(split, Arrays) or not split.is_single:
-        return False
-    images, _ = next(split.blocks())
-    if isinstance(images, np.memmap):
-        return fit.leaves_alone(images.shape[1:])
-    return images.nbytes <= _IN_MEMORY and fit.batch(images[:1]) is not None
+    """Whether a split needs no cache: it is small, and has the size of training."""
+    return (
+        isinstance(split, Arrays)
+        and split.is_single
+        and fit.batch(next(split.blocks())[0][:1]) is not None
+    )
 
 
 def _in_memory(split: Records | Arrays, fit: Fit, decoder: _Decoder) -> ArraySource:
@@ -251,7 +258,7 @@ class _Entry:
         of_images, of_labels = facts["checksums"]
         if checksum(labels) != of_labels:
             raise ValueError(f"the labels of {name} are damaged")
-        if images.nbytes > _IN_MEMORY:
+        if images.nbytes > _CHECKED_AT_ONCE:
             return _Watched(**vars(source), found=_watch(self.folder, images, of_images))
         if checksum(images.reshape(-1)) != of_images:
             raise ValueError(f"{path.name} is damaged")
@@ -292,13 +299,6 @@ def _write_split(folder: pathlib.Path, name: str, blocks: Iterator[Block]) -> di
     return {"count": len(every), "digest": digest.hexdigest(), "checksums": checks}
 
 
-def _room(folder: pathlib.Path) -> int:
-    """Free bytes on the disk of a folder, which may not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def decode(
     name: str, found: Found, fit: Fit, skip_unreadable: bool = False, keep: bool = True
 ) -> Decoded:
@@ -310,13 +310,9 @@ def decode(
 
     Args:
       name: the data set's name, for the cache.
-      found: the result of a reader.
-      fit: converts an image to the size of training.
-      skip_unreadable: leave out images that can't be read, instead of raising an error.
+      found, fit: the result of a reader, and what converts an image to the size of training.
+      skip_unreadable: leave out images that can't be read, instead of raising a UserError.
       keep: whether to use the cache.
-
-    Raises:
-      UserError: the data are damaged.
     """
     entry = _Entry(name, found, fit, skip_unreadable)
     if keep and (kept := entry.read()):
@@ -324,12 +320,8 @@ def decode(
         return kept
     opened = found.open()
     decoder = _Decoder(fit, skip_unreadable)
-    splits = (opened.train, opened.test)
-    if all(_is_at_hand(split, fit) for split in splits):
-        keep = False
-    if keep and not _fits_on_disk(opened, fit, entry.folder):
-        keep = False
-    if keep:
+    at_hand = all(_is_at_hand(split, fit) for split in (opened.train, opened.test))
+    if keep and not at_hand and _fits_on_disk(opened, fit, entry.folder):
         try:
             entry.folder.parent.mkdir(parents=True, exist_ok=True)
             lock = entry.folder.with_name(f"{entry.folder.name}.lock")
@@ -352,15 +344,13 @@ def decode(
 def _fits_on_disk(opened: Opened, fit: Fit, folder: pathlib.Path) -> bool:
     """Whether the images take at most half of the free disk space; if not, logs a warning."""
     count = _count(opened.train) + _count(opened.test)
-    needed, free = count * fit.size**2 * fit.channels, _room(folder)
+    while not folder.exists():
+        folder = folder.parent
+    needed, free = count * fit.size**2 * fit.channels, shutil.disk_usage(folder).free
     if needed <= free // 2:
         return True
-    log.warning(
-        "decoded images would take %.0f GB, of which %.0f GB are free: files are read and decoded "
-        "as they are needed",
-        needed / 1e9,
-        free / 1e9,
-    )
+    take = f"decoded images would take {needed / 1e9:.0f} GB of the free {free / 1e9:.0f} GB"
+    log.warning("%s: files are read and decoded as they are needed", take)
     return False
 
 
@@ -371,7 +361,8 @@ def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> 
         if not isinstance(split, Records) or split.in_order:
             return _in_memory(split, fit, decoder)
         split = _readable(split, decoder) if skip_unreadable else split
-        return RecordSource(split, fit, repr((name, found.identity)).encode())
+        identity = repr((name, found.identity)).encode()
+        return RecordSource(split, fit, identity, fit.max_pixels)
 
     train, test = source("train", opened.train), source("test", opened.test)
     decoder.check(_count(opened.train) + _count(opened.test))
@@ -381,12 +372,10 @@ def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> 
 def _readable(records: Records, decoder: _Decoder) -> Records:
     """The records that can be read; decodes every record to find out."""
     progress, good = Progress("checking images", len(records)), []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = pool.map(lambda i: decoder._item(records, i), range(len(records)))
-        for i, item in enumerate(found):
-            progress.advance(1)
-            if isinstance(item, str):
-                decoder.problems.append(f"{records.name(i)} ({item})")
-            else:
-                good.append(i)
+    for i, found in enumerate(decoder.items(records)):
+        progress.advance(1)
+        if isinstance(found, str):
+            decoder.problems.append(found)
+        else:
+            good.append(i)
     return records.subset(np.array(good, int))

@@ -1,8 +1,11 @@
 """Batches of CIFAR-10 and of ImageNet 32 (2017): rows of 3,072 bytes, channel by channel.
 
-Pickled batches are read by an unpickler that accepts only NumPy arrays and plain containers.
+Pickled batches are read by an unpickler that calls nothing; arrays are then made of their bytes.
 """
 
+import functools
+import io
+import math
 import pathlib
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -11,56 +14,80 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from configs.default import UserError
-from readers.containers import Container, Folder, damaged, member, open_container
+from readers.containers import Container, Folder, damaged, member, open_holder
 from readers.layout import Arrays, Found, Opened, arrays_of, plain_classes
+from runtime.unpickling import Called, InertUnpickler, Named
 
-_ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
+_TYPES = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8")
+_ARRAY = ("_reconstruct", "dtype", "encode")
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class _ArrayUnpickler(InertUnpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
+        if name not in (*_ARRAY, "ndarray") or module.split(".")[0] not in ("numpy", "_codecs"):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not run")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return super().find_class(module, name)
+
+
+def _function(value: Any) -> str:
+    """The name of the function that `value` is the result of, if it is one that arrays need."""
+    known = type(value) is Called and type(value.function) is Named
+    return value.function.name if known and value.function.name in _ARRAY else ""
+
+
+def _bytes(value: Any) -> Any:
+    """Bytes, also as Python 3 writes them for Python 2: text, to be encoded."""
+    if _function(value) == "encode" and [type(a) for a in value.arguments] == [str, str]:
+        return value.arguments[0].encode("latin1")
+    return value
+
+
+def _array(value: Any) -> Any:
+    """The array that a pickle describes, from its shape, type and bytes; others as they are."""
+    if _function(value) != "_reconstruct":
+        return value
+    _, shape, dtype, is_fortran, data = value.state[0]
+    data, kind = _bytes(data), _bytes(dtype.arguments[0]) if _function(dtype) == "dtype" else ""
+    kind = kind.decode() if type(kind) is bytes else kind
+    order = _bytes(dtype.state[0][1]) if kind in _TYPES else ""
+    if kind not in _TYPES or type(data) is not bytes or type(shape) is not tuple:
+        raise pickle.UnpicklingError("it has an array that is not of numbers")
+    swapped = np.dtype(kind).newbyteorder(">" if order in (">", b">") else "<")
+    plain = all(type(n) is int and n >= 0 for n in shape) and len(shape) <= 4
+    if not plain or math.prod(shape) * swapped.itemsize != len(data):
+        raise pickle.UnpicklingError(f"it has an array of shape {shape} in {len(data)} bytes")
+    return np.frombuffer(data, swapped).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _read_pickle(file: BinaryIO, where: str) -> dict[str, Any]:
-    """Read a pickled batch, with its keys as strings.
+    """Read the arrays and lists `data` and `labels` of a pickled batch.
 
     Raises:
-      UserError: the file is not a pickle, or has more than arrays and plain containers.
+      UserError: the file is not a pickle, or has other things in their place.
     """
     try:
-        batch = _ArrayUnpickler(file, encoding="bytes").load()
-        return {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
-    except UserError:
-        raise
+        batch = _ArrayUnpickler(io.BytesIO(file.read())).load()
+        found = {key.decode() if type(key) is bytes else key: batch[key] for key in batch}
+        return {name: _array(found.get(name)) for name in ("data", "labels")}
     except Exception as error:  # a damaged pickle can raise any kind of error
         raise UserError(f"{where} is no batch of images ({error}); bring the file again") from error
 
 
 def _to_images(rows: Any, size: int, where: str) -> np.ndarray:
     """Rows (n, 3·size²) → (n, size, size, 3)."""
-    shape = np.shape(rows)
-    dtype = getattr(rows, "dtype", None)
-    if dtype != np.uint8 or len(shape) != 2 or shape[1] != 3 * size * size:
-        raise UserError(
-            f"{where} has {dtype} of shape {shape}; rows of {3 * size * size} bytes are needed"
-        )
+    is_array = isinstance(rows, np.ndarray)
+    if not is_array or rows.dtype != np.uint8 or rows.shape[1:] != (3 * size * size,):
+        has = f"{rows.dtype} of shape {rows.shape}" if is_array else "no array"
+        raise UserError(f"{where} has {has}; rows of {3 * size * size} bytes are needed")
     return np.ascontiguousarray(rows.reshape(-1, 3, size, size).transpose(0, 2, 3, 1))
 
 
 def _labels(batch: dict[str, Any], count: int, first: int, where: str) -> np.ndarray:
-    labels = batch.get("labels")
-    if labels is None or len(labels) != count:
-        raise UserError(f"{where} has {count} images and {len(labels or ())} labels")
-    return np.asarray(labels, np.int64) - first
+    given = batch["labels"]
+    labels = np.array(given) if type(given) is list and set(map(type, given)) == {int} else given
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or len(labels) != count:
+        raise UserError(f"{where} has {count} images and no whole numbers as labels of each")
+    return labels.astype(np.int64) - first
 
 
 Reader = Callable[[BinaryIO, str], tuple[np.ndarray, np.ndarray]]
@@ -69,7 +96,7 @@ Reader = Callable[[BinaryIO, str], tuple[np.ndarray, np.ndarray]]
 def _pickled(first_label: int) -> Reader:
     def read(file: BinaryIO, where: str) -> tuple[np.ndarray, np.ndarray]:
         batch = _read_pickle(file, where)
-        images = _to_images(batch.get("data"), 32, where)
+        images = _to_images(batch["data"], 32, where)
         return images, _labels(batch, len(images), first_label, where)
 
     return read
@@ -90,24 +117,13 @@ def _read(
     members = {member(container, batch): batch for batch in batches}
     found = {}
     # In the container's order, since a compressed archive is read from its start otherwise.
-    for name in container.names():
-        if name in members:
-            try:
-                with container.open(name) as file:
-                    found[members[name]] = read(file, f"{container.path}/{name}")
-            except (OSError, EOFError, ValueError) as error:
-                raise damaged(container.path, error) from error
+    for name in filter(members.__contains__, container.files):
+        try:
+            with container.open(name) as file:
+                found[members[name]] = read(file, f"{container.path}/{name}")
+        except (OSError, EOFError, ValueError) as error:
+            raise damaged(container.path, error) from error
     return found
-
-
-def _holder(path: pathlib.Path, first: str, folder: str, archive: str) -> Container | None:
-    """The archive or folder that holds the batches; None if there is none."""
-    if path.is_file():
-        return open_container(path)
-    for place in (path / folder, path):
-        if (place / first).exists():
-            return Folder(place)
-    return open_container(path / archive) if (path / archive).exists() else None
 
 
 def _has(container: Container, batch: str) -> bool:
@@ -122,39 +138,31 @@ def find_cifar10(path: pathlib.Path) -> Found | None:
     ]
     for kind, folder, archive, suffix, read in kinds:
         first = f"data_batch_1{suffix}"
-        container = _holder(path, first, folder, archive)
+        container = open_holder(path, first, folder, archive)
         if container is None or not _has(container, first):
             continue
         place = "files" if isinstance(container, Folder) else "archive"
 
-        def opened(
-            container: Container = container, suffix: str = suffix, read: Reader = read
-        ) -> Opened:
-            train = [f"data_batch_{i}{suffix}" for i in range(1, 6)]
-            batches = _read(container, [*train, f"test_batch{suffix}"], read)
-            images, labels = (
-                np.concatenate(parts)
-                for parts in zip(*(batches[batch] for batch in train), strict=True)
-            )
-            test = batches[f"test_batch{suffix}"]
-            return Opened(arrays_of(images, labels), arrays_of(*test), plain_classes(10))
-
+        opened = functools.partial(_open_cifar10, container, suffix, read)
         what = f"the authors' {kind} {place} {container.path}"
         return Found(what, (kind, container.identity()), opened)
     return None
+
+
+def _open_cifar10(container: Container, suffix: str, read: Reader) -> Opened:
+    train = [f"data_batch_{i}{suffix}" for i in range(1, 6)]
+    batches = _read(container, [*train, f"test_batch{suffix}"], read)
+    images, labels = map(np.concatenate, zip(*(batches[name] for name in train), strict=True))
+    test = arrays_of(*batches[f"test_batch{suffix}"])
+    return Opened(arrays_of(images, labels), test, plain_classes(10))
 
 
 def find_imagenet32_2017(path: pathlib.Path) -> Found | None:
     """The pickled batches of ImageNet 32 (Chrabaszcz et al.), in the authors' zips or unpacked."""
     if not path.is_dir():
         return None
-    holders = []
-    for first, folder, archive in (
-        ("train_data_batch_1", "Imagenet32_train", "Imagenet32_train.zip"),
-        ("val_data", "Imagenet32_val", "Imagenet32_val.zip"),
-    ):
-        holders.append(_holder(path, first, folder, archive))
-    train, test = holders
+    train = open_holder(path, "train_data_batch_1", "Imagenet32_train", "Imagenet32_train.zip")
+    test = open_holder(path, "val_data", "Imagenet32_val", "Imagenet32_val.zip")
     if train is None and test is None:
         return None
     if train is None or test is None:

@@ -1,48 +1,101 @@
 """A common interface to the files in folders, zip and tar archives, which are not unpacked.
 
 No file on the disk is opened or written by a name from an archive. Names that point out of the
-archive, and links, are refused nevertheless, since no data set has them.
+archive, and links to other places, are refused nevertheless, since no data set has them.
 """
 
+import contextlib
+import functools
 import hashlib
 import io
 import os
 import pathlib
+import posixpath
 import stat
 import tarfile
 import threading
 import zipfile
 import zlib
-from typing import BinaryIO, Protocol, cast
+from collections.abc import Callable, Iterable
+from typing import Any, BinaryIO, cast
 
 from configs.default import UserError
 
 _IN_MEMORY = 2**29  # bytes; smaller gzip archives are decompressed in memory
+_SMALL, _MOST = 2**26, 100  # larger entries are refused if they are so many times their packed size
 
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+ARCHIVE_SUFFIXES = (".tar.gz", ".tar.bz2", ".tar.xz", ".tgz", ".zip", ".tar")
+_SYSTEM = (".", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+_INSTEAD = {
+    (".npy", ".npz"): "arrays are read by configs/vp/array_st.py",
+    ARCHIVE_SUFFIXES: "unpack the archives in it, or name one of them",
+    (".parquet",): "name the folder of the parquet files",
+    (".pt", ".pth", ".pkl", ".h5", ".hdf5", ".zarr", ".zarray", ".zgroup", "zarr.json", ".mat"): (
+        "save its images as files or as an .npy array first"
+    ),
+}
 
 
-class Container(Protocol):
-    """Named files: a folder, or an archive."""
+class Container:
+    """Named files: a folder, or an archive; names are paths with slashes.
 
-    path: pathlib.Path
-    in_order: bool  # reading is only fast in the order of `names`, by one thread
+    Attributes:
+      path: of the folder or archive.
+      files: where each file is, by name; of an archive in its order.
+      skipped: what is passed over: hidden files, folders of systems, broken links.
+      in_order: reading is only fast in the order of `files`, by one thread.
+    """
+
+    in_order = False
+    _lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    files: dict[str, Any]
+
+    def __init__(self, path: pathlib.Path) -> None:
+        """Nothing is read until it is needed."""
+        self.path, self.skipped = path, list[str]()
 
     def names(self) -> list[str]:
-        """All regular files, as paths with slashes relative to the container."""
-        ...
+        """All regular files, sorted."""
+        return sorted(self.files)
 
     def read(self, name: str) -> bytes:
-        """The contents of a file."""
-        ...
+        """The contents of a file; any error that a damaged file makes its library raise."""
+        with self._lock, self.open(name) as file:
+            return file.read()
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading."""
-        ...
+        return (self.path / name).open("rb")
 
     def identity(self) -> tuple[object, ...]:
         """A value that changes when the container changes."""
-        ...
+        return file_identity(self.path)
+
+    def passed_over(self, is_used: Callable[[str], bool]) -> tuple[str, ...]:
+        """A sentence that counts and names the files that are not used; (): there are none."""
+        names = [*(name for name in self.names() if not is_used(name)), *self.skipped]
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        told = f"{len(names)} files or folders of {self.path} are passed over: {shown}"
+        # Names that are not UTF-8 can't be printed.
+        return (told.encode(errors="backslashreplace").decode(),) if names else ()
+
+    def _place(self, found: dict[str, Any], name: str, place: Any) -> None:
+        """Add a file of an archive; of two of a name the last one counts, as for unzip and tar."""
+        plain = posixpath.normpath(name.replace("\\", "/"))
+        if plain.startswith(("/", "../")) or ".." in name.replace("\\", "/").split("/"):
+            raise UserError(
+                f"{self.path} has an entry {name!r}, which points out of the archive; refused"
+            )
+        if is_hidden(plain):
+            self.skipped.append(plain)
+        else:
+            found[plain] = place
+
+    def _check_size(self, name: str, size: int, packed: int) -> None:
+        if size > _SMALL and size > _MOST * packed:
+            raise UserError(
+                f"{self.path} has {name} of {size:,} bytes, packed into {packed:,}; unpack it"
+            )
 
 
 def is_archive_name(name: str) -> bool:
@@ -52,10 +105,22 @@ def is_archive_name(name: str) -> bool:
 
 def archive_stem(name: str) -> str:
     """The name of an archive without its suffix."""
-    for suffix in sorted(ARCHIVE_SUFFIXES, key=len, reverse=True):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name
+    suffix = next((suffix for suffix in ARCHIVE_SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a path is of a hidden file or in a folder that systems make."""
+    return any(part.startswith(_SYSTEM) for part in name.split("/"))
+
+
+def instead(names: Iterable[str]) -> str:
+    """What to do with files of these names, which are not read as images: "; …", or nothing."""
+    for name in names:
+        for suffixes, advice in _INSTEAD.items():
+            if name.lower().endswith(suffixes):
+                return f"; {advice}"
+    return ""
 
 
 def file_identity(path: pathlib.Path) -> tuple[object, ...]:
@@ -64,7 +129,7 @@ def file_identity(path: pathlib.Path) -> tuple[object, ...]:
     return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
-def member(container: "Container", name: str) -> str:
+def member(container: Container, name: str) -> str:
     """The path of the one file of this name in the container; UserError if there is not one."""
     found = [path for path in container.names() if path.split("/")[-1] == name]
     if len(found) != 1:
@@ -79,121 +144,74 @@ def damaged(path: pathlib.Path, error: Exception | str) -> UserError:
     return UserError(f"{path} is damaged or cut off ({reason}); bring the file again")
 
 
-def _check_name(path: pathlib.Path, name: str, is_link: bool = False) -> None:
-    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
-        raise UserError(f"{path} has an entry {name!r}, which points out of the archive; refused")
-    if is_link:
-        raise UserError(f"{path} has a link or a device, {name!r}; refused")
+class Folder(Container):
+    """The files below a folder, with their sizes and times; links to folders are followed."""
 
+    @functools.cached_property
+    def files(self) -> dict[str, Any]:  # type: ignore[override]
+        """Name → (size, modification time), sorted."""
+        found: dict[str, Any] = {}
+        self._scan(str(self.path), "", found, {os.path.realpath(self.path)})
+        return dict(sorted(found.items()))
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-
-
-class Folder:
-    """The files below a folder, without hidden files; links to folders are followed."""
-
-    in_order = False
-
-    def __init__(self, path: pathlib.Path) -> None:
-        """Nothing is read until it is needed."""
-        self.path = path
-        self._files: dict[str, tuple[int, int]] | None = None  # name → size, modification time
-
-    def _scan(self) -> dict[str, tuple[int, int]]:
-        if self._files is None:
-            found: dict[str, tuple[int, int]] = {}
-            self._scan_below(self.path, "", found, {os.path.realpath(self.path)})
-            self._files = dict(sorted(found.items()))
-        return self._files
-
-    def _scan_below(
-        self,
-        folder: pathlib.Path | str,
-        prefix: str,
-        found: dict[str, tuple[int, int]],
-        above: set[str],
-    ) -> None:
+    def _scan(self, folder: str, prefix: str, found: dict[str, Any], above: set[str]) -> None:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if _is_hidden(entry.name):
-                    continue
-                if entry.is_dir():
-                    real = os.path.realpath(entry.path)
-                    if real not in above:  # a link to a parent folder would be followed forever
-                        self._scan_below(
-                            entry.path, f"{prefix}{entry.name}/", found, above | {real}
-                        )
+                name, is_folder = prefix + entry.name, entry.is_dir()
+                real = os.path.realpath(entry.path) if is_folder else ""
+                if is_hidden(entry.name) or real in above:  # a link to a parent has no end
+                    self.skipped.append(name)
+                elif is_folder:
+                    self._scan(entry.path, f"{name}/", found, above | {real})
                 elif entry.is_file():
                     status = entry.stat()
-                    found[prefix + entry.name] = (status.st_size, status.st_mtime_ns)
-
-    def names(self) -> list[str]:
-        """All regular files, sorted."""
-        return list(self._scan())
-
-    def read(self, name: str) -> bytes:
-        """The contents of a file."""
-        return (self.path / name).read_bytes()
-
-    def open(self, name: str) -> BinaryIO:
-        """Open a file for reading."""
-        return (self.path / name).open("rb")
+                    found[name] = (status.st_size, status.st_mtime_ns)
+                else:  # a broken link or a device
+                    self.skipped.append(name)
 
     def identity(self) -> tuple[object, ...]:
         """The path, and a hash of all names, sizes and times."""
         digest = hashlib.sha256()
-        for name, status in self._scan().items():
-            digest.update(f"{name}\0{status}\n".encode())
+        for name, status in self.files.items():
+            digest.update(os.fsencode(f"{name}\0{status}\n"))
         return str(self.path.resolve()), digest.hexdigest()
 
 
-class Zip:
+class Zip(Container):
     """The files in a zip archive."""
 
-    in_order = False
-
     def __init__(self, path: pathlib.Path) -> None:
-        """Read the table of contents; UserError if the archive is damaged."""
-        self.path = path
+        """Read the table of contents; UserError if the archive can't be read."""
+        super().__init__(path)
+        self.files = {}
         try:
             self._zip = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile, ValueError) as error:
+        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             raise damaged(path, error) from error
-        self._names = []
         for info in self._zip.infolist():
-            _check_name(path, info.filename, stat.S_ISLNK(info.external_attr >> 16))
-            if not info.is_dir() and not _is_hidden(info.filename):
-                self._names.append(info.filename)
-        self._names.sort()
-
-    def names(self) -> list[str]:
-        """All regular files, sorted."""
-        return self._names
-
-    def read(self, name: str) -> bytes:
-        """The contents of a file."""
-        try:
-            return self._zip.read(name)
-        except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise damaged(self.path, f"{name}: {error}") from error
+            if info.is_dir():
+                continue
+            if stat.S_ISLNK(info.external_attr >> 16):
+                raise UserError(f"{path} has a link, {info.filename!r}; refused")
+            if info.flag_bits & 1:
+                raise UserError(f"{path} is encrypted; unpack it")
+            if info.compress_type not in (0, 8, 12, 14):  # stored, deflate, bzip2, lzma
+                kind = "deflate64" if info.compress_type == 9 else f"method {info.compress_type}"
+                raise UserError(f"{path} is packed by {kind}, which is not read here; unpack it")
+            self._check_size(info.filename, info.file_size, info.compress_size)
+            self._place(self.files, info.filename, info)
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading."""
-        return cast(BinaryIO, self._zip.open(name))
-
-    def identity(self) -> tuple[object, ...]:
-        """The path, size and modification time."""
-        return file_identity(self.path)
+        return cast(BinaryIO, self._zip.open(self.files[name]))
 
 
-class Tar:
+class Tar(Container):
     """The files in a tar archive, compressed or not."""
 
     def __init__(self, path: pathlib.Path) -> None:
         """Open the archive, decompressing a small one; UserError if it is not a tar archive."""
-        self.path = path
-        self._places: dict[str, tuple[int, int]] = {}  # offset and size of each file
+        super().__init__(path)
         self._lock = threading.Lock()
         try:
             whole = _decompress(path) if _compression(path) == "gz" else None
@@ -203,56 +221,49 @@ class Tar:
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
             raise damaged(path, error) from error
 
-    def _index(self) -> dict[str, tuple[int, int]]:
-        """Name → (offset, size) of the regular files, in the archive's order."""
-        if not self._places:
-            try:
-                for member in self._tar:
-                    self._tar.members = []  # type: ignore[attr-defined]  # don't keep all
-                    _check_name(self.path, member.name, not (member.isreg() or member.isdir()))
-                    name = member.name.removeprefix("./")
-                    if member.isreg() and not member.issparse() and not _is_hidden(name):
-                        self._places[name] = (member.offset_data, member.size)
-                while self._tar.fileobj.read(2**20):  # type: ignore[union-attr]
-                    pass  # read to the end, where a compressed archive has its checksum
-            except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-                raise damaged(self.path, error) from error
-        return self._places
-
-    def names(self) -> list[str]:
-        """All regular files: in the archive's order if `in_order`, else sorted."""
-        return list(self._index()) if self.in_order else sorted(self._index())
-
-    def read(self, name: str) -> bytes:
-        """The contents of a file."""
-        offset, size = self._index()[name]
+    @functools.cached_property
+    def files(self) -> dict[str, Any]:  # type: ignore[override]
+        """Name → (offset, size), in the archive's order."""
+        found: dict[str, Any] = {}
         try:
-            with self._lock:
-                self._tar.fileobj.seek(offset)  # type: ignore[union-attr]
-                data = self._tar.fileobj.read(size)  # type: ignore[union-attr]
-        except (OSError, EOFError, zlib.error) as error:
+            for info in self._tar:
+                self._tar.members = []  # type: ignore[attr-defined]  # don't keep all
+                place: Any = (info.offset_data, info.size)
+                if info.islnk():  # a second name of an earlier file
+                    place = found.get(posixpath.normpath(info.linkname))
+                if place is None or not (info.isreg() or info.islnk() or info.isdir()):
+                    raise UserError(f"{self.path} has a link or a device, {info.name!r}; refused")
+                if info.issparse():
+                    raise UserError(f"{self.path} has a sparse file, {info.name!r}; unpack it")
+                if not info.isdir():
+                    self._check_size(info.name, place[1], self.path.stat().st_size)
+                    self._place(found, info.name, place)
+            # Read to the end, where a compressed archive has its checksum.
+            while part := self._tar.fileobj.read(2**20):  # type: ignore[union-attr]
+                if part.strip(b"\0"):
+                    raise UserError(
+                        f"{self.path} goes on behind its end, as archives do that were joined; "
+                        "unpack each of them"
+                    )
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
             raise damaged(self.path, error) from error
-        if len(data) < size:
-            raise damaged(self.path, f"it ends within {name}")
-        return data
+        return found
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file for reading."""
+        """Open a file for reading; threads must take turns."""
         info = tarfile.TarInfo(name)
-        info.offset_data, info.size = self._index()[name]
+        info.offset_data, info.size = self.files[name]
         return cast(BinaryIO, self._tar.extractfile(info))
-
-    def identity(self) -> tuple[object, ...]:
-        """The path, size and modification time."""
-        return file_identity(self.path)
 
 
 def _decompress(path: pathlib.Path) -> io.BytesIO | None:
     """The decompressed contents of a gzip file; None if it is large or has several parts."""
-    if path.stat().st_size > _IN_MEMORY:
+    size = path.stat().st_size
+    if size > _IN_MEMORY:
         return None
     decompressor = zlib.decompressobj(wbits=31)
-    data = decompressor.decompress(path.read_bytes(), 4 * _IN_MEMORY)
+    most = min(4 * _IN_MEMORY, _SMALL + _MOST * size)
+    data = decompressor.decompress(path.read_bytes(), most)
     if decompressor.unconsumed_tail or decompressor.unused_data:
         return None
     if not decompressor.eof:
@@ -290,4 +301,18 @@ def open_container(path: pathlib.Path) -> Container:
         return Zip(path)
     if _compression(path) or start[257:262] == b"ustar" or tarfile.is_tarfile(path):
         return Tar(path)
-    raise UserError(f"{path} is neither a folder nor a zip or tar archive")
+    advice = instead([path.name])
+    raise UserError(f"{path} is neither a folder nor a zip or tar archive{advice}")
+
+
+def open_holder(path: pathlib.Path, first: str, folder: str, archive: str) -> Container | None:
+    """The container of an author's files, such as `first`; None if there is none.
+
+    `path` is the archive, the folder that was unpacked from it, or the parent of either.
+    """
+    if path.is_file():
+        return open_container(path)
+    for place in (path / folder, path):
+        if (place / first).exists():
+            return Folder(place)
+    return open_container(path / archive) if (path / archive).exists() else None

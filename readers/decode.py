@@ -1,12 +1,27 @@
 """Converting images of any format and size to the size and channels of training."""
 
+import contextlib
 import dataclasses
 import io
+import threading
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
+IMAGE_SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+MAX_PIXELS = 2**26
+_LARGE, _one_large = 2**24, threading.Lock()  # larger images are converted one at a time
+_TURNS: dict[Any, Image.Transpose] = {  # by the EXIF tag Orientation
+    number: Image.Transpose(turn) for number, turn in enumerate((0, 3, 1, 5, 4, 6, 2), start=2)
+}
+
+# Pillow refuses PNGs with more than 1 MiB of text or colour profile.
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_PIXELS
 
 
 def is_image_name(name: str) -> bool:
@@ -14,11 +29,26 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def _turned(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # Pillow raises many kinds of error for damaged EXIF data
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def _flatten(image: Image.Image) -> Image.Image:
-    """The image as viewers show it: rotated by its EXIF data, on white, with 8 bits a channel."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip at 255
-        return Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
+    """The image as viewers show it: turned by its EXIF data, on white, with 8 bits a channel."""
+    if has_16_bits(image):  # which PIL would clip at 255
+        pixels, clear = np.asarray(_turned(image), np.uint32), image.info.get("transparency")
+        pixels = np.where(pixels == clear, 2**16 - 1, pixels) if isinstance(clear, int) else pixels
+        return Image.fromarray((pixels >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its mode is {image.mode}, 32 bits a pixel; 8 and 16 bits are read, and other values "
+            "as arrays, by configs/vp/array_st.py"
+        )
+    image = _turned(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -35,6 +65,7 @@ class Fit:
       crop: side of the centre crop in pixels; for 0 and for smaller images, the largest square.
       resampling: PIL's filter.
       pad: pad smaller images with black instead of resizing them.
+      max_pixels: images with more are not opened.
     """
 
     size: int
@@ -42,9 +73,15 @@ class Fit:
     crop: int = 0
     resampling: Image.Resampling = Image.Resampling.BICUBIC
     pad: bool = False
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """The image as (size, size, channels) uint8."""
+        """The image as (size, size, channels) uint8; ValueError if it has 32 bits a pixel."""
+        is_large = image.width * image.height > _LARGE
+        with _one_large if is_large else contextlib.nullcontext():
+            return self._fitted(image)
+
+    def _fitted(self, image: Image.Image) -> np.ndarray:
         image = _flatten(image).convert("L" if self.channels == 1 else "RGB")
         if 0 < self.crop <= min(image.size):
             left, top = (image.width - self.crop) // 2, (image.height - self.crop) // 2
@@ -59,15 +96,11 @@ class Fit:
             image = ImageOps.fit(image, (self.size, self.size), self.resampling)
         return np.asarray(image, np.uint8).reshape(self.size, self.size, self.channels)
 
-    def leaves_alone(self, shape: tuple[int, ...]) -> bool:
-        """Whether an image array (H, W, C) of this shape is returned unchanged."""
-        uncropped = self.crop == 0 or self.crop >= self.size
-        return shape == (self.size, self.size, self.channels) and uncropped
-
     def batch(self, images: np.ndarray) -> np.ndarray | None:
         """Images (n, H, W, C), unchanged or padded; None if each must be converted by itself."""
-        height, width, channels = shape = images.shape[1:]
-        if self.leaves_alone(shape):
+        height, width, channels = images.shape[1:]
+        uncropped = self.crop == 0 or self.crop >= self.size
+        if images.shape[1:] == (self.size, self.size, self.channels) and uncropped:
             return images
         if not self.pad or max(height, width) > self.size or channels != self.channels:
             return None
@@ -76,17 +109,31 @@ class Fit:
         return np.pad(images, ((0, 0), *padding, (0, 0)))
 
 
-def open_image(data: bytes | np.ndarray) -> Image.Image:
-    """Open an encoded image (PNG, JPEG, WebP, BMP), or an array (H, W) or (H, W, C) uint8.
+def open_image(data: bytes | np.ndarray, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open an encoded image, which is not decoded yet, or an array (H, W) or (H, W, C) uint8.
 
     Raises:
-      Exception: any error that PIL raises for damaged data.
+      ValueError: it has more than `max_pixels`, or no format that is read.
+      Exception: any other error that PIL raises for damaged data.
     """
     if isinstance(data, np.ndarray):
         return Image.fromarray(data[..., 0] if data.shape[-1] == 1 else data)
-    image = Image.open(io.BytesIO(data))
-    image.load()
+    Image.MAX_IMAGE_PIXELS = max(max_pixels, Image.MAX_IMAGE_PIXELS or 0)
+    too_large = ValueError(f"it has more pixels than data.max_pixels={max_pixels}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError("it has no image format that is read") from error
+    except Image.DecompressionBombError as error:
+        raise too_large from error
+    if image.width * image.height > max_pixels:
+        raise too_large
     return image
+
+
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether an image has one channel of 16 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
 
 
 def is_grey(image: Image.Image) -> bool:

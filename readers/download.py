@@ -1,9 +1,9 @@
 """Downloading the files that authors publish at a stable address, once, with a checksum."""
 
+import io
 import logging
 import pathlib
 import threading
-import time
 from typing import Any, NamedTuple
 
 from configs.default import UserError
@@ -69,28 +69,14 @@ FILES: dict[str, tuple[Published, ...]] = {
 }
 
 
-class _Progress:
-    """A progress bar for pooch that logs lines."""
+class _LogLines(io.StringIO):
+    """Where a progress bar's lines go."""
 
-    total = 0
-
-    def __init__(self, name: str) -> None:
-        self._name, self._done, self._logged = name, 0, time.time()
-
-    def update(self, count: int) -> None:
-        """Count `count` more bytes as downloaded."""
-        self._done += count
-        if time.time() - self._logged > 3:
-            self._logged = time.time()
-            of = f" of {self.total / 1e6:,.0f}" if self.total else ""
-            log.info("downloading %s: %s%s MB", self._name, f"{self._done / 1e6:,.0f}", of)
-
-    def reset(self) -> None:
-        """Reset the count; pooch calls this after the download and counts all bytes again."""
-        self._done, self._logged = 0, time.time()
-
-    def close(self) -> None:
-        """Do nothing; pooch calls this at the end."""
+    def write(self, text: str) -> int:
+        """Log a line, if it is one."""
+        if text.strip():
+            log.info("%s", text.strip())
+        return len(text)
 
 
 def check_reachable(url: str) -> None:
@@ -172,6 +158,7 @@ def fetch(dataset: str, other_ways: str) -> pathlib.Path:
 def _fetch_file(file: Published, folder: pathlib.Path) -> None:
     import pooch
     import requests
+    import tqdm
 
     name = file.url.rsplit("/", 1)[1]
     if (folder / name).exists():  # another process has downloaded it
@@ -181,8 +168,10 @@ def _fetch_file(file: Published, folder: pathlib.Path) -> None:
     check_reachable(file.url)
     log.info("downloading %s to %s", file.url, folder)
     pooch.get_logger().setLevel(logging.ERROR)
+    unit: dict[str, Any] = {"unit": "B", "unit_scale": True, "mininterval": 3}
+    bar = tqdm.tqdm(desc=f"downloading {name}", total=1, file=_LogLines(), **unit)
     downloader: Any = pooch.HTTPDownloader(
-        progressbar=_Progress(name), chunk_size=2**18, timeout=(_SECONDS_TO_ANSWER, 60)
+        progressbar=bar, chunk_size=2**18, timeout=(_SECONDS_TO_ANSWER, 60)
     )
     try:
         pooch.retrieve(file.url, f"sha256:{file.sha256}", name, folder, downloader=downloader)

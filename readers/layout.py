@@ -1,6 +1,8 @@
 """The result of a reader: the splits of a data set, located at a path but not decoded yet."""
 
 import dataclasses
+import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -43,11 +45,31 @@ class Records:
                 f"{self.size[0]}×{self.size[1]}"
             )
 
-    def subset(self, indices: np.ndarray) -> "Records":
-        """The records at these indices, in the order of `indices`."""
+    @staticmethod
+    def joined(parts: Sequence["Records"]) -> "Records":
+        """The records of all parts, one after the other."""
+        starts = np.cumsum([0, *map(len, parts)])
+
+        def place(i: int) -> tuple["Records", int]:
+            number = int(np.searchsorted(starts, i, side="right")) - 1
+            return parts[number], i - int(starts[number])
 
         def read(i: int) -> Item:
-            return self.read(int(indices[i]))
+            part, row = place(i)
+            return part.read(row)
+
+        def name(i: int) -> str:
+            part, row = place(i)
+            return part.name(row)
+
+        return parts[0] if len(parts) == 1 else Records(int(starts[-1]), read, name)
+
+    def subset(self, indices: np.ndarray, labels: np.ndarray | None = None) -> "Records":
+        """The records at these indices, in their order, with these labels or their own."""
+
+        def read(i: int) -> Item:
+            data, label = self.read(int(indices[i]))
+            return data, label if labels is None else int(labels[i])
 
         def name(i: int) -> str:
             return self.name(int(indices[i]))
@@ -158,6 +180,82 @@ class Found:
     what: str
     identity: tuple[object, ...]
     open: Callable[[], Opened]
+
+
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation")
+_MOST_CLASSES = 100
+
+
+def split_of(name: str) -> str:
+    """The word in a name that says which split it is of, as in `Train-2017`; "" without one."""
+    words = re.split(r"[-._ 0-9]+", name.lower())
+    found = [word for word in (*TRAIN_NAMES, *TEST_NAMES) if word in words]
+    return found[0] if len(found) == 1 else ""
+
+
+def choose_splits(names: Sequence[str], where: str) -> tuple[str, str] | None:
+    """The names of the training and the test split among names of folders, archives or files.
+
+    Names with other words, as train_images, count if all names are of splits. None: there are no
+    splits. Of several test splits the first in the order of TEST_NAMES is taken.
+
+    Raises:
+      UserError: a split is missing, there are two of a kind, or there is something beside them.
+    """
+    words = {name: split_of(name) for name in names}
+    exact = [n for n, word in words.items() if word and re.sub("[-._ 0-9]", "", n).lower() == word]
+    others = [name for name, word in words.items() if not word]
+    train = [name for name, word in words.items() if word in TRAIN_NAMES]
+    tests = sorted(set(names) - set(train) - set(others), key=lambda n: TEST_NAMES.index(words[n]))
+    if not exact and (others or not train or not tests):
+        return None
+    first = [name for name in tests if words[name] == words[tests[0]]]
+    if len(train) != 1 or len(first) != 1:
+        raise UserError(
+            f"data.path: {where} has {', '.join(sorted(names)[:8])}; one training split, called "
+            f"{' or '.join(TRAIN_NAMES)}, and a test split beside it, called "
+            f"{', '.join(TEST_NAMES[:-1])} or {TEST_NAMES[-1]}, are needed"
+        )
+    if others:
+        raise UserError(
+            f"data.path: {where} has splits, {train[0]} and {tests[0]}, and beside them "
+            f"{', '.join(sorted(others)[:8])}; move these away"
+        )
+    return train[0], tests[0]
+
+
+def common_folder(names: Sequence[str]) -> str:
+    """The longest folder path, ending with a slash, that all names begin with."""
+    if not names:
+        return ""
+    first, last = (name.split("/")[:-1] for name in (min(names), max(names)))
+    same = [one == other for one, other in zip(first, last, strict=False)]
+    return "".join(f"{part}/" for part in first[: (*same, False).index(False)])
+
+
+def folder_labels(names: Sequence[str], many: bool) -> tuple[list[str] | None, str]:
+    """(the folder of each file if folders are classes, else None; a sentence if that may surprise).
+
+    Classes are 2 to 100 folders that hold all files directly and do not only count.
+
+    Args:
+      names: the files' paths.
+      many: whether more than 100 folders are classes, too.
+    """
+    below = [unicodedata.normalize("NFC", name).split("/") for name in names]
+    folders = {parts[0] for parts in below if len(parts) == 2}
+    if len(folders) < 2 or all(re.fullmatch(r"\d{4,}", folder) for folder in folders):
+        return None, ""  # numbered folders, as in FFHQ and EDM
+    stray = next((name for name, parts in zip(names, below, strict=True) if len(parts) != 2), None)
+    if stray is not None:
+        return None, f"labels are not used: {stray} is in none of the {len(folders)} class folders"
+    if len(folders) > _MOST_CLASSES and not many:
+        return None, (
+            f"labels are not used: there are {len(folders)} folders; if they are classes, set "
+            "--config.model.num_classes=-1"
+        )
+    return [parts[0] for parts in below], ""
 
 
 def every_tenth(count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -68,10 +68,8 @@ def _records(folder: pathlib.Path) -> Records:
 def find(path: pathlib.Path, category: str) -> Found | None:
     """A scene's two LMDB environments in a folder, or images exported by LSUN's data.py.
 
-    Args:
-      path: a folder with bedroom_train_lmdb/ and bedroom_val_lmdb/, or with exported images in
-        train/ and val/ or bedroom_train/ and bedroom_val/, flat or in nested folders.
-      category: the scene, for example bedroom.
+    They are bedroom_train_lmdb/ and bedroom_val_lmdb/; or train/ and val/, or bedroom_train/ and
+    bedroom_val/, flat or in nested folders.
     """
     if not path.is_dir():
         return None

@@ -1,192 +1,184 @@
 """Parquet files of the Hugging Face hub, with a column of images and optionally one of labels."""
 
-import collections
+import functools
 import json
 import pathlib
 import re
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from configs.default import UserError
-from readers.containers import damaged, file_identity
-from readers.layout import Found, Item, Opened, Records, every_tenth, number_labels
+from readers import layout
+from readers.containers import Folder, damaged, file_identity
 
-_NAME = re.compile(r"(train|test|validation|valid|val)(-\d+-of-\d+)?\.parquet")
-_TEST_NAMES = ("test", "validation", "valid", "val")
+# train-00000-of-00002.parquet, with or without the hash that the hub's names had in 2022; or
+# train/0000.parquet.
+_SHARD = re.compile(r"((?P<base>.*?)-?(?P<number>\d+)-of-(?P<of>\d+)(-[0-9a-f]{16})?|\d+)", re.I)
 _IMAGE_NAMES = ("image", "img")
-_LABEL_NAMES = ("label", "labels", "fine_label")
-_GROUPS_KEPT = 4  # row groups in memory
+_LABEL_NAMES = ("label", "labels", "fine_label", "target")
 
 
 def _splits_of(path: pathlib.Path) -> dict[str, dict[str, list[pathlib.Path]]]:
     """{configuration: {split: its files in order}} of the parquet files at a path."""
     found: dict[str, dict[str, list[pathlib.Path]]] = {}
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    files = [path] if path.is_file() else [path / name for name in Folder(path).names()]
+    files = [file for file in files if file.suffix == ".parquet"]
     for file in files:
-        folder, match = file.parent, _NAME.fullmatch(file.name)
-        if match:
-            split = match[1]
-        elif re.fullmatch(r"\d+\.parquet", file.name):  # train/0000.parquet, converted by the hub
-            split, folder = folder.name, folder.parent
-        else:
-            continue
+        folder, match = file.parent, _SHARD.fullmatch(file.stem)
+        base = match["base"] if match else file.stem
+        if not base:  # train/0000.parquet, converted by the hub
+            base, folder = folder.name, folder.parent
+        split = layout.split_of(base) or ("train" if len(files) == 1 else "")
+        split = "train" if split == "training" else split
         # A repository without configurations has its files in data/.
         folder = folder.parent if folder.name == "data" and folder != path else folder
-        found.setdefault(str(folder.relative_to(path) if path.is_dir() else folder), {}).setdefault(
-            split, []
-        ).append(file)
+        if split:
+            found.setdefault(str(folder), {}).setdefault(split, []).append(file)
+    for splits in found.values():
+        for shards in splits.values():
+            _check_shards(shards)
     return {name: splits for name, splits in found.items() if "train" in splits}
 
 
-class _Files:
-    """The concatenated rows of several files; the last few row groups are kept in memory."""
+def _check_shards(files: Sequence[pathlib.Path]) -> None:
+    """Raise UserError if the files of a split are not the shards 0, 1, … of one set."""
+    shards = [_SHARD.fullmatch(file.stem) for file in files]
+    numbers = [int(shard["number"] or shard[0]) if shard else 0 for shard in shards]
+    counts = {shard and shard["of"] for shard in shards}
+    whole = int(next(iter(counts)) or len(files)) if len(counts) == 1 else 0
+    if not whole or len(set(numbers)) < len(numbers):
+        names = ", ".join(file.name for file in files[:6])
+        raise UserError(
+            f"{files[0].parent} has {names}, which are not the shards of one data set; keep those "
+            "of one"
+        )
+    missing = next(i for i in range(len(files) + 1) if i not in numbers)
+    if shards[0] and (missing < len(files) or len(files) != whole):
+        raise UserError(
+            f"{files[0].parent} lacks shard {missing} of {whole} beside {files[0].name} (it has "
+            f"{len(files)}); bring all of them"
+        )
 
-    def __init__(self, files: list[pathlib.Path]) -> None:
-        """Open all files, and find the columns of images and labels."""
+
+class _File:
+    """The rows of a file."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        """Open it, and find the columns of images and labels; UserError if it can't be read."""
         import pyarrow
         import pyarrow.parquet
 
-        self.files, self._lock = files, threading.Lock()
-        self._kept: collections.OrderedDict[tuple[int, int], list[bytes]] = (
-            collections.OrderedDict()
-        )
-        starts, places = [0], []
+        self.path = path
         try:
-            self._opened = [pyarrow.parquet.ParquetFile(file) for file in files]
-        except (OSError, pyarrow.ArrowException) as error:
-            raise damaged(files[0], error) from error
-        for number, opened in enumerate(self._opened):
-            for group in range(opened.num_row_groups):
-                starts.append(starts[-1] + opened.metadata.row_group(group).num_rows)
-                places.append((number, group))
-        self._starts, self._places = np.array(starts), places
-        schema = self._opened[0].schema_arrow
+            self.opened = pyarrow.parquet.ParquetFile(path)
+        except Exception as error:  # Arrow raises many kinds of error for damaged files
+            raise damaged(path, error) from error
+        groups = map(self.opened.metadata.row_group, range(self.opened.num_row_groups))
+        self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
+        schema, types = self.opened.schema_arrow, pyarrow.types
         structs = [
             field.name
             for field in schema
-            if pyarrow.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+            if types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
         ]
         named = [name for name in structs if name in _IMAGE_NAMES] or structs
         if len(named) != 1:
             raise UserError(
-                f"{files[0]} has the columns {', '.join(schema.names)}; one of encoded images, "
+                f"{path} has the columns {', '.join(schema.names)}; one of encoded images, "
                 "named image or img, is needed"
             )
-        self._image = named[0]
-        self.label = next(
-            (
-                name
-                for name in _LABEL_NAMES
-                if name in schema.names and pyarrow.types.is_integer(schema.field(name).type)
-            ),
-            None,
-        )
-        self.class_names = _class_names(schema.metadata or {}, self.label)
+        self.image = named[0]
+        self._label = next((name for name in _LABEL_NAMES if name in schema.names), None)
+        self.class_names = _class_names(schema.metadata or {}, self._label)
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
+    def labels(self) -> tuple[list[Any] | None, str]:
+        """(the label of each row or None; a sentence if a column of labels is not used).
 
-    def labels(self) -> np.ndarray | None:
-        """Labels (N,), or None if there are none; UserError if a label is missing."""
-        if self.label is None:
-            return None
-        parts = []
-        for file, opened in zip(self.files, self._opened, strict=True):
-            column = opened.read(columns=[self.label]).column(self.label)
-            if column.null_count:
-                row = column.to_pylist().index(None)
-                raise UserError(
-                    f"{file} has no {self.label} in row {row} ({column.null_count} of "
-                    f"{len(column)} are missing)"
-                )
-            parts.append(column.to_numpy())
-        labels = np.concatenate(parts).astype(np.int64)
-        return None if (labels < 0).any() else labels  # the hub marks unlabelled splits by -1
+        Raises:
+          UserError: a label is missing.
+        """
+        import pyarrow
 
-    def image(self, i: int) -> bytes:
-        """The encoded image of a row."""
-        number = int(np.searchsorted(self._starts, i, side="right")) - 1
-        with self._lock:
-            rows = self._rows(self._places[number])
-        data = rows[i - int(self._starts[number])]
+        if self._label is None:
+            return None, ""
+        column = self.opened.read(columns=[self._label]).column(self._label)
+        text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+        if not text and not pyarrow.types.is_integer(column.type):
+            return None, f"labels are not used: {self._label} of {self.path} is {column.type}"
+        labels = column.to_pylist()
+        if column.null_count:
+            raise UserError(
+                f"{self.path} has no {self._label} in row {labels.index(None)} "
+                f"({column.null_count} of {len(labels)} are missing)"
+            )
+        return labels, ""
+
+    def records(self) -> layout.Records:
+        """The rows, without labels."""
+        return layout.Records(int(self._starts[-1]), self._item, lambda i: f"{self.path}, row {i}")
+
+    def _item(self, i: int) -> layout.Item:
+        group = int(np.searchsorted(self._starts, i, side="right")) - 1
+        with _LOCK:
+            data = _rows(self, group)[i - int(self._starts[group])]
         if data is None:
-            raise UserError(f"{self.name(i)} holds no image, only a path")
-        return data
+            raise ValueError("it holds no image, or only a path")
+        return data, 0
 
-    def _rows(self, place: tuple[int, int]) -> list[bytes]:
-        if place not in self._kept:
-            file, group = place
-            try:
-                table = self._opened[file].read_row_group(group, columns=[self._image])
-            except Exception as error:  # Arrow raises many kinds of error for damaged files
-                raise damaged(self.files[file], error) from error
-            rows: list[Any] = table.column(self._image).to_pylist()
-            self._kept[place] = [row and row["bytes"] for row in rows]
-            if len(self._kept) > _GROUPS_KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(place)
-        return self._kept[place]
 
-    def name(self, i: int) -> str:
-        """A description of a row, for messages."""
-        number = int(np.searchsorted(self._starts, i, side="right")) - 1
-        file, group = self._places[number]
-        row = i - int(self._starts[number])
-        return f"{self.files[file]}, row {row} of group {group}"
+_LOCK = threading.Lock()
+
+
+@functools.lru_cache(4)
+def _rows(file: _File, group: int) -> list[bytes | None]:
+    """The encoded images of a row group; the last few stay in memory."""
+    try:
+        table = file.opened.read_row_group(group, columns=[file.image])
+        rows: list[Any] = table.column(file.image).to_pylist()
+    except Exception as error:  # Arrow raises many kinds of error for damaged files
+        raise damaged(file.path, error) from error
+    return [row and row["bytes"] for row in rows]
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str | None) -> list[str]:
     """The names of the classes in the schema's metadata; empty if there are none."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return list(features[label]["names"])
-    except (KeyError, TypeError, ValueError):
+        return list(map(str, features[label]["names"]))
+    except (KeyError, TypeError, ValueError, RecursionError):
         return []
 
 
-def _records(files: _Files, rows: np.ndarray, labels: np.ndarray | None) -> Records:
-    """Records of these rows, with a label for each."""
-    of = np.zeros(len(rows), np.int64) if labels is None else labels
-
-    def read(i: int) -> Item:
-        return files.image(int(rows[i])), int(of[i])
-
-    return Records(len(rows), read, lambda i: files.name(int(rows[i])))
-
-
-def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> Opened:
-    try:
-        return _open_files(train_files, test_files)
-    except UserError:
-        raise
-    except Exception as error:  # Arrow raises many kinds of error for damaged files
-        raise damaged(train_files[0].parent, error) from error
-
-
-def _open_files(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> Opened:
-    parts = [_Files(paths) for paths in (train_files, test_files) if paths]
-    labels = [part.labels() for part in parts]
-    if len(parts) == 2:
-        rows = [(part, np.arange(len(part))) for part in parts]
-    else:
-        rows = [(parts[0], indices) for indices in every_tenth(len(parts[0]))]
-        labels = [None if labels[0] is None else labels[0][indices] for _, indices in rows]
-    of_train, of_test, classes, notes = number_labels(labels, parts[0].class_names)
-    train, test = (
-        _records(part, indices, of)
-        for (part, indices), of in zip(rows, (of_train, of_test), strict=True)
-    )
-    return Opened(train, test, classes, notes)
+def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> layout.Opened:
+    records, labels = [], list[Any]()
+    notes, names = list[str](), list[str]()
+    for paths in filter(None, (train_files, test_files)):
+        files = [_File(path) for path in paths]
+        names = names or files[0].class_names
+        records.append(layout.Records.joined([file.records() for file in files]))
+        parts, told = zip(*(file.labels() for file in files), strict=True)
+        known = None if None in parts else [label for part in parts for label in part]
+        # -1 is how the hub marks images without labels.
+        unlabelled = any(isinstance(label, int) and label < 0 for label in known or ())
+        labels.append(None if unlabelled else known)
+        notes += filter(None, told)
+    rows = [np.arange(len(split)) for split in records]
+    if len(records) == 1:
+        records, rows, of = records * 2, [*layout.every_tenth(len(records[0]))], labels[0]
+        labels = [of and list(map(of.__getitem__, part)) for part in rows]
+    numbered = layout.number_labels(labels, names)
+    train = records[0].subset(rows[0], numbered.train)
+    test = records[1].subset(rows[1], numbered.test)
+    return layout.Opened(train, test, numbered.classes, tuple((notes or list(numbered.notes))[:1]))
 
 
-def find(path: pathlib.Path, needs_splits: bool = False) -> Found | None:
+def find(path: pathlib.Path, needs_splits: bool = False) -> layout.Found | None:
     """A folder with train-00000-of-0000N.parquet and test-… or validation-…, or a single file.
 
-    Args:
-      path: the folder, a parent folder, or one file without splits.
-      needs_splits: refuse files without a test split, instead of holding out every tenth row.
+    Without a test split every tenth row is held out; with `needs_splits` that is refused.
     """
     if path.is_file() and path.suffix != ".parquet":
         return None
@@ -199,17 +191,18 @@ def find(path: pathlib.Path, needs_splits: bool = False) -> Found | None:
             )
         return None
     if len(configurations) > 1:
+        names = ", ".join(sorted(pathlib.Path(name).name for name in configurations))
         raise UserError(
-            f"data.path: {path} has {len(configurations)} configurations, "
-            f"{', '.join(sorted(configurations))}; name the folder of one of them"
+            f"data.path: {path} has {len(configurations)} configurations, {names}; name the folder "
+            "of one of them"
         )
     ((folder, splits),) = configurations.items()
-    test = next((name for name in _TEST_NAMES if name in splits), None)
+    test = next((name for name in layout.TEST_NAMES if name in splits), None)
     if test is None and needs_splits:
         raise UserError(f"data.path: {folder} has a training split alone; a test split is needed")
     test_files = splits[test] if test else []
     how = f"splits train and {test}" if test else "every tenth row held out"
-    return Found(
+    return layout.Found(
         f"parquet files in {folder}, {how}",
         tuple(map(file_identity, [*splits["train"], *test_files])),
         lambda: _open(splits["train"], test_files),

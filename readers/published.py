@@ -37,7 +37,7 @@ class Published:
     Attributes:
       title: its usual name.
       files: the authors' files and where to get them, for messages.
-      find: (path, config.data) → what a reader of the authors' files found.
+      find: (path, config) → what a reader of the authors' files found.
       classes: the number of classes; 0: there are no labels; None: folders may be classes.
       counts: the numbers of training and test images.
       native: side of all images in pixels; 0: any.
@@ -90,8 +90,8 @@ def _find_imagenet32_2017(path: pathlib.Path) -> Found | None:
     return found
 
 
-def _find_faces(path: pathlib.Path, data: ConfigDict) -> Found | None:
-    known = PUBLISHED[data.dataset]
+def _find_faces(path: pathlib.Path, config: ConfigDict) -> Found | None:
+    data, known = config.data, PUBLISHED[config.data.dataset]
     if path.is_dir():
         of_size = f"*-r{round(math.log2(data.image_size)):02}.tfrecords"
         files = sorted(path.glob(of_size))
@@ -104,12 +104,12 @@ def _find_faces(path: pathlib.Path, data: ConfigDict) -> Found | None:
     return found or image_files.find_held_out(path, known.hold_out, known.held_out_share)
 
 
-def _find_folder(path: pathlib.Path) -> Found | None:
+def _find_folder(path: pathlib.Path, many: bool) -> Found | None:
     return (
         arrays.find(path)
         or parquet.find(path)
-        or image_files.find_splits(path)
-        or image_files.find_unsplit(path)
+        or image_files.find_splits(path, many=many)
+        or image_files.find_unsplit(path, many=many)
     )
 
 
@@ -118,7 +118,7 @@ PUBLISHED = {
         "CIFAR-10",
         "cifar-10-python.tar.gz or cifar-10-binary.tar.gz, packed or unpacked, of "
         "https://www.cs.toronto.edu/~kriz/cifar.html",
-        lambda path, data: cifar.find_cifar10(path),
+        lambda path, config: cifar.find_cifar10(path),
         classes=10,
         counts=(50_000, 10_000),
         native=32,
@@ -127,7 +127,7 @@ PUBLISHED = {
     "SVHN": Published(
         "SVHN",
         "train_32x32.mat and test_32x32.mat of http://ufldl.stanford.edu/housenumbers",
-        lambda path, data: svhn.find(path),
+        lambda path, config: svhn.find(path),
         classes=10,
         counts=(73_257, 26_032),
         native=32,
@@ -136,7 +136,7 @@ PUBLISHED = {
     "STL10": Published(
         "STL-10",
         "stl10_binary.tar.gz, packed or unpacked, of https://cs.stanford.edu/~acoates/stl10",
-        lambda path, data: stl10.find(path),
+        lambda path, config: stl10.find(path),
         counts=(105_000, 8_000),
         tfds="stl10",
         tfds_splits=("train+unlabelled", "test"),
@@ -146,7 +146,7 @@ PUBLISHED = {
         "Fashion-MNIST",
         "the four IDX files of https://github.com/zalandoresearch/fashion-mnist, or Debian's "
         "package dataset-fashion-mnist",
-        lambda path, data: idx.find(path),
+        lambda path, config: idx.find(path),
         classes=10,
         counts=(60_000, 10_000),
         native=28,
@@ -157,7 +157,7 @@ PUBLISHED = {
         "ImageNet 32 (the older set, which published bits/dim are of)",
         "train_32x32.tar and valid_32x32.tar (or .zip, or unpacked); their address is gone, and "
         "Academic Torrents has them as Downsampled ImageNet 32x32",
-        lambda path, data: _find_imagenet32(path),
+        lambda path, config: _find_imagenet32(path),
         counts=(1_281_149, 49_999),
         native=32,
         tfds="downsampled_imagenet/32x32",
@@ -167,7 +167,7 @@ PUBLISHED = {
         "ImageNet 32 of 2017 (Chrabaszcz et al.)",
         "Imagenet32_train.zip and Imagenet32_val.zip, packed or unpacked, of "
         "https://image-net.org/download-images (after registration)",
-        lambda path, data: _find_imagenet32_2017(path),
+        lambda path, config: _find_imagenet32_2017(path),
         classes=1000,
         counts=(1_281_167, 50_000),
         native=32,
@@ -178,7 +178,7 @@ PUBLISHED = {
         "CelebA",
         "img_align_celeba.zip (or unpacked) and list_eval_partition.txt of "
         "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-        lambda path, data: celeba.find(path),
+        lambda path, config: celeba.find(path),
         counts=(162_770, 19_962),
         tfds="celeb_a",
         crop=140,
@@ -206,14 +206,14 @@ PUBLISHED = {
         "LSUN",
         "SCENE_train_lmdb.zip and SCENE_val_lmdb.zip of https://github.com/fyu/lsun, unpacked, or "
         "what its data.py exports of them, as train/ and val/",
-        lambda path, data: lsun.find(path, data.category),
+        lambda path, config: lsun.find(path, config.data.category),
         tfds="lsun/{category}",
         tfds_splits=("train", "validation"),
     ),
     "folder": Published(
         "images",
         "a folder, a zip or a tar of images, parquet files, or arrays",
-        lambda path, data: _find_folder(path),
+        lambda path, config: _find_folder(path, config.model.num_classes != 0),
         classes=None,
         resampling=Image.Resampling.LANCZOS,
     ),
@@ -232,24 +232,26 @@ def _first_upper(sentence: str) -> str:
     return sentence[:1].upper() + sentence[1:]
 
 
-def find(data: ConfigDict) -> Found:
+def find(config: ConfigDict) -> Found:
     """Find the data set at the path in `config.data`, or download it.
 
     Raises:
       UserError: it is missing, can't be downloaded, or has an unknown format; the message says
         which files are needed.
     """
-    known = PUBLISHED[data.dataset]
-    return _check_opened(_find(data, known), known)
+    known = PUBLISHED[config.data.dataset]
+    return _check_opened(_find(config, known), known)
 
 
 def get_fit(data: ConfigDict) -> Fit:
     """The conversion of a data set's images to the size and channels in `config.data`."""
     known = PUBLISHED[data.dataset]
-    return Fit(data.image_size, data.num_channels, known.crop, known.resampling, known.pad)
+    shape = data.image_size, data.num_channels
+    return Fit(*shape, known.crop, known.resampling, known.pad, data.max_pixels)
 
 
-def _find(data: ConfigDict, known: Published) -> Found:
+def _find(config: ConfigDict, known: Published) -> Found:
+    data = config.data
     path = data.path or ("" if data.tfds_dir else data.tfrecords_path)
     if not path and data.tfds_dir:
         return _find_tfds(data, known)
@@ -265,7 +267,7 @@ def _find(data: ConfigDict, known: Published) -> Found:
     if not place.exists():
         option = "data.path" if data.path else "data.tfrecords_path"
         raise UserError(f"{option}: there is no file or folder {place}; {_other_ways(known)}")
-    found = known.find(place, data)
+    found = known.find(place, config)
     if found is None and data.dataset != "folder":
         found = (
             parquet.find(place, needs_splits=True)

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from configs.default import UserError
-from readers.decode import open_image
-from readers.layout import Records
+from readers.decode import MAX_PIXELS, open_image
+from readers.layout import Item, Records
 
 Examples = dict[str, np.ndarray]  # `image` (n, H, W, C) uint8 and `label` (n,)
 
@@ -56,22 +56,33 @@ class ArraySource:
 class RecordSource:
     """Encoded images, each read and decoded when it is needed.
 
-    `fit` converts an image to an array (H, W, C) uint8, or raises an error.
+    `fit` converts an image to an array (H, W, C) uint8, or raises an error; `identity` identifies
+    the files; images with more than `max_pixels` are not opened.
     """
 
     records: Records
     fit: Callable[[Image.Image], np.ndarray]
-    identity: bytes = b""  # identifies the files
+    identity: bytes = b""
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def _read(self, i: int) -> tuple[np.ndarray, int]:
+    def read(self, i: int, item: Item | None = None) -> tuple[np.ndarray, int, Image.Image]:
+        """(the fitted image, its label, the image) of a record, whose item may be read already.
+
+        Raises:
+          UserError: the image has another size than `records` says.
+          Exception: any error that libraries raise for damaged files.
+        """
+        data, label = item or self.records.read(i)
+        image = open_image(data, self.max_pixels)
+        self.records.check_size(i, image.size)
+        return self.fit(image), label, image
+
+    def _example(self, i: int) -> tuple[np.ndarray, int]:
         try:
-            data, label = self.records.read(i)
-            image = open_image(data)
-            self.records.check_size(i, image.size)
-            return self.fit(image), label
+            return self.read(i)[:2]
         except UserError:
             raise
         except Exception as error:  # PIL raises many kinds of error for damaged files
@@ -80,7 +91,7 @@ class RecordSource:
 
     def fetch(self, indices: np.ndarray) -> Examples:
         """The examples at these indices."""
-        images, labels = zip(*(self._read(int(i)) for i in indices), strict=True)
+        images, labels = zip(*(self._example(int(i)) for i in indices), strict=True)
         return {"image": np.stack(images), "label": np.array(labels)}
 
     def describe(self) -> bytes:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from readers.containers import Container, Folder, damaged, member, open_container
+from readers.containers import Container, Folder, damaged, member, open_holder
 from readers.layout import Arrays, Found, Opened
 
 _ARCHIVE, _FOLDER = "stl10_binary.tar.gz", "stl10_binary"
@@ -33,16 +33,8 @@ def find(path: pathlib.Path) -> Found | None:
 
     Labels are not read, since most training images have none.
     """
-    container: Container
-    if path.is_file():
-        container = open_container(path)
-        if not any(name.split("/")[-1] == "train_X.bin" for name in container.names()):
-            return None
-    elif (path / _FOLDER / "train_X.bin").exists() or (path / "train_X.bin").exists():
-        container = Folder(path / _FOLDER if (path / _FOLDER).is_dir() else path)
-    elif (path / _ARCHIVE).exists():
-        container = open_container(path / _ARCHIVE)
-    else:
+    container = open_holder(path, "train_X.bin", _FOLDER, _ARCHIVE)
+    if container is None or not any(n.split("/")[-1] == "train_X.bin" for n in container.names()):
         return None
 
     def train() -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,20 +1,24 @@
 """Data sets prepared by TFDS, as TFRecord or array_record files; missing ones are prepared."""
 
 import importlib
+import json
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from configs.default import UserError
 from readers import download, tfrecords
-from readers.containers import file_identity
+from readers.containers import damaged, file_identity
 from readers.layout import Found, Item, Opened, Records, plain_classes
 from runtime import environment
 
 log = logging.getLogger("soft_truncation")
+
+_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.\w+\.\w+")
 
 
 def _import() -> Any:
@@ -42,11 +46,7 @@ def _prepared(data_dir: pathlib.Path, name: str) -> pathlib.Path | None:
 
 
 def _prepare(name: str, data_dir: pathlib.Path) -> None:
-    """Have TFDS download and prepare a data set.
-
-    Raises:
-      UserError: it can't, here or at all.
-    """
+    """Have TFDS download and prepare a data set; UserError if it can't."""
     tfds = _import()
     log.info("%s is not in %s; TFDS downloads and prepares it there", name, data_dir)
     try:
@@ -66,11 +66,7 @@ def _prepare(name: str, data_dir: pathlib.Path) -> None:
 
 
 def _check_lmdb() -> None:
-    """Make sure that TFDS can read LSUN's LMDB files, before it downloads them.
-
-    Raises:
-      UserError: it can't.
-    """
+    """Raise UserError if TFDS can't read LSUN's LMDB files, before it downloads them."""
     try:
         importlib.import_module("tensorflow_io")
     except Exception as error:  # built for another TensorFlow, it raises anything at all
@@ -101,7 +97,7 @@ def _records(builder: Any, split: str, labelled: bool) -> Records:
         raise UserError(f"{builder.data_path} has no split {split}")
     if info.file_format.value == "tfrecord":
         paths = [pathlib.Path(path) for path in info.splits[split].filepaths]
-        return tfrecords.records_of(paths, parse)
+        return Records.joined([tfrecords.records_of(path, parse) for path in paths])
     from tensorflow_datasets.core import decode
 
     raw = decode.DeserializeMethod.RAW_BYTES
@@ -113,25 +109,20 @@ def _records(builder: Any, split: str, labelled: bool) -> Records:
     return Records(len(source), read, lambda i: f"{builder.data_path}, {split} {i}")
 
 
-def _joined(parts: Sequence[Records]) -> Records:
-    """The records of all parts, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    starts = np.cumsum([0, *map(len, parts)])
-
-    def place(i: int) -> tuple[Records, int]:
-        number = int(np.searchsorted(starts, i, side="right")) - 1
-        return parts[number], i - int(starts[number])
-
-    def read(i: int) -> Item:
-        part, row = place(i)
-        return part.read(row)
-
-    def name(i: int) -> str:
-        part, row = place(i)
-        return part.name(row)
-
-    return Records(int(starts[-1]), read, name)
+def _check_features(folder: pathlib.Path) -> None:
+    """Raise UserError if features.json names a class not of TFDS, which TFDS would import."""
+    try:
+        waiting = [json.loads((folder / "features.json").read_bytes())]
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(folder / "features.json", error) from error
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, dict) else value
+        for key in ("type", "pythonClassName", "python_class_name"):
+            name = value.get(key, "") if isinstance(value, dict) else ""
+            if isinstance(name, str) and name and not _FEATURE.fullmatch(name):
+                raise UserError(f"{folder}/features.json names {name[:80]}, which is not TFDS's")
+        waiting = [item for item in waiting if isinstance(item, (dict, list))]
 
 
 def find(
@@ -141,38 +132,28 @@ def find(
     num_classes: int,
     hold_out: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Found:
-    """A data set in TFDS's folder, prepared there first if it is missing.
+    """A data set in TFDS's folder `data_dir`, prepared there first; UserError if it can't be.
 
-    Args:
-      name: TFDS's, with its configuration if it has any.
-      data_dir: the folder.
-      splits: of training and test; names joined by +.
-      num_classes: of its labels; 0: they are not read.
-      hold_out: the number of training images → (training, test) indices, for a data set without a
-        test split.
-
-    Raises:
-      UserError: it can't be prepared.
+    The names of splits may be several, joined by +; without a test split `hold_out` makes one, as
+    (training, test) indices of so many images. With num_classes = 0 labels are not read.
     """
-    folder = _prepared(data_dir, name)
-    if folder is None:
+    if _prepared(data_dir, name) is None:
         _prepare(name, data_dir)
-        folder = _prepared(data_dir, name)
-    if folder is None:
+    there = _prepared(data_dir, name)
+    if there is None:
         raise UserError(f"TFDS left no {name} in {data_dir}")
-    there = folder
 
     def opened() -> Opened:
+        _check_features(there)
         try:
             builder = _import().builder_from_directory(str(there))
         except Exception as error:  # whatever a damaged folder makes TFDS raise
             raise UserError(f"{there} is no folder of TFDS: {_reason(error)}") from error
         labelled = num_classes > 0
         parts = [[_records(builder, s, labelled) for s in split.split("+")] for split in splits]
-        train, test = map(_joined, parts)
+        train, test = map(Records.joined, parts)
         if hold_out:
-            train_indices, test_indices = hold_out(len(train))
-            train, test = train.subset(train_indices), train.subset(test_indices)
+            train, test = map(train.subset, hold_out(len(train)))
         return Opened(train, test, plain_classes(num_classes))
 
     files = sorted(file for file in there.iterdir() if file.is_file())

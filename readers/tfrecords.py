@@ -2,13 +2,13 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from configs.default import UserError
-from readers.containers import file_identity
+from readers.containers import damaged, file_identity
 from readers.layout import Found, Item, Opened, Records
 
 
@@ -53,6 +53,40 @@ def parse_example(record: bytes) -> Any:
     return _example_class().FromString(record).features.feature
 
 
+@functools.cache
+def _zeros_behind(level: int) -> np.ndarray:
+    """(2, 65536): CRC-32C of each value of each half of a word that 4·2^level zeros follow."""
+    if level:
+        return _append_zeros(_zeros_behind(level - 1), level - 1)
+    crc = np.arange(2**16, dtype=np.uint32) << np.array([[0], [16]], np.uint32)
+    for _ in range(32):
+        crc = np.where(crc & 1, crc >> 1 ^ np.uint32(0x82F63B78), crc >> 1)
+    return crc
+
+
+def _append_zeros(words: np.ndarray, level: int) -> np.ndarray:
+    low, high = _zeros_behind(level)
+    halves = np.ascontiguousarray(words, "<u4").view("<u2").reshape(*words.shape, 2)
+    return np.take(low, halves[..., 0], mode="clip") ^ np.take(high, halves[..., 1], mode="clip")
+
+
+def masked_crc32c(data: bytes) -> int:
+    """The checksum of a record's `data`, of four bytes or more.
+
+    CRC-32C is linear, and zeros in front do not change it: of words (a, b) it is that of a with
+    zeros behind, plus that of b, so that halves of all pairs are joined at once.
+    """
+    start = bytes(255 - byte for byte in data[:4])
+    words = np.frombuffer(bytes(-len(data) % 4) + start + data[4:], "<u4")
+    level = 0
+    while len(words) > 1:
+        words = np.pad(words, (len(words) % 2, 0))
+        words = _append_zeros(words[::2], level) ^ words[1::2]
+        level += 1
+    crc = ~int(_append_zeros(words, 0)[0]) % 2**32
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
+
+
 def index(path: pathlib.Path) -> np.ndarray:
     """Read the offset and length of each record, (N, 2), without reading the records.
 
@@ -76,36 +110,20 @@ def index(path: pathlib.Path) -> np.ndarray:
     return np.array(places)
 
 
-def records_of(paths: Sequence[pathlib.Path], parse: Callable[[Any], Item]) -> Records:
-    """The concatenated records of several files.
-
-    Args:
-      paths: the files.
-      parse: the features of a record → its item; it may raise any kind of error.
-    """
-    indices = [index(path) for path in paths]
-    starts = np.cumsum([0, *map(len, indices)])
-
-    def place(i: int) -> tuple[pathlib.Path, int]:
-        number = int(np.searchsorted(starts, i, side="right")) - 1
-        return paths[number], i - int(starts[number])
+def records_of(path: pathlib.Path, parse: Callable[[Any], Item]) -> Records:
+    """The records of a file; `parse` makes an item of features, and may raise any kind of error."""
+    places = index(path)
 
     def read(i: int) -> Item:
-        path, row = place(i)
-        offset, length = indices[paths.index(path)][row]
+        offset, length = places[i]
         with path.open("rb") as file:
             file.seek(offset)
-            record = file.read(length)
-        try:
-            return parse(parse_example(record))
-        except Exception as error:  # an error of protobuf, or of `parse`
-            raise UserError(f"{path}: record {row} is not an image: {error}") from error
+            record, checksum = file.read(length), file.read(4)
+        if length < 4 or masked_crc32c(record) != int.from_bytes(checksum, "little"):
+            raise ValueError("its checksum is wrong")
+        return parse(parse_example(record))
 
-    def name(i: int) -> str:
-        path, row = place(i)
-        return f"{path}, record {row}"
-
-    return Records(int(starts[-1]), read, name)
+    return Records(len(places), read, lambda i: f"{path}, record {i}")
 
 
 def _pixels(features: Any) -> Item:
@@ -120,19 +138,19 @@ def _pixels(features: Any) -> Item:
 def find(
     path: pathlib.Path, split: Callable[[int], tuple[np.ndarray, np.ndarray]], what: str
 ) -> Found | None:
-    """A file of ProGAN's or StyleGAN's dataset_tool.py, with images of one size.
+    """A .tfrecords file of ProGAN's or StyleGAN's dataset_tool.py, with images of one size.
 
-    Args:
-      path: the .tfrecords file.
-      split: the number of images → (training, test) indices.
-      what: a description of the split, for the log.
+    `split` is the number of images → (training, test) indices, and `what` describes it.
     """
     if not path.is_file() or path.suffix != ".tfrecords":
         return None
 
     def opened() -> Opened:
-        records = records_of([path], _pixels)
-        height, width = np.shape(records.read(0)[0])[:2]
+        records = records_of(path, _pixels)
+        try:
+            height, width = np.shape(records.read(0)[0])[:2]
+        except Exception as error:  # an error of protobuf, or of `_pixels`
+            raise damaged(path, f"record 0: {error}") from error
         records = Records(len(records), records.read, records.name, (width, height))
         train, test = split(len(records))
         if not len(test):

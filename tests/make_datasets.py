@@ -1004,15 +1004,6 @@ def break_drive_page(root):
     return made("CELEBA", root, images, options={"data.image_size": 64}, exact=False)
 
 
-def break_edm_other_size(root):
-    """An image of another size than the others."""
-    together, images = without_splits(60, 16)
-    files = edm_files(together, [i % 3 for i in range(60)])
-    files["00000/img00000017.png"] = encoded(noisy_images("train", 1, 24)[0])
-    path = write_edm_zip(root / "dataset.zip", files)
-    return made("folder", path, images, options=_options(16), exact=False)
-
-
 def break_edm_label_missing(root):
     """dataset.json has no label for one of the files."""
     together, images = without_splits(60, 16)
@@ -1149,7 +1140,6 @@ BROKEN: dict[str, Callable[[pathlib.Path], Made]] = {
     "celeba_short_partition": functools.partial(break_celeba_partition, edit=_shorter),
     "celeba_long_partition": functools.partial(break_celeba_partition, edit=_longer),
     "celeba_bad_partition": functools.partial(break_celeba_partition, edit=_not_understood),
-    "edm_other_size": break_edm_other_size,
     "edm_label_missing": break_edm_label_missing,
     "parquet_label_missing": break_parquet_label_missing,
     "cifar10_other_size": break_cifar10_other_size,

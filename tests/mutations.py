@@ -84,7 +84,8 @@ EMA the wrong way: e + (1 - decay) * (p - e) → e + decay * (p - e)
 gradients of one device: loss, grads = jax.lax.pmean((loss, grads), "batch") → pass
 a NaN gradient is applied: jnp.isfinite(loss) & jnp.isfinite(grad_norm) → jnp.isfinite(loss)
 micro-batches are summed: lambda x: x / num_micro_batch, total) → lambda x: x, total)
-frequencies decay: trained=True, fixed=False) → trained=True, fixed=True)
+frequencies decay: weight_decay * m * p → weight_decay * p
+packed ones decay: (updates, trained=trained) → (updates, trained=trained, fixed=params.fixed)
 steps over an evaluation: training.eval_freq, *regular) → *regular)
 [train_step.py | test_run_lib.py -k skipped]
 streak over a good step: jnp.where(row == len(skipped), sums["streak"], 0) → sums["streak"]
@@ -150,7 +151,7 @@ mirrored records: .reshape(shape).transpose(1, 2, 0) → .reshape(shape).transpo
 [readers/cifar.py | test_readers.py -k "written and 2017"]
 labels from 1: np.asarray(labels, np.int64) - first → np.asarray(labels, np.int64)
 [readers/arrays.py | test_stacks.py -k labels]
-labels of the first: labels=stack.labels[part] → labels=stack.labels[: len(part)]
+labels of the first: else stack.labels[part] → else stack.labels[: len(part)]
 
 [runtime/pictures.py | test_stacks.py -k "pictures or grid"]
 grid by columns: left = gap + (i % columns) → left = gap + (i // columns)

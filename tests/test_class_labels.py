@@ -110,6 +110,18 @@ def test_labels_that_no_training_image_has_are_not_used_and_a_line_says_so(
         assert "labels are not used: no training image has the test images' 7" in caplog.text
 
 
+def test_labels_of_one_split_alone_are_not_used_and_a_line_says_so(tmp_path, caplog):
+    np.savez(tmp_path / "a.npz", x_train=pictures(), y_train=np.arange(20), x_test=pictures())
+    for dataset in ("folder", "array"):
+        assert load(tmp_path / "a.npz", dataset)[0] == ()
+        assert "labels are not used: the test images have none" in caplog.text
+        caplog.clear()
+
+
+def test_one_label_alone_is_no_label(tmp_path):
+    assert load(an_npz(tmp_path, np.full(20, 3)))[0] == ()
+
+
 def test_names_of_the_hub_stay_with_their_labels_and_outlast_the_cache(tmp_path):
     path = a_parquet_file(tmp_path, np.resize([3, 1], 20), ["cat", "dog", "emu", "owl"])
     for _ in range(2):

@@ -458,7 +458,7 @@ def test_files_without_checksums_are_read_as_before(tmp_path, caplog):
 
 
 def test_large_decoded_images_are_compared_in_the_background(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "_IN_MEMORY", 0)
+    monkeypatch.setattr(cache, "_CHECKED_AT_ONCE", 0)
     bit_flips._make_decoded(tmp_path)
     entry, *_ = bit_flips._entry(tmp_path)
     train = entry.read().train

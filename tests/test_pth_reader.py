@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_a_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("payload", "reason"),
     [
-        (pickle.dumps({"model": b"bytes"}, protocol=4), "opcode FRAME"),
+        (pickle.dumps({"model": bytearray(3)}, protocol=5), "opcode BYTEARRAY8"),
         (b"cos\nsystem\n(S'true'\ntR.", r"os\.system"),
         (b"(ios\nsystem\n.", "opcode INST"),
         (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", r"builtins\.eval"),
@@ -165,3 +166,21 @@ def test_a_damaged_row_is_refused(tmp_path, change, reason):
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(UserError, match=reason):
         read_pth(path)
+
+
+def test_entries_of_an_archive_that_overlap_are_refused(tmp_path):
+    write_pth(tmp_path / "a.pth", {"a": np.ones(5011, np.float32), "b": np.ones(5000, np.float32)})
+    with zipfile.ZipFile(tmp_path / "a.pth") as whole:
+        (root,) = {name.split("/")[0] for name in whole.namelist()}
+        tree = whole.read(f"{root}/data.pkl")
+    values = np.ones(5000, np.float32).tobytes()
+    inner = zipfile.ZipInfo("archive/data/1")
+    inner.CRC, inner.file_size, inner.compress_size = zlib.crc32(values), len(values), len(values)
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", tree)
+        archive.writestr("archive/data/0", inner.FileHeader() + values)
+        outer = archive.getinfo("archive/data/0")
+        inner.header_offset = outer.header_offset + len(outer.FileHeader())
+        archive.filelist.append(inner)
+    with pytest.raises(UserError, match="its storages are longer than the file"):
+        read_pth(tmp_path / "a.pth")

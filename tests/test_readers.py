@@ -96,14 +96,13 @@ REFUSED = {
     "celeba_short_partition": "names 55 images, and .* has 58",
     "celeba_long_partition": "names 60 images, and .* has 58",
     "celeba_bad_partition": "line 6: '000006.jpg training' is not",
-    "edm_other_size": "is 24×24 pixels; this data set's images are 16×16",
     "edm_label_missing": "has no label for .*00000/img",
     "parquet_label_missing": "has no label in row 7",
     "cifar10_other_size": "is 40×40 pixels; this data set's images are 32×32",
     "lsun_no_val": "has no bedroom_val_lmdb",
     "imagenet32_as_2017": "data.dataset=IMAGENET32_2017",
     "imagenet32_2017_as_old": "data.dataset=IMAGENET32$",
-    "npz_floats": "x_train of float32",
+    "npz_floats": "images of float32",
     "npz_object": "it has objects",
     "lsun_cut": "data.mdb is shorter than its",
     "lsun_page": "LMDB's library ended at one of its pages",
@@ -190,7 +189,8 @@ def test_a_damaged_or_unfinished_entry_is_made_anew(tmp_path, cache_folder, capl
 def test_without_room_in_the_cache_files_are_read_as_needed(problem, tmp_path, monkeypatch, caplog):
     made = write(tmp_path, make_datasets.LAYOUTS["folder_flat"])
     if problem == "no room":
-        monkeypatch.setattr(cache, "_room", lambda folder: 1000)
+        usage = shutil.disk_usage("/")._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     data, examples = load(config_of(made))
