@@ -326,6 +326,8 @@ def _evaluate_images(
         config.eval.images,
         config.eval.image_draws,
     )
+    # Anew, as in `_evaluate`.
+    steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
     params = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0]).ema_params
     values = bits_of_images(bits, params)
     digest = short_hash(datasets.fingerprint(chosen), len(names), params, config.eval)[:8]

@@ -250,7 +250,7 @@ class PartialResults:
         return values
 
     def _read(self, path: pathlib.Path) -> dict[str, np.ndarray] | None:
-        if not path.exists():
+        if not path.is_file():
             return None
         try:
             with np.load(path, allow_pickle=False) as file:
