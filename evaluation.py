@@ -67,7 +67,6 @@ from runtime.workdir import (
     check_network,
     check_processes,
     make_folder,
-    run_config,
     short_hash,
 )
 from session import (
@@ -263,6 +262,7 @@ def _images_to_score(
     """The images of `eval.images`, with the labels of a network that is told them, and names."""
     if config.eval.images == "test":
         test = datasets.get_dataset(config, "test")
+        check_labels(config, test)
         return test, [str(i) for i in datasets.subset(test, config.eval.num_test_data)]
     path, size = pathlib.Path(config.eval.images), config.data.image_size
     if config.data.dataset == "array":
@@ -306,8 +306,7 @@ def _evaluate_images(
         raise UserError(f"eval.images is for one checkpoint; {len(steps)} are chosen")
     _check_density(config)
     # Of runs that do not have the names of their classes, they are numbers.
-    classes = tuple(run_config(config, workdir).data.classes)
-    classes = classes or tuple(map(str, range(config.model.num_classes)))
+    classes = tuple(config.data.classes) or tuple(map(str, range(config.model.num_classes)))
     chosen, names = _images_to_score(config, setup.num_levels, classes)
     if config.model.num_classes and not (chosen.num_classes or config.training.label_dropout):
         raise UserError(
@@ -326,6 +325,8 @@ def _evaluate_images(
         config.eval.images,
         config.eval.image_draws,
     )
+    # Anew, as in `_evaluate`.
+    steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
     params = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0]).ema_params
     values = bits_of_images(bits, params)
     digest = short_hash(datasets.fingerprint(chosen), len(names), params, config.eval)[:8]

@@ -89,6 +89,11 @@ def _parse(argv: list[str]) -> list[str]:
     environment.prepare()  # before the config file is loaded, which may use JAX
     try:
         rest = flags.FLAGS(_with_saved_config(argv))
+        if _CONFIG.value is None and _INIT_FROM.value:
+            raise UserError(
+                f"--init_from without --config needs --workdir, and {_INIT_FROM.value} to be a run "
+                "or an exported model"
+            )
         if _CONFIG.value is None:
             raise UserError(
                 "--config is missing; for example --config configs/vp/digits_st.py, or --workdir "

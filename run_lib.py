@@ -106,12 +106,12 @@ def train(
       UserError: the config, the data or the workdir can't be used; or the loss is not finite, or
         saving fails, too often in a row.
     """
-    config = with_data_facts(config, workdir, of_run=not override)
+    config = with_data_facts(config, workdir, of_run=not override, init_from=init_from)
     workdir, training, num_steps = pathlib.Path(workdir), config.training, config.training.n_iters
 
     # Model, optimiser and objective; data.
     setup, data = set_up(config, jax.device_count()), load_data(config)
-    config = with_classes(config, data.train, anew=bool(init_from))
+    config = with_classes(config, data.train, anew=bool(init_from) or override)
     facts = datasets.facts_of_data(data)
     check_processes(config, facts)
 
@@ -125,14 +125,16 @@ def train(
             like=setup.state_shape,
         )
         _log_start(config, setup, data, workdir)
-        if files:
-            record_data(workdir, facts)
         advise_on_training(config)
         state = restored or init_state(config, setup.model, setup.optimizer)
         if init_from and not restored:
             state = start_from(config, setup, state, init_from)
-        if files and not restored:
-            files.record()
+        elif init_from:
+            log.warning("%s has a run already: it goes on, and --init_from is not read", workdir)
+        if files:
+            if not restored:
+                files.record()
+            record_data(workdir, facts)
         step = int(state.step)
         if step > num_steps:
             log.warning("step %d is reached, training.n_iters is %d: no training", step, num_steps)
@@ -249,7 +251,8 @@ class _Files:
 
         # What is there was saved under the config that is recorded there.
         self.record = record
-        self.saver = checkpointing.Saver(manager, config.training.max_failed_saves, record)
+        most, on_first = config.training.max_failed_saves, record if state else None
+        self.saver = checkpointing.Saver(manager, most, on_first)
         self.metrics = Metrics(workdir, 0 if state is None else int(state.step))
         self._stack.callback(self.metrics.close)
         return jax.tree.map(np.asarray, state)

@@ -21,10 +21,10 @@ import losses
 import sampling
 import sde_lib
 from configs import saved
-from configs.default import UserError, image_shape
+from configs.default import UserError, get_default_config, image_shape
 from configs.validate import check_array_fields, validate
 from models import utils as mutils
-from runtime import memory
+from runtime import hosts, memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from train_step import (
     StepFn,
@@ -92,25 +92,34 @@ _OF_ARRAYS = ("image_size", "image_width", "num_channels", "num_levels", "scale"
 
 
 def with_data_facts(
-    config: ConfigDict, workdir: str | os.PathLike[str], of_run: bool = True
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    of_run: bool = True,
+    init_from: str = "",
 ) -> ConfigDict:
     """The config with what the data set says in place of what the recipe leaves to it.
 
     That is the number of labels for `model.num_classes` = -1, and the shape and units of an array
     data set. They are those of the run, or of the data set if there is no run of such data yet or
-    not `of_run`.
+    not `of_run`; then units that the recorded config of the run, or of the run `init_from`, has
+    are not taken for the user's. The names of the labels are the run's, too.
 
     Raises:
       UserError: the data set has no labels, or can't be read.
     """
     is_array = config.data.dataset == "array"
-    if config.model.num_classes != -1 and not is_array:
+    if not (is_array or config.model.num_classes):
         return config
-    config = config.copy_and_resolve_references()
-    run = None
-    if of_run and (pathlib.Path(workdir) / "config.json").exists():
-        run = saved.get_config(pathlib.Path(workdir))
-        run = run if run.data.dataset == config.data.dataset else None
+    config, run = config.copy_and_resolve_references(), _recorded(workdir)
+    if is_array and (init_from or not of_run):
+        before = run or _recorded(init_from)
+        for name in ("scale", "num_levels"):
+            if before and config.data[name] == before.data[name]:
+                config.data[name] = get_default_config().data[name]
+    if not (run and of_run and run.data.dataset == config.data.dataset):
+        run = None
+    if run and not config.data.classes:
+        config.data.classes = run.data.classes
     if is_array:
         check_array_fields(config)
         facts = dict(run.data) if run else datasets.array_facts(config)
@@ -128,19 +137,29 @@ def with_data_facts(
     return config
 
 
+def _recorded(workdir: str | os.PathLike[str]) -> ConfigDict | None:
+    """The config that a run recorded, read by the main process; None if there is none."""
+    folder = pathlib.Path(workdir)
+    there = str(workdir) and (folder / "config.json").exists()
+    fields = hosts.on_main(lambda: saved.read(folder) if there else None)
+    return None if fields is None else saved.config_of(fields, folder)
+
+
 def check_labels(config: ConfigDict, train: datasets.Dataset) -> None:
-    """Raise a UserError if the network is told labels that the training images do not have."""
+    """Raise a UserError if the network is told labels that the images do not have."""
     told = config.model.num_classes
     if told and told != train.num_classes:
         has = f"{train.num_classes} labels" if train.num_classes else "no labels"
-        raise UserError(f"model.num_classes is {told}, and {train.name} has {has}")
-    known = tuple(config.data.classes)
-    if told and known and known != train.classes:
-        first = next(i for i in range(told) if known[i : i + 1] != train.classes[i : i + 1])
         raise UserError(
-            f"label {first} is {train.classes[first]!r} in {train.name}, and {known[first]!r} in "
-            "the run's data.classes"
+            f"model.num_classes is {told}, and {train.name} has {has}; a new run takes the data "
+            "set's with --config.model.num_classes=-1"
         )
+    for number, (known, name) in enumerate(zip(config.data.classes, train.classes, strict=False)):
+        if told and known != name:
+            raise UserError(
+                f"label {number} is {name!r} in {train.name}, and {known!r} in the run's training "
+                "data; bring images of the same classes, or start a new run with --init_from"
+            )
 
 
 def with_classes(config: ConfigDict, train: datasets.Dataset, anew: bool = False) -> ConfigDict:

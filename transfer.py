@@ -45,19 +45,20 @@ def start_from(config: ConfigDict, setup: Setup, state: TrainState, source: str)
     if not (folder / "config.json").is_file():
         raise UserError(f"--init_from: {folder} is no run and no exported model")
     other = saved.get_config(folder)
-    there = checkpointing.restore_latest(other, folder, set_up(other).state_shape)
+    shape = set_up(other).state_shape
+    there = checkpointing.restore_latest(other, folder, shape, weights_only=True)
     given = traverse_util.flatten_dict(there.ema_params, sep="/")
     own = {
         name: np.asarray(array)
         for name, array in traverse_util.flatten_dict(state.params, sep="/").items()
     }
     taken = {name: array for name, array in given.items() if _fits(own.get(name), array)}
-    rows = _rows_of_classes(config, other) if _LABELS in own.keys() & given.keys() else {}
+    rows = {}
+    if _LABELS in own.keys() & given.keys() and own[_LABELS].shape[1:] == given[_LABELS].shape[1:]:
+        rows = _rows_of_classes(config, other)
     if rows:
         taken[_LABELS] = np.array(own[_LABELS])
         taken[_LABELS][list(rows)] = given[_LABELS][list(rows.values())]
-    elif config.model.num_classes:
-        taken.pop(_LABELS, None)
     share = sum(x.size for x in taken.values()) / sum(x.size for x in own.values())
     if share < _LEAST:
         raise UserError(
@@ -77,6 +78,8 @@ def _rows_of_classes(config: ConfigDict, other: ConfigDict) -> dict[int, int]:
     """The rows of the labels' embedding here, and those of the same meaning in another network."""
     here, there = tuple(config.data.classes), tuple(other.data.classes)
     of_both = {here.index(name): there.index(name) for name in here if name in there}
+    if config.data.dataset != other.data.dataset and all(name.isdecimal() for name in here):
+        of_both = {}  # the same numbers of other things
     if not there and config.model.num_classes == other.model.num_classes:
         of_both = {row: row for row in range(config.model.num_classes)}  # an older run's
     return {**of_both, config.model.num_classes: other.model.num_classes}

@@ -31,7 +31,7 @@ from metrics.statistics import Statistics, load_statistics, save_statistics
 from readers.cache import _Decoder, _Entry
 from readers.decode import Fit
 from readers.layout import Found, Opened, arrays_of
-from runtime import checkpointing, exported
+from runtime import checkpointing, environment, exported
 from runtime.checksums import checksum, checksums
 from runtime.workdir import PartialResults
 
@@ -110,7 +110,7 @@ def _read_decoded(folder: pathlib.Path) -> Any:
     if decoded is None:
         return None
     splits = [source.fetch(np.arange(len(source))) for source in (decoded.train, decoded.test)]
-    return splits, decoded.classes, json.dumps(decoded.notes)
+    return splits, json.dumps([decoded.classes, decoded.notes])
 
 
 def _make_results(folder: pathlib.Path) -> None:
@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=500, help="for each kind")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    environment.prepare()
     logging.getLogger("soft_truncation").propagate = False
     every: list[str] = []
     print("| kind | flips | noticed | harmless | read as something else |")

@@ -68,8 +68,13 @@ def get_config(workdir: str | pathlib.Path) -> ConfigDict:
     Raises:
       UserError: the file can't be read or is damaged.
     """
+    return config_of(read(workdir), workdir)
+
+
+def config_of(recorded: dict[str, Any], workdir: str | pathlib.Path) -> ConfigDict:
+    """The config of the fields that `read` returned for `workdir`, as `get_config`."""
     config = get_default_config()
-    for section, fields in read(workdir).items():
+    for section, fields in recorded.items():
         if section == "config_file":
             continue
         try:

@@ -198,7 +198,7 @@ class _Entry:
         """Read the entry; None if it does not exist or is damaged."""
         try:
             facts = saved.read_object(self.folder / "facts.json")
-            if facts.pop("checksum", None) not in (None, _checksum_of(facts)):
+            if facts.pop("checksum") != _checksum_of(facts):
                 raise ValueError("facts.json is damaged")
             train, test = (self._read_split(name, facts[name]) for name in ("train", "test"))
         except Exception as error:  # a damaged file can raise any kind of error
@@ -216,16 +216,14 @@ class _Entry:
         images = np.memmap(path, np.uint8, "r", shape=shape)
         labels = np.load(self.folder / f"{name}_labels.npy")
         source = ArraySource(images, labels, bytes.fromhex(facts["digest"]))
-        known = facts.get("checksums")  # which older entries lack
-        if not known:
-            return source
-        if checksum(labels) != known[1]:
+        of_images, of_labels = facts["checksums"]
+        if checksum(labels) != of_labels:
             raise ValueError(f"the labels of {name} are damaged")
         if images.nbytes > _CHECKED_AT_ONCE:
-            watched, of = _Watched(**vars(source)), (self.folder, known[0])
+            watched, of = _Watched(**vars(source)), (self.folder, of_images)
             threading.Thread(None, watched.look, f"compare {path}", of, daemon=True).start()
             return watched
-        if checksum(images.reshape(-1)) != known[0]:
+        if checksum(images.reshape(-1)) != of_images:
             raise ValueError(f"{path.name} is damaged")
         return source
 

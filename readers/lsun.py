@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 
@@ -28,6 +29,7 @@ class _Environment:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
+        weakref.finalize(self, _end, self._process)
         # One array instead of a list, since a scene has up to three million keys.
         self.keys = np.array(list(iter(self._reply, b"")), np.bytes_)
 
@@ -53,6 +55,16 @@ class _Environment:
                 self._process.stdin.write(struct.pack("<q", len(key)) + key)
                 self._process.stdin.flush()
             return self._reply()
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End a server and close its pipes, of which the interpreter would complain at its own end."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
 
 
 def _records(folder: pathlib.Path) -> Records:

@@ -143,11 +143,13 @@ def restore_newest(manager: ocp.CheckpointManager, shape: State) -> State | None
       UserError: there are checkpoints, but none can be read. They are not moved.
     """
     damaged: list[int] = []
+    reason = ""
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             state = restore(pathlib.Path(manager.directory), shape, step)
         except UserError as error:
-            log.warning("%s; trying the one before", error)
+            reason = str(error)
+            log.warning("%s; trying the one before", reason)
             damaged.append(step)
             continue
         folder = pathlib.Path(manager.directory).parent / "damaged_checkpoints"
@@ -161,8 +163,8 @@ def restore_newest(manager: ocp.CheckpointManager, shape: State) -> State | None
         return state
     if damaged:
         raise UserError(
-            f"none of the {len(damaged)} checkpoints in {manager.directory} can be read; nothing "
-            "was changed"
+            f"none of the {len(damaged)} checkpoints in {manager.directory} can be read, and "
+            f"nothing was changed: {reason}"
         )
     return None
 
@@ -174,14 +176,14 @@ class Saver:
         self,
         manager: ocp.CheckpointManager,
         max_failures: int,
-        on_first: Callable[[], None] = lambda: None,
+        on_first: Callable[[], None] | None = None,
     ) -> None:
         """Stop the training after `max_failures` failed saves in a row.
 
-        `on_first` is called when the first save has succeeded.
+        With `on_first` the first save is waited for, and `on_first` called when it has succeeded.
         """
         self._manager, self._max_failures = manager, max_failures
-        self._on_first: Callable[[], None] | None = on_first
+        self._on_first = on_first
         self._failures = 0
         self._pending: int | None = None
 
@@ -204,6 +206,8 @@ class Saver:
         except Exception as error:  # Orbax raises many kinds of error for a failing disk
             _release_waiting()
             self._failed(step, error)
+        if self._on_first:
+            self.settle()
 
     def settle(self) -> bool:
         """Wait for the save in progress; returns whether the last save succeeded."""
@@ -212,13 +216,20 @@ class Saver:
             try:
                 self._manager.wait_until_finished()
                 self._failures = 0
-                if self._on_first:
-                    self._on_first()
-                    self._on_first = None
             except Exception as error:  # as in `save`
                 _release_waiting()
                 self._failed(step, error)
+            else:
+                self._after_first()
         return not self._failures
+
+    def _after_first(self) -> None:
+        if self._on_first:
+            try:
+                self._on_first()
+                self._on_first = None
+            except UserError as error:
+                log.warning("%s; the next save tries again", error)
 
     def _failed(self, step: int, error: Exception) -> None:
         self._failures += 1
@@ -307,9 +318,11 @@ def restore_step(
     return hosts.on_main(read, like)
 
 
-def restore_latest(config: ConfigDict, workdir: pathlib.Path, shape: State) -> State:
-    """The whole state of the newest checkpoint."""
+def restore_latest(
+    config: ConfigDict, workdir: pathlib.Path, shape: State, weights_only: bool = False
+) -> State:
+    """The state of the newest checkpoint, whole or as `restore_step` says."""
     config = config.copy_and_resolve_references()
     config.eval.update(begin_ckpt=0, end_ckpt=0)
     (step,) = hosts.on_main(lambda: steps_to_evaluate(config, workdir))
-    return restore_step(config, workdir, shape, step, weights_only=False)
+    return restore_step(config, workdir, shape, step, weights_only)

@@ -21,7 +21,7 @@ log = logging.getLogger("soft_truncation")
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl file; damaged lines, as an incomplete last one, are left out."""
     rows = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -39,7 +39,7 @@ class Metrics:
     def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
         """Continue after `first_step`; rows of later steps are deleted."""
         path = workdir / "metrics.jsonl"
-        if path.exists():  # the steps after the checkpoint are repeated
+        if os.path.lexists(path):  # the steps after the checkpoint are repeated
             kept = [r for r in read_metrics(path) if r["step"] <= first_step]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file, self._full = path.open("ab", buffering=0), False

@@ -33,7 +33,7 @@ _FREE_TO_TRAIN = {
         "max_skipped_steps",
         "max_failed_saves",
     ),
-    "data": ("path", "tfds_dir", "tfrecords_path", "cache"),
+    "data": ("path", "tfds_dir", "tfrecords_path", "cache", "max_pixels", "skip_unreadable"),
     "model": ("num_scales", "remat"),
     "optim": ("num_micro_batch",),
 }
@@ -74,6 +74,8 @@ def _first_difference(old: dict[str, Any], new: dict[str, Any], train: bool) -> 
         for field, value in fields.items() if isinstance(fields, dict) else ():
             # A field that is newer than the workdir counts as having its default, if it has one.
             before = old.get(section, {}).get(field, defaults.get(section, {}).get(field))
+            if field == "classes" and not before:  # of a run that did not keep their names
+                continue
             if before != value and not _is_free(section, field, train):
                 return f"{section}.{field} is {before!r} there and {value!r} here"
     return None
@@ -250,7 +252,7 @@ class PartialResults:
         return values
 
     def _read(self, path: pathlib.Path) -> dict[str, np.ndarray] | None:
-        if not path.exists():
+        if not path.is_file():
             return None
         try:
             with np.load(path, allow_pickle=False) as file:

@@ -256,7 +256,7 @@ def test_the_logged_rate_does_not_leave_out_queued_steps(tmp_path, monkeypatch):
 
     read = train_step.LossSums.read
     monkeypatch.setattr(train_step.LossSums, "read", lambda sums: (wait(), read(sums))[1])
-    monkeypatch.setattr(run_lib, "time", types.SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(run_lib, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(run_lib.jax, "block_until_ready", wait)
     monkeypatch.setattr(run_lib, "get_train_call", lambda *_, **__: train_call)
     monkeypatch.setattr(run_lib, "_get_test_loss", lambda *_: test_loss)

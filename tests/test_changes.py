@@ -11,10 +11,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+import datasets
 import run_lib
 import session
 from configs import saved
 from configs.default import UserError
+from readers.source import ArraySource
 from runtime import checkpointing
 from tests.helpers import tiny_config
 from tests.test_run_lib import assert_identical, state_of
@@ -131,6 +133,7 @@ def test_override_to_arrays_takes_their_units_and_records_them_when_it_saves(run
     def save(self, step, state):
         assert (workdir / "config.json").read_bytes() == before
         real(self, step, state)
+        assert saved.get_config(workdir).data.dataset == "array"  # though the run may end here
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpointing.Saver, "save", save)
@@ -192,3 +195,55 @@ def test_starting_from_what_is_no_model_or_of_another_network_is_refused(run, tm
     with pytest.raises(UserError, match=r"[0-3]\.\d% of the parameters here have the name and"):
         run_lib.train(config_of(nf=12), tmp_path / "new", init_from=str(run))
     assert not (tmp_path / "new" / "config.json").exists()
+    run_lib.train(labelled_arrays(tmp_path / "a.npz", [0, 1]), tmp_path / "a")
+    other = labelled_arrays(tmp_path / "a.npz", [0, 1])
+    other.model.nf = 12
+    with pytest.raises(UserError, match=r"\d% of the parameters here have the name and"):
+        run_lib.train(other, tmp_path / "new", init_from=str(tmp_path / "a"))
+
+
+def test_a_labelled_run_from_before_its_labels_had_names_goes_on(tmp_path):
+    config = labelled_arrays(tmp_path / "a.npz", [2, 5])
+    run_lib.train(config, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["data"]["classes"]
+    path.write_text(json.dumps(fields))
+    config.training.n_iters = 4
+    assert int(run_lib.train(config, tmp_path / "run").step) == 4
+    assert tuple(saved.get_config(tmp_path / "run").data.classes) == ("2", "5")
+
+
+@pytest.mark.parametrize("change", ["override", "init_from"])
+def test_units_come_from_the_new_file_though_the_recipe_is_the_runs(tmp_path, change):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", images=rng.integers(0, 17, (40, 8, 8), dtype=np.uint8))
+    np.savez(tmp_path / "b.npz", images=rng.standard_normal((40, 8, 8)).astype(np.float32) * 50)
+    config = config_of()
+    config.data.update(dataset="array", path=str(tmp_path / "a.npz"), num_channels=1)
+    own = session.with_data_facts(config, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(own.to_json_best_effort())
+    recipe = saved.get_config(tmp_path / "run")
+    recipe.data.path = str(tmp_path / "b.npz")
+    assert recipe.data.num_levels == 17
+    run = tmp_path / "run"
+    if change == "override":
+        read = session.with_data_facts(recipe, run, of_run=False)
+    else:
+        read = session.with_data_facts(recipe, tmp_path / "new", init_from=str(run))
+    assert read.data.num_levels == 0 and read.data.scale[1] > 100
+
+
+def test_labels_of_other_names_are_told(tmp_path):
+    images = np.zeros((20, 8, 8, 1), np.uint8)
+    for known, has, line in (
+        (("a", "b"), ("a", "c"), "label 1 is 'c' in x, and 'b' in the run's training data"),
+        (("a",), ("a", "c"), "model.num_classes is 1, and x has 2 labels; a new run takes"),
+        (("a", "b", "c"), ("a",), "model.num_classes is 3, and x has 1 labels"),
+    ):
+        config = config_of(num_classes=len(known))
+        config.data.classes = known
+        data = datasets.Dataset("x", ArraySource(images, np.zeros(20, int)), 17, has)
+        with pytest.raises(UserError, match=line):
+            session.check_labels(config, data)

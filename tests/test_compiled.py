@@ -33,6 +33,12 @@ SDES = {
 }
 
 
+NAMES = {
+    sde_lib.VPSDE: "vpsde",
+    sde_lib.SubVPSDE: "subvpsde",
+    sde_lib.VESDE: "vesde",
+    sde_lib.RVESDE: "reciprocal_vesde",
+}
 # Sub-VP has most of what can be merged.
 of_every_sde = pytest.mark.parametrize(
     "sde",
@@ -88,9 +94,8 @@ def gaussian_score(sde):
 
 def functions_of_time(sde):
     priors = {f"prior {k}": losses.TruncationPrior(k, EPS) for k in (0.5, 1.0, 1.2, 3.0)}
-    priors["sigmoid"] = losses.WeightingPrior(
-        sde, EPS, jax.nn.sigmoid, lambda w: jnp.log(w) - jnp.log1p(-w)
-    )
+    config = tiny_config(sde=NAMES[type(sde)], truncation_time=EPS)
+    priors |= {name: losses.PRIORS[name](config) for name in ("sigmoid", "velocity")}
     return {
         "mean_coeff": sde.mean_coeff,
         "std": sde.std,

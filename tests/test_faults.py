@@ -80,10 +80,14 @@ def damage(folder, how):
             path.unlink()
     else:
         shutil.rmtree(folder / "default")
+    if how == "other values":  # which can be read
+        shutil.copytree(folder.parent / "6" / "default", folder / "default")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["truncated", "missing file", "no metadata", "no state"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "missing file", "no metadata", "no state", "other values"]
+)
 def test_a_damaged_checkpoint_is_passed_over(trained, run, how, caplog):
     caplog.set_level(logging.INFO, "soft_truncation")
     damage(run / "checkpoints" / "9", how)
@@ -413,6 +417,18 @@ def test_damaged_lines_of_the_metrics_are_left_out_and_those_after_them_kept(tmp
     assert losses_of(tmp_path) == {1: 0.5, 4: 0.25}
 
 
+@pytest.mark.parametrize("what", ["link", "endless", "pipe"])
+def test_metrics_that_are_no_file_are_replaced_and_no_link_is_followed(tmp_path, what):
+    path, target = tmp_path / "metrics.jsonl", tmp_path / "precious"
+    os.mkfifo(path) if what == "pipe" else path.symlink_to(
+        "/dev/zero" if what == "endless" else target
+    )
+    metrics = Metrics(tmp_path, 0)
+    metrics.write(1, {"loss": 0.5})
+    metrics.close()
+    assert losses_of(tmp_path) == {1: 0.5} and not path.is_symlink() and not target.exists()
+
+
 @pytest.mark.parametrize("kind", bit_flips.KINDS)
 def test_no_flipped_bit_is_read_as_something_else(kind):
     counts, wrong = bit_flips.flip(kind, flips=10, seed=1)
@@ -430,13 +446,15 @@ def test_files_without_checksums_are_read_as_before(tmp_path, caplog):
     (tmp_path / "x.msgpack").write_bytes(serialization.to_bytes(params))
     kept = bit_flips._read_cached_classifier(tmp_path), exported.read(model, params)
     assert jax.tree.all(jax.tree.map(np.array_equal, kept, (params, params)))
-    bit_flips._make_decoded(tmp_path)
-    decoded, (path,) = bit_flips._read_decoded(tmp_path), tmp_path.glob("*/data/*/facts.json")
+    bit_flips._make_checkpoint(tmp_path)
+    path = tmp_path / "checkpoints" / "7" / "_CHECKPOINT_METADATA"
     facts = json.loads(path.read_text())
-    del facts["checksum"], facts["train"]["checksums"], facts["test"]["checksums"]
-    path.write_text(json.dumps(facts))
-    np.testing.assert_equal(bit_flips._read_decoded(tmp_path), decoded)
-    assert not caplog.text
+    assert len(facts["custom_metadata"]["checksums"]) == len(jax.tree.leaves(bit_flips._state()))
+    for text in (json.dumps(facts | {"custom_metadata": None}), None):
+        path.unlink() if text is None else path.write_text(text)
+        state = bit_flips._read_checkpoint(tmp_path)
+        assert jax.tree.all(jax.tree.map(np.array_equal, state, bit_flips._state()))
+    assert not [record for record in caplog.records if record.name == "soft_truncation"]
 
 
 def compared(images):
@@ -595,10 +613,13 @@ def test_a_workdir_that_is_moved_is_told_of_and_not_made_anew(tmp_path, caplog):
 
 def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "soft_truncation")
+    ticks = iter([100.0, 102.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks))
     progress = Progress("work", 10)
     monkeypatch.setattr(time, "time", lambda: 0.0)
     progress.advance(10)
-    assert "| 0:00:00 left" in caplog.text and "-" not in caplog.text.split("work")[1]
+    monkeypatch.undo()
+    assert "| 5 images/s |" in caplog.text
 
 
 def test_progress_through_an_unknown_number_of_images_is_told_in_images(caplog):

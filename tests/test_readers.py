@@ -8,6 +8,8 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -136,6 +138,28 @@ def test_an_lmdb_environment_is_read_on_after_a_signal_to_all_processes(tmp_path
     assert all(served.get(bytes(key)) for key in served.keys)
     served._process.stdin.close()  # as when the program ends
     assert served._process.wait(10) == 0
+
+
+def test_an_lmdb_environment_leaves_nothing_to_the_interpreters_end(tmp_path):
+    write(tmp_path, make_datasets.LAYOUTS["lsun_lmdb"])
+    (folder,) = tmp_path.rglob("bedroom_val_lmdb")
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from readers import lsun\n"
+        "environment = lsun._Environment(pathlib.Path(sys.argv[1]))\n"
+        "os.kill(environment._process.pid, signal.SIGKILL)\n"
+        "environment._process.wait()\n"
+        "environment._process.stdin.write(b'8 bytes.')\n"  # as of a request that was cut off
+    )
+    command = [sys.executable, "-X", "dev", "-c", program, str(folder)]
+    done = subprocess.run(
+        command,
+        cwd=pathlib.Path(lsun.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("name", ["celeba_zip", "folder_splits", "stl10_tar", "lsun_lmdb"])
