@@ -149,7 +149,7 @@ rows are columns: transpose(0, 3, 2, 1) → transpose(0, 2, 3, 1)
 [readers/tfrecords.py | test_readers.py -k tfrecord]
 mirrored records: .reshape(shape).transpose(1, 2, 0) → .reshape(shape).transpose(2, 1, 0)
 [readers/cifar.py | test_readers.py -k "written and 2017"]
-labels from 1: np.asarray(labels, np.int64) - first → np.asarray(labels, np.int64)
+labels from 1: labels.astype(np.int64) - first → labels.astype(np.int64)
 [readers/arrays.py | test_stacks.py -k labels]
 labels of the first: else stack.labels[part] → else stack.labels[: len(part)]
 
