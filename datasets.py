@@ -252,8 +252,10 @@ def _load_array(config: ConfigDict) -> Data:
     return Data(*(dataclasses.replace(split, notes=notes) for split in splits))
 
 
-def array_of_images(config: ConfigDict, path: pathlib.Path, option: str) -> Dataset:
-    """All arrays of a file in the units of an array data set, without labels.
+def array_of_images(
+    config: ConfigDict, path: pathlib.Path, option: str
+) -> tuple[Dataset, list[str] | None]:
+    """All arrays of a file in the units of an array data set, and their labels as text, if any.
 
     Args:
       config: of a run on arrays.
@@ -269,7 +271,8 @@ def array_of_images(config: ConfigDict, path: pathlib.Path, option: str) -> Data
     progress = Progress(f"reading {path.name}", len(stack))
     if stack.extremes(progress)[1].max() >= config.data.num_levels > 0:
         raise UserError(f"{option}: {path} has levels beyond the data's {config.data.num_levels}")
-    return _stack_dataset(config, stack, path.stem)
+    labels = None if stack.labels is None else [str(label) for label in stack.labels]
+    return _stack_dataset(config, stack, path.stem), labels
 
 
 def load_data(config: ConfigDict) -> Data:

@@ -57,7 +57,7 @@ from metrics.scorers import (
     score_images,
 )
 from readers.samples import load_images
-from readers.source import ArraySource, LabelledSource
+from readers.source import ArraySource, LabelledSource, Source
 from runtime import checkpointing, hosts
 from runtime.locking import locked
 from runtime.pictures import plot_training, save_grid
@@ -143,7 +143,7 @@ def _given_samples(config: ConfigDict, num_levels: int) -> tuple[Images, dict[st
     path = pathlib.Path(config.eval.samples)
     data = config.data
     if data.dataset == "array":
-        of_file = datasets.array_of_images(config, path, "eval.samples")
+        of_file, _ = datasets.array_of_images(config, path, "eval.samples")
         return images_of(of_file), {"samples": str(path), "num_samples": len(of_file)}
     loaded = load_images(path, data.image_size, data.num_channels, "eval.samples")
     dataset = datasets.Dataset(path.stem, loaded.source, 256)
@@ -258,7 +258,7 @@ def _check_density(config: ConfigDict) -> None:
 
 def _images_to_score(
     config: ConfigDict, num_levels: int, classes: tuple[str, ...]
-) -> tuple[datasets.Dataset, list[str]]:
+) -> tuple[datasets.Dataset, Sequence[str]]:
     """The images of `eval.images`, with the labels of a network that is told them, and names."""
     if config.eval.images == "test":
         test = datasets.get_dataset(config, "test")
@@ -266,10 +266,14 @@ def _images_to_score(
         return test, [str(i) for i in datasets.subset(test, config.eval.num_test_data)]
     path, size = pathlib.Path(config.eval.images), config.data.image_size
     if config.data.dataset == "array":
-        of_file = datasets.array_of_images(config, path, "eval.images")
-        return of_file, [str(i) for i in range(len(of_file))]
-    source, names, given = load_images(path, size, config.data.num_channels, "eval.images", least=1)
-    if num_levels != 256:
+        dataset, given = datasets.array_of_images(config, path, "eval.images")
+        source: Source = dataset.source
+        names: Sequence[str] = [str(i) for i in range(len(source))]
+    else:
+        source, names, given = load_images(
+            path, size, config.data.num_channels, "eval.images", least=1
+        )
+    if num_levels != 256 and config.data.dataset != "array":
         grey = source.fetch(np.arange(len(names)))["image"]
         levels = np.round(grey * ((num_levels - 1) / 255)).astype(np.uint8)
         source = ArraySource(levels, np.zeros(len(names), int))

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -276,7 +276,7 @@ def _plot_sweep(reports: list[dict[str, Any]], names: list[str], path: pathlib.P
         figure.savefig(file, format="png", dpi=120)
 
 
-def write_bits(path: pathlib.Path, names: list[str], columns: dict[str, np.ndarray]) -> None:
+def write_bits(path: pathlib.Path, names: Sequence[str], columns: dict[str, np.ndarray]) -> None:
     """Write a CSV file with a row for each image: its name and the `columns` (N,)."""
     text = io.StringIO(newline="")
     table = csv.writer(text)

@@ -325,4 +325,4 @@ def whole_stack(path: pathlib.Path, option: str) -> Stack:
     """
     if not path.is_file() or path.suffix.lower() not in (".npy", ".npz"):
         raise UserError(f"{option}: {path} is no .npy or .npz file")
-    return _stack(path, images_and_labels(path, load(path, option), option)[0], None, option)
+    return _stack(path, *images_and_labels(path, load(path, option), option), option)

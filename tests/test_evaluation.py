@@ -448,3 +448,15 @@ def test_labels_of_given_images_are_those_of_the_networks_classes(tmp_path, capl
     assert (
         "scored as images of no label: cat is none of the network's classes 0, 1, 2" in caplog.text
     )
+
+
+def test_labels_of_given_arrays_are_those_of_the_networks_classes(tmp_path):
+    config = tiny_config()
+    config.data.update(dataset="array", num_levels=17)
+    config.model.num_classes = 2
+    config.eval.images = str(tmp_path / "own.npz")
+    images = np.random.default_rng(0).integers(0, 17, (3, 8, 8), np.uint8)
+    np.savez(tmp_path / "own.npz", images=images, labels=[7, 2, 7])
+    chosen, names = evaluation._images_to_score(config, 17, ("2", "7"))
+    assert chosen.source.fetch(np.arange(3))["label"].tolist() == [1, 0, 1]
+    assert chosen.num_levels == 17 and list(names) == ["0", "1", "2"]
