@@ -165,7 +165,7 @@ def test_the_solvers_of_the_ode_agree(name):
     error = np.abs(coarse[0] - value).max()
     assert np.abs(fine[0] - value).max() < error / 64 + 5e-4
     # On t an adaptive solver is off by whole bits on RVE, whose clock is 1/t.
-    np.testing.assert_allclose(bits(rtol=1e-3, atol=1e-3)[0], value, atol=0.05)
+    np.testing.assert_allclose(bits(rtol=1e-3, atol=1e-3)[0], value, atol=0.1)
 
 
 @pytest.mark.parametrize("name", ["subvp", "ve", "rve"])
