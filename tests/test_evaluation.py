@@ -311,7 +311,7 @@ def test_a_folder_of_other_images_is_one_line(tmp_path):
     folder = tmp_path / "pngs"
     folder.mkdir()
     config = eval_config(tmp_path, samples=str(folder))
-    with pytest.raises(UserError, match="has 0 images"):
+    with pytest.raises(UserError, match="has no images"):
         run_lib.evaluate(config, tmp_path / "run")
     for i in range(5):
         Image.new("L", (8, 9)).save(folder / f"{i}.png")
