@@ -177,7 +177,7 @@ def test_labels_of_samples_are_read_before_training():
 def test_data_with_other_labels_are_refused():
     config = labelled()
     config.model.num_classes = 7
-    with pytest.raises(UserError, match=r"^model\.num_classes is 7, and digits has 10 labels; a new"):
+    with pytest.raises(UserError, match=r"^model\.num_classes is 7, and digits has 10 labels; a"):
         run_lib.train(config, "unused")
 
 
