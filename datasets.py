@@ -28,7 +28,8 @@ from ml_collections import ConfigDict
 from configs.default import UserError, array_shape, image_shape
 from readers import cache, published
 from readers.arrays import Stack, open_stacks, whole_stack
-from readers.layout import Splits, plain_classes
+from readers.class_labels import plain_classes
+from readers.layout import Splits
 from readers.source import ArraySource, Examples, Source
 from runtime.progress import Progress
 

@@ -10,7 +10,9 @@ import numpy as np
 
 from configs.default import UserError
 from readers import layout
+from readers.class_labels import folder_labels, number_labels
 from readers.containers import Folder, file_identity
+from readers.splits import TEST_NAMES, TRAIN_NAMES, choose_splits, every_tenth
 from runtime.progress import Progress
 
 _SPLITS = ("x_train", "y_train", "x_test", "y_test")  # as in Keras's mnist.npz
@@ -201,7 +203,7 @@ def _stack_of_files(folder: Folder, prefix: str, names: Sequence[str]) -> Stack:
             for place in (0, size // 2, max(0, size - 1024)):
                 file.seek(place)
                 digest.update(file.read(1024))
-    folders, note = layout.folder_labels([name.removeprefix(prefix) for name in names], True)
+    folders, note = folder_labels([name.removeprefix(prefix) for name in names], True)
     labels, notes = None if folders is None else np.array(folders), (note,) if note else ()
     identity, where = (*folder.identity(), digest.hexdigest()), f"data.path: {path}"
     return Stack(rows, np.arange(len(names)), labels, shape, native, where, identity, notes)
@@ -215,7 +217,7 @@ def _every_tenth(stack: Stack) -> list[Stack]:
         dataclasses.replace(
             stack, indices=part, labels=None if stack.labels is None else stack.labels[part]
         )
-        for part in layout.every_tenth(len(stack))
+        for part in every_tenth(len(stack))
     ]
 
 
@@ -224,10 +226,7 @@ def _stacks_in_folder(path: pathlib.Path) -> list[Stack]:
     names = [name for name in folder.names() if name.lower().endswith(".npy")]
     names.sort(key=lambda name: name.split("/"))
     tops = {name[:-4].lower(): path / name for name in names if "/" not in name}
-    pair = [
-        next((n for n in known if n in tops), "")
-        for known in (layout.TRAIN_NAMES, layout.TEST_NAMES)
-    ]
+    pair = [next((n for n in known if n in tops), "") for known in (TRAIN_NAMES, TEST_NAMES)]
     if any(pair):
         if not all(pair):
             raise UserError(f"data.path: {path} has {''.join(pair)}.npy and no other split")
@@ -236,7 +235,7 @@ def _stacks_in_folder(path: pathlib.Path) -> list[Stack]:
             _stack(file, load(file)["images"], load(of)["images"] if of else None)
             for file, of in files
         ]
-    chosen = layout.choose_splits(sorted({n.split("/")[0] for n in names if "/" in n}), str(path))
+    chosen = choose_splits(sorted({n.split("/")[0] for n in names if "/" in n}), str(path))
     prefixes = [f"{name}/" for name in chosen] if chosen else [""]
     stacks = [_stack_of_files(folder, prefix, names) for prefix in prefixes]
     notes = stacks[0].notes + folder.passed_over(set(names).__contains__)
@@ -278,7 +277,7 @@ def open_stacks(path: pathlib.Path, needs_splits: bool = False) -> layout.Splits
             f"data.path: the training examples of {path} are {train.dtype} {train.shape}, the test "
             f"examples {test.dtype} {test.shape}"
         )
-    numbered = layout.number_labels((train.labels, test.labels))
+    numbered = number_labels((train.labels, test.labels))
     notes = dict.fromkeys((*train.notes, *test.notes, *numbered.notes))
     train = dataclasses.replace(train, labels=numbered.train)
     test = dataclasses.replace(test, labels=numbered.test)

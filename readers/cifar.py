@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from configs.default import UserError
+from readers.class_labels import plain_classes
 from readers.containers import Container, Folder, damaged, member, open_holder
-from readers.layout import Arrays, Found, Opened, arrays_of, plain_classes
+from readers.layout import Arrays, Found, Opened, arrays_of
 from runtime.unpickling import Called, InertUnpickler, Named
 
 _TYPES = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8")

@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
-IMAGE_SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm"),
+IMAGE_SUFFIXES = tuple(
+    suffix for suffix, kind in Image.registered_extensions().items() if kind in _FORMATS
 )
 MAX_PIXELS = 2**26
 _LARGE, _one_large = 2**24, threading.Lock()  # larger images are converted one at a time

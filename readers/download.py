@@ -3,9 +3,8 @@
 import io
 import logging
 import pathlib
-import re
 import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 from configs.default import UserError
 from runtime import environment
@@ -16,35 +15,41 @@ log = logging.getLogger("soft_truncation")
 _SECONDS_TO_ANSWER = 8.0
 
 
-class Published(NamedTuple):
-    """A file on its authors' site."""
-
-    url: str
-    sha256: str
-
-
-# The files of each data set: name, address and SHA-256, which agrees with that in TFDS and Keras.
-_TABLE = """
-CIFAR10 https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz
-  6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce
-SVHN http://ufldl.stanford.edu/housenumbers/train_32x32.mat
-  435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8
-SVHN http://ufldl.stanford.edu/housenumbers/test_32x32.mat
-  cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b
-STL10 http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz
-  f31fd99273a1acb8609c8db427cebb1de3f71de77758cdc0e22956e1289b9866
-fashion_mnist http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/train-images-idx3-ubyte.gz
-  3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84
-fashion_mnist http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/train-labels-idx1-ubyte.gz
-  a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845
-fashion_mnist http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/t10k-images-idx3-ubyte.gz
-  346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073
-fashion_mnist http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/t10k-labels-idx1-ubyte.gz
-  67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5
-"""
-FILES: dict[str, tuple[Published, ...]] = {}
-for _name, _url, _sha256 in re.findall(r"(\S+) (\S+)\n  (\S+)", _TABLE):
-    FILES[_name] = (*FILES.get(_name, ()), Published(_url, _sha256))
+# The files of each data set: their address and SHA-256, which agrees with that in TFDS and Keras.
+FILES: dict[str, dict[str, str]] = {
+    "CIFAR10": {
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz": (
+            "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+        ),
+    },
+    "SVHN": {
+        "http://ufldl.stanford.edu/housenumbers/train_32x32.mat": (
+            "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"
+        ),
+        "http://ufldl.stanford.edu/housenumbers/test_32x32.mat": (
+            "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"
+        ),
+    },
+    "STL10": {
+        "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz": (
+            "f31fd99273a1acb8609c8db427cebb1de3f71de77758cdc0e22956e1289b9866"
+        ),
+    },
+    "fashion_mnist": {
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/train-images-idx3-ubyte.gz": (
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"
+        ),
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/train-labels-idx1-ubyte.gz": (
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
+        ),
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/t10k-images-idx3-ubyte.gz": (
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"
+        ),
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/t10k-labels-idx1-ubyte.gz": (
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
+        ),
+    },
+}
 
 
 class _LogLines(io.StringIO):
@@ -115,14 +120,14 @@ def fetch(dataset: str, other_ways: str) -> pathlib.Path:
       UserError: a file can't be downloaded, or is not the published one.
     """
     folder = environment.cache_dir() / "downloads" / dataset
-    missing = [f for f in FILES[dataset] if not (folder / f.url.rsplit("/", 1)[1]).exists()]
+    missing = [url for url in FILES[dataset] if not (folder / _name(url)).exists()]
     if not missing:
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with waiting_lock(folder / ".lock", f"another process is downloading {dataset}"):
-            for file in missing:
-                _fetch_file(file, folder)
+            for url in missing:
+                _fetch_file(url, FILES[dataset][url], folder)
     except OSError as error:
         raise UserError(
             f"{dataset} can't be downloaded to {folder}: {error.strerror or error}. XDG_CACHE_HOME "
@@ -133,18 +138,22 @@ def fetch(dataset: str, other_ways: str) -> pathlib.Path:
     return folder
 
 
-def _fetch_file(file: Published, folder: pathlib.Path) -> None:
+def _name(url: str) -> str:
+    return url.rsplit("/", 1)[1]
+
+
+def _fetch_file(url: str, sha256: str, folder: pathlib.Path) -> None:
     import pooch
     import requests
     import tqdm
 
-    name = file.url.rsplit("/", 1)[1]
+    name = _name(url)
     if (folder / name).exists():  # another process has downloaded it
         return
     for partial in folder.glob("tmp*"):  # of an interrupted download
         partial.unlink()
-    check_reachable(file.url)
-    log.info("downloading %s to %s", file.url, folder)
+    check_reachable(url)
+    log.info("downloading %s to %s", url, folder)
     pooch.get_logger().setLevel(logging.ERROR)
     unit: dict[str, Any] = {"unit": "B", "unit_scale": True, "mininterval": 3}
     bar = tqdm.tqdm(desc=f"downloading {name}", total=1, file=_LogLines(), **unit)
@@ -152,6 +161,6 @@ def _fetch_file(file: Published, folder: pathlib.Path) -> None:
         progressbar=bar, chunk_size=2**18, timeout=(_SECONDS_TO_ANSWER, 60)
     )
     try:
-        pooch.retrieve(file.url, f"sha256:{file.sha256}", name, folder, downloader=downloader)
+        pooch.retrieve(url, f"sha256:{sha256}", name, folder, downloader=downloader)
     except (requests.RequestException, ValueError) as error:
-        raise UserError(f"{file.url}: {_reason(error)}") from error
+        raise UserError(f"{url}: {_reason(error)}") from error

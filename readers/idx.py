@@ -8,8 +8,9 @@ import zlib
 import numpy as np
 
 from configs.default import UserError
+from readers.class_labels import plain_classes
 from readers.containers import file_identity
-from readers.layout import Arrays, Found, Opened, arrays_of, plain_classes
+from readers.layout import Arrays, Found, Opened, arrays_of
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:

@@ -9,7 +9,9 @@ import numpy as np
 
 from configs.default import UserError
 from readers import containers, layout
+from readers.class_labels import folder_labels, number_labels
 from readers.decode import is_image_name
+from readers.splits import choose_splits, common_folder, every_tenth, last_part
 
 _LABELS = "dataset.json"
 
@@ -47,9 +49,7 @@ class Part:
         every = container.names()
         self.container = container
         self.names = [name for name in every if is_image_name(name) and name.startswith(prefix)]
-        self.root = prefix + layout.common_folder(
-            [name.removeprefix(prefix) for name in self.names]
-        )
+        self.root = prefix + common_folder([name.removeprefix(prefix) for name in self.names])
         # A dataset.json in a folder that contains all images.
         files = (name for name in every if name.split("/")[-1] == _LABELS)
         self._file = next((f for f in files if self.root.startswith(f[: -len(_LABELS)])), None)
@@ -77,7 +77,7 @@ class Part:
         if self._file is not None:
             return self._edm_labels(self._file), ""
         below = [name.removeprefix(self.root) for name in self.names]
-        folders, note = layout.folder_labels(below, many or bool(classes))
+        folders, note = folder_labels(below, many or bool(classes))
         if classes and len(set(folders or [])) != classes:
             raise UserError(
                 f"{self.container.path}/{self.root} must have {classes} class folders; it has "
@@ -119,10 +119,10 @@ def _open_unsplit(
     part = Part(container)
     part.check(held_out or 10, ", since some are held out for testing")
     names, count = part.names, len(part.names)
-    rows = layout.last_part(count, held_out) if held_out else layout.every_tenth(count)
+    rows = last_part(count, held_out) if held_out else every_tenth(count)
     labels, dropped = part.labels(classes, many)
     given = [labels and [labels[i] for i in part] for part in rows]
-    numbered = layout.number_labels(given, dropped=[dropped])
+    numbered = number_labels(given, dropped=[dropped])
     train = records_of(container, [names[i] for i in rows[0]], numbered.train)
     test = records_of(container, [names[i] for i in rows[1]], numbered.test)
     notes = *filter(None, [note]), *numbered.notes, *container.passed_over(_is_used)
@@ -133,7 +133,7 @@ def _open_splits(train: Part, test: Part, classes: int | None, many: bool) -> la
     train.check()
     test.check()
     labels, dropped = zip(*(part.labels(classes, many) for part in (train, test)), strict=True)
-    numbered = layout.number_labels(labels, dropped=dropped)
+    numbered = number_labels(labels, dropped=dropped)
     left = [text for part in (train, test) for text in part.container.passed_over(_is_used)]
     return layout.Opened(
         records_of(train.container, train.names, numbered.train),
@@ -172,10 +172,10 @@ def find_splits(
     else:
         container = containers.open_container(path)
         files = [name for name in container.names() if is_image_name(name)]
-        root = layout.common_folder(files)
+        root = common_folder(files)
         names = sorted({name.removeprefix(root).split("/")[0] for name in files})
     # A folder with many entries has no splits.
-    chosen = layout.choose_splits(names, str(path)) if path.is_dir() or len(names) <= 8 else None
+    chosen = choose_splits(names, str(path)) if path.is_dir() or len(names) <= 8 else None
     if chosen is None:
         return None
     if places:

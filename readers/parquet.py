@@ -12,7 +12,9 @@ import numpy as np
 
 from configs.default import UserError
 from readers import layout
+from readers.class_labels import number_labels
 from readers.containers import Folder, damaged, file_identity
+from readers.splits import TEST_NAMES, every_tenth, split_of
 
 # train-00000-of-00002.parquet, with or without the hash that the hub's names had in 2022; or
 # train/0000.parquet.
@@ -31,7 +33,7 @@ def _splits_of(path: pathlib.Path) -> dict[str, dict[str, list[pathlib.Path]]]:
         base = match["base"] if match else file.stem
         if not base:  # train/0000.parquet, converted by the hub
             base, folder = folder.name, folder.parent
-        split = layout.split_of(base) or ("train" if len(files) == 1 else "")
+        split = split_of(base) or ("train" if len(files) == 1 else "")
         split = "train" if split == "training" else split
         # A repository without configurations has its files in data/.
         folder = folder.parent if folder.name == "data" and folder != path else folder
@@ -163,9 +165,9 @@ def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> la
         notes += told
     rows = [np.arange(len(split)) for split in records]
     if len(records) == 1:
-        records, rows, of = records * 2, [*layout.every_tenth(len(records[0]))], labels[0]
+        records, rows, of = records * 2, [*every_tenth(len(records[0]))], labels[0]
         labels = [of and list(map(of.__getitem__, part)) for part in rows]
-    numbered = layout.number_labels(labels, names, notes)
+    numbered = number_labels(labels, names, notes)
     train = records[0].subset(rows[0], numbered.train)
     test = records[1].subset(rows[1], numbered.test)
     return layout.Opened(train, test, numbered.classes, numbered.notes)
@@ -193,7 +195,7 @@ def find(path: pathlib.Path, needs_splits: bool = False) -> layout.Found | None:
             "of one of them"
         )
     ((folder, splits),) = configurations.items()
-    test = next((name for name in layout.TEST_NAMES if name in splits), None)
+    test = next((name for name in TEST_NAMES if name in splits), None)
     if test is None and needs_splits:
         raise UserError(f"data.path: {folder} has a training split alone; a test split is needed")
     test_files = splits[test] if test else []

@@ -9,9 +9,9 @@ from PIL import Image
 
 from configs.default import UserError
 from readers import arrays
+from readers.class_labels import Labels
 from readers.containers import is_archive_name, open_container
 from readers.image_files import Part, records_of
-from readers.layout import Labels
 from readers.source import ArraySource, RecordSource, Source
 
 log = logging.getLogger("soft_truncation")

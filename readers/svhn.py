@@ -5,8 +5,9 @@ import pathlib
 import numpy as np
 
 from configs.default import UserError
+from readers.class_labels import plain_classes
 from readers.containers import damaged, file_identity
-from readers.layout import Found, Opened, arrays_of, plain_classes
+from readers.layout import Found, Opened, arrays_of
 
 _FILES = ("train_32x32.mat", "test_32x32.mat")
 

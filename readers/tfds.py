@@ -9,8 +9,10 @@ from typing import Any
 
 from configs.default import UserError
 from readers import download, tfrecords
+from readers.class_labels import plain_classes
 from readers.containers import damaged, file_identity
-from readers.layout import Found, Item, Opened, Records, last_part, plain_classes
+from readers.layout import Found, Item, Opened, Records
+from readers.splits import last_part
 from runtime import environment
 
 log = logging.getLogger("soft_truncation")

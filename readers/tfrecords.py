@@ -1,15 +1,16 @@
 """TFRecord files of ProGAN's and StyleGAN's tools and of TFDS, read without TensorFlow."""
 
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from configs.default import UserError
 from readers.containers import damaged, file_identity
-from readers.layout import Found, Item, Opened, Records, last_part
+from readers.layout import Found, Item, Opened, Records
+from readers.splits import last_part
 
 
 def parse_example(record: bytes) -> Any:
@@ -19,37 +20,9 @@ def parse_example(record: bytes) -> Any:
     return tf_example_generated_pb2.Example.FromString(record).features.feature
 
 
-@functools.cache
-def _zeros_behind(level: int) -> np.ndarray:
-    """(2, 65536): CRC-32C of each value of each half of a word that 4·2^level zeros follow."""
-    if level:
-        return _append_zeros(_zeros_behind(level - 1), level - 1)
-    crc = np.arange(2**16, dtype=np.uint32) << np.array([[0], [16]], np.uint32)
-    for _ in range(32):
-        crc = np.where(crc & 1, crc >> 1 ^ np.uint32(0x82F63B78), crc >> 1)
-    return crc
-
-
-def _append_zeros(words: np.ndarray, level: int) -> np.ndarray:
-    low, high = _zeros_behind(level)
-    halves = np.ascontiguousarray(words, "<u4").view("<u2").reshape(*words.shape, 2)
-    return np.take(low, halves[..., 0], mode="clip") ^ np.take(high, halves[..., 1], mode="clip")
-
-
 def masked_crc32c(data: bytes) -> int:
-    """The checksum of a record's `data`, of four bytes or more.
-
-    CRC-32C is linear, and zeros in front do not change it: of words (a, b) it is that of a with
-    zeros behind, plus that of b, so that halves of all pairs are joined at once.
-    """
-    start = bytes(255 - byte for byte in data[:4])
-    words = np.frombuffer(bytes(-len(data) % 4) + start + data[4:], "<u4")
-    level = 0
-    while len(words) > 1:
-        words = np.pad(words, (len(words) % 2, 0))
-        words = _append_zeros(words[::2], level) ^ words[1::2]
-        level += 1
-    crc = ~int(_append_zeros(words, 0)[0]) % 2**32
+    """The checksum of a record's data in TFRecord's form: CRC-32C, rotated and shifted."""
+    crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
 
 
@@ -85,7 +58,7 @@ def records_of(path: pathlib.Path, parse: Callable[[Any], Item]) -> Records:
         with path.open("rb") as file:
             file.seek(offset)
             record, checksum = file.read(length), file.read(4)
-        if length < 4 or masked_crc32c(record) != int.from_bytes(checksum, "little"):
+        if masked_crc32c(record) != int.from_bytes(checksum, "little"):
             raise ValueError("its checksum is wrong")
         return parse(parse_example(record))
 

@@ -16,10 +16,8 @@ SUMS = json.loads((pathlib.Path(__file__).parent / "sums.json").read_text())
 
 
 def edit_downloads(module):
-    for name, files in module.FILES.items():
-        module.FILES[name] = tuple(
-            file._replace(sha256=SUMS[file.url][1]) if file.url in SUMS else file for file in files
-        )
+    for files in module.FILES.values():
+        files.update({url: SUMS[url][1] for url in files.keys() & SUMS.keys()})
 
 
 def edit_tfds(module):

@@ -87,7 +87,7 @@ def download_rows(stage, makes, pool):
         cache, requests = stage.folder / "caches" / name, []
         for done in ("trained for 3 steps", "started again"):
             row.took(stage.main(row.job.arguments(), name, cache=cache), done)
-            requests.append([stage.server.counts[file.url] for file in download.FILES[dataset]])
+            requests.append([stage.server.counts[url] for url in download.FILES[dataset]])
         if not all(requests[0]) or requests[0] != requests[1]:
             row.wrong.append(f"requests of the first start, and of both: {requests}")
         row.compare(stage.load({name: row.job}, cache=cache)[name])
@@ -157,7 +157,7 @@ def mishap_rows(stage, makes, pool):
 
     whole, faces = makes["cifar10_python_tar"], makes["celeba_zip"]
     job = Job("CIFAR10", {})
-    url = download.FILES["CIFAR10"][0].url
+    url = next(iter(download.FILES["CIFAR10"]))
     python = sys.executable
     spaces = subprocess.run(["unshare", "-rnm", "true"], capture_output=True, check=False)
     resolver = stage.folder / "resolv.conf"

@@ -66,8 +66,8 @@ def answers(made):
     for dataset, layout in DOWNLOADED.items():
         folder = made[layout].path
         folder = folder if folder.is_dir() else folder.parent
-        for file in download.FILES[dataset]:
-            files[file.url] = (folder / file.url.rsplit("/", 1)[1]).read_bytes()
+        for url in download.FILES[dataset]:
+            files[url] = (folder / url.rsplit("/", 1)[1]).read_bytes()
     cifar10 = made["cifar10_binary_tar"].path
     files["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"] = cifar10.read_bytes()
     extra = made["svhn_mat"].path / "extra_32x32.mat"

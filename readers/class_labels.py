@@ -1,0 +1,80 @@
+"""The labels of images: which are classes, and how these are numbered."""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from readers.layout import Splits
+
+Labels = np.ndarray | list[int] | list[str]  # of images, in any of their own numbers or names
+_MOST_CLASSES = 100
+
+
+def plain_classes(count: int) -> tuple[str, ...]:
+    """The names of classes that have no others: their numbers."""
+    return tuple(map(str, range(count)))
+
+
+def number_labels(
+    given: Sequence[Labels | None], names: Sequence[str] = (), dropped: Iterable[str] = ()
+) -> Splits[np.ndarray | None]:
+    """Number the labels that occur among the training images, in their order: (N,) int64, or None.
+
+    One label alone is no label. Without labels for both splits, and if a test image has one that no
+    training image has, they are not used.
+
+    Args:
+      given: of the training and of the test images: a whole number from 0 on for each, or a name;
+        None: they have none.
+      names: the names of labels 0, 1, …; others are called by their number.
+      dropped: why labels are None; the first that is not empty becomes the note.
+    """
+    train, test = given
+    told = next(filter(None, dropped), "")
+    if train is None or test is None:
+        if not told and (train is not None or test is not None):
+            which = "training" if train is None else "test"
+            told = f"labels are not used: the {which} images have none"
+        return Splits(None, None, notes=(told,) if told else ())
+
+    def name(label: int | str) -> str:
+        return names[label] if isinstance(label, int) and label < len(names) else str(label)
+
+    splits = [split.tolist() if isinstance(split, np.ndarray) else split for split in (train, test)]
+    known = sorted(set(splits[0]))
+    if len(known) < 2:
+        return Splits(None, None)
+    number = {label: i for i, label in enumerate(known)}
+    new = sorted(set(splits[1]) - number.keys())
+    if new:
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        note = f"labels are not used: no training image has the test images' {name(new[0])}{more}"
+        return Splits(None, None, notes=(note,))
+    numbers = [np.array([number[label] for label in split], np.int64) for split in splits]
+    return Splits(numbers[0], numbers[1], tuple(map(name, known)))
+
+
+def folder_labels(names: Sequence[str], many: bool) -> tuple[list[str] | None, str]:
+    """(the folder of each file if folders are classes, else None; a sentence if that may surprise).
+
+    Classes are 2 to 100 folders that hold all files directly and do not only count.
+
+    Args:
+      names: the files' paths.
+      many: whether more than 100 folders are classes, too.
+    """
+    below = [unicodedata.normalize("NFC", name).split("/") for name in names]
+    folders = {parts[0] for parts in below if len(parts) == 2}
+    if len(folders) < 2 or all(re.fullmatch(r"\d{4,}", folder) for folder in folders):
+        return None, ""  # numbered folders, as in FFHQ and EDM
+    stray = next((name for name, parts in zip(names, below, strict=True) if len(parts) != 2), None)
+    if stray is not None:
+        return None, f"labels are not used: {stray} is in none of the {len(folders)} class folders"
+    if len(folders) > _MOST_CLASSES and not many:
+        return None, (
+            f"labels are not used: there are {len(folders)} folders; if they are classes, set "
+            "--config.model.num_classes=-1"
+        )
+    return [parts[0] for parts in below], ""
