@@ -3,15 +3,15 @@
 import dataclasses
 import logging
 import pathlib
-from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from configs import saved
 from configs.default import UserError
 from runtime import checkpointing
+from runtime.workdir import recorded_config
 from session import Setup, set_up
 from train_step import TrainState
 
@@ -32,8 +32,7 @@ def start_from(config: ConfigDict, setup: Setup, state: TrainState, source: str)
       config: the new run's config.
       setup: its parts.
       state: its first state.
-      source: the folder of the other run, whose newest checkpoint is read, or of an exported model;
-        every process reads it.
+      source: the folder of the other run, whose newest checkpoint is read, or of an exported model.
 
     Returns:
       `state` with these `params` and `ema_params`; its other arrays are new.
@@ -41,18 +40,14 @@ def start_from(config: ConfigDict, setup: Setup, state: TrainState, source: str)
     Raises:
       UserError: `source` can't be read, or is of another network.
     """
-    folder = pathlib.Path(source)
-    if not (folder / "config.json").is_file():
+    folder, other = pathlib.Path(source), recorded_config(source)
+    if other is None:
         raise UserError(f"--init_from: {folder} is no run and no exported model")
-    other = saved.get_config(folder)
     shape = set_up(other).state_shape
     there = checkpointing.restore_latest(other, folder, shape, weights_only=True)
     given = traverse_util.flatten_dict(there.ema_params, sep="/")
-    own = {
-        name: np.asarray(array)
-        for name, array in traverse_util.flatten_dict(state.params, sep="/").items()
-    }
-    taken = {name: array for name, array in given.items() if _fits(own.get(name), array)}
+    own = traverse_util.flatten_dict(jax.tree.map(np.asarray, state.params), sep="/")
+    taken = {name: x for name, x in given.items() if np.shape(own.get(name)) == x.shape}
     rows = {}
     if _LABELS in own.keys() & given.keys() and own[_LABELS].shape[1:] == given[_LABELS].shape[1:]:
         rows = _rows_of_classes(config, other)
@@ -70,18 +65,14 @@ def start_from(config: ConfigDict, setup: Setup, state: TrainState, source: str)
     return dataclasses.replace(state, params=params, ema_params=params)
 
 
-def _fits(own: Any, array: np.ndarray) -> bool:
-    return own is not None and own.shape == array.shape
-
-
 def _rows_of_classes(config: ConfigDict, other: ConfigDict) -> dict[int, int]:
     """The rows of the labels' embedding here, and those of the same meaning in another network."""
     here, there = tuple(config.data.classes), tuple(other.data.classes)
+    there = there or tuple(map(str, range(other.model.num_classes)))  # an older run's
+    numbers = all(name.isdecimal() for name in (*here, *there))
+    if numbers and config.data.dataset != other.data.dataset:  # the same numbers of other things
+        here = ()
     of_both = {here.index(name): there.index(name) for name in here if name in there}
-    if config.data.dataset != other.data.dataset and all(name.isdecimal() for name in here):
-        of_both = {}  # the same numbers of other things
-    if not there and config.model.num_classes == other.model.num_classes:
-        of_both = {row: row for row in range(config.model.num_classes)}  # an older run's
     return {**of_both, config.model.num_classes: other.model.num_classes}
 
 

@@ -24,6 +24,7 @@ from configs.default import UserError
 from controllable_generation import PER_IMAGE, complete_test_images, completion_rows
 from datasets import Data, load_data
 from evaluation import evaluate, make_statistics
+from fine_tuning import start_from
 from metrics.card import model_card
 from official import export_checkpoint, import_checkpoint
 from runtime import checkpointing, environment, exported, hosts
@@ -72,7 +73,6 @@ from train_step import (
     steps_a_call,
     unpack_state,
 )
-from transfer import start_from
 
 __all__ = ["evaluate", "export", "import_official", "make_statistics", "sample", "train"]
 
@@ -97,7 +97,7 @@ def train(
       workdir: the run's folder; only the main process reads and writes it.
       override: continue in a workdir of another config.
       config_file: the file of the config, recorded in the workdir.
-      init_from: a run or an exported model whose weights a new run starts from (`transfer`).
+      init_from: a run or an exported model whose weights a new run starts from (`fine_tuning`).
 
     Returns:
       The last state.
@@ -106,7 +106,7 @@ def train(
       UserError: the config, the data or the workdir can't be used; or the loss is not finite, or
         saving fails, too often in a row.
     """
-    config = with_data_facts(config, workdir, of_run=not override, init_from=init_from)
+    config = with_data_facts(config, workdir, override, init_from)
     workdir, training, num_steps = pathlib.Path(workdir), config.training, config.training.n_iters
 
     # Model, optimiser and objective; data.
@@ -119,10 +119,11 @@ def train(
         preemption = stack.enter_context(hosts.Preemption())
 
         # Resume: the main process locks the workdir and reads the newest checkpoint.
-        files = _Files(config, workdir, stack) if hosts.is_main() else None
+        files = None
+        if hosts.is_main():
+            files = _Files(config, workdir, stack, override, config_file)
         restored = hosts.on_main(
-            lambda: files and files.open(setup.state_shape, override, config_file),
-            like=setup.state_shape,
+            lambda: files and files.open(setup.state_shape), like=setup.state_shape
         )
         _log_start(config, setup, data, workdir)
         advise_on_training(config)
@@ -232,27 +233,31 @@ class _Files:
     """The files that the main process has open during training."""
 
     def __init__(
-        self, config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitStack
+        self,
+        config: ConfigDict,
+        workdir: pathlib.Path,
+        stack: contextlib.ExitStack,
+        override: bool,
+        config_file: str,
     ) -> None:
         self._config, self._workdir, self._stack = config, workdir, stack
+        self._override, self._config_file = override, config_file
 
-    def open(self, shape: TrainState, override: bool, config_file: str) -> TrainState | None:
+    def record(self) -> None:
+        """Write the config to the workdir; what is there was saved under the config before."""
+        claim_workdir(self._config, self._workdir, True, self._override, self._config_file)
+
+    def open(self, shape: TrainState) -> TrainState | None:
         """Lock the workdir, and return the newest state, or None if there is none."""
         config, workdir = self._config, self._workdir
         exported.refuse(workdir)
-        claim_workdir(config, workdir, record=False, override=override)
+        claim_workdir(config, workdir, record=False, override=self._override)
         make_folder(workdir, "--workdir")
         self._stack.enter_context(locked(workdir))
         manager = self._stack.enter_context(checkpointing.checkpoints(config, workdir))
         state = checkpointing.restore_newest(manager, shape)
-
-        def record() -> None:
-            claim_workdir(config, workdir, True, override, config_file)
-
-        # What is there was saved under the config that is recorded there.
-        self.record = record
-        most, on_first = config.training.max_failed_saves, record if state else None
-        self.saver = checkpointing.Saver(manager, most, on_first)
+        on_first = None if state is None else self.record
+        self.saver = checkpointing.Saver(manager, config.training.max_failed_saves, on_first)
         self.metrics = Metrics(workdir, 0 if state is None else int(state.step))
         self._stack.callback(self.metrics.close)
         return jax.tree.map(np.asarray, state)

@@ -20,12 +20,12 @@ import datasets
 import losses
 import sampling
 import sde_lib
-from configs import saved
 from configs.default import UserError, get_default_config, image_shape
 from configs.validate import check_array_fields, validate
 from models import utils as mutils
-from runtime import hosts, memory
+from runtime import memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
+from runtime.workdir import recorded_config
 from train_step import (
     StepFn,
     TrainCall,
@@ -94,15 +94,20 @@ _OF_ARRAYS = ("image_size", "image_width", "num_channels", "num_levels", "scale"
 def with_data_facts(
     config: ConfigDict,
     workdir: str | os.PathLike[str],
-    of_run: bool = True,
+    override: bool = False,
     init_from: str = "",
 ) -> ConfigDict:
     """The config with what the data set says in place of what the recipe leaves to it.
 
     That is the number of labels for `model.num_classes` = -1, and the shape and units of an array
-    data set. They are those of the run, or of the data set if there is no run of such data yet or
-    not `of_run`; then units that the recorded config of the run, or of the run `init_from`, has
-    are not taken for the user's. The names of the labels are the run's, too.
+    data set. A run keeps what was found at its start, and the names of its labels, unless it goes
+    on with other data by `override`.
+
+    Args:
+      config: the config.
+      workdir: the run's folder, or that of a new one.
+      override: whether the run may go on with another config.
+      init_from: the run or model that a new run starts from; the config may be its own.
 
     Raises:
       UserError: the data set has no labels, or can't be read.
@@ -110,13 +115,15 @@ def with_data_facts(
     is_array = config.data.dataset == "array"
     if not (is_array or config.model.num_classes):
         return config
-    config, run = config.copy_and_resolve_references(), _recorded(workdir)
-    if is_array and (init_from or not of_run):
-        before = run or _recorded(init_from)
+    config, run = config.copy_and_resolve_references(), recorded_config(workdir)
+    before = run or (recorded_config(init_from) if init_from else None)
+    same = before and all(before.data[name] == config.data[name] for name in ("dataset", "path"))
+    if is_array and before and not same and (override or not run):
+        # Units that the recipe has from there are of other data.
         for name in ("scale", "num_levels"):
-            if before and config.data[name] == before.data[name]:
+            if config.data[name] == before.data[name]:
                 config.data[name] = get_default_config().data[name]
-    if not (run and of_run and run.data.dataset == config.data.dataset):
+    if run and (run.data.dataset != config.data.dataset or (override and not same)):
         run = None
     if run and not config.data.classes:
         config.data.classes = run.data.classes
@@ -137,27 +144,21 @@ def with_data_facts(
     return config
 
 
-def _recorded(workdir: str | os.PathLike[str]) -> ConfigDict | None:
-    """The config that a run recorded, read by the main process; None if there is none."""
-    folder = pathlib.Path(workdir)
-    there = str(workdir) and (folder / "config.json").exists()
-    fields = hosts.on_main(lambda: saved.read(folder) if there else None)
-    return None if fields is None else saved.config_of(fields, folder)
-
-
-def check_labels(config: ConfigDict, train: datasets.Dataset) -> None:
+def check_labels(config: ConfigDict, images: datasets.Dataset) -> None:
     """Raise a UserError if the network is told labels that the images do not have."""
     told = config.model.num_classes
-    if told and told != train.num_classes:
-        has = f"{train.num_classes} labels" if train.num_classes else "no labels"
+    if not told:
+        return
+    if told != images.num_classes:
+        has = f"{images.num_classes} labels" if images.num_classes else "no labels"
         raise UserError(
-            f"model.num_classes is {told}, and {train.name} has {has}; a new run takes the data "
+            f"model.num_classes is {told}, and {images.name} has {has}; a new run takes the data "
             "set's with --config.model.num_classes=-1"
         )
-    for number, (known, name) in enumerate(zip(config.data.classes, train.classes, strict=False)):
-        if told and known != name:
+    for number, (known, name) in enumerate(zip(config.data.classes, images.classes, strict=False)):
+        if known != name:
             raise UserError(
-                f"label {number} is {name!r} in {train.name}, and {known!r} in the run's training "
+                f"label {number} is {name!r} in {images.name}, and {known!r} in the run's training "
                 "data; bring images of the same classes, or start a new run with --init_from"
             )
 

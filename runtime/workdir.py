@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,11 @@ from runtime.files import beside, can_do_without, replacing, write_text
 
 log = logging.getLogger("soft_truncation")
 
+# The paths of a machine.
+_PATHS = {
+    "data": ("path", "tfds_dir", "tfrecords_path", "cache"),
+    "eval": ("cache_dir", "inception_path", "stats_path", "samples", "images"),
+}
 # Fields that may change when training continues in a workdir: they don't affect the result.
 _FREE_TO_TRAIN = {
     "training": (
@@ -33,7 +39,7 @@ _FREE_TO_TRAIN = {
         "max_skipped_steps",
         "max_failed_saves",
     ),
-    "data": ("path", "tfds_dir", "tfrecords_path", "cache", "max_pixels", "skip_unreadable"),
+    "data": (*_PATHS["data"], "max_pixels", "skip_unreadable"),
     "model": ("num_scales", "remat"),
     "optim": ("num_micro_batch",),
 }
@@ -81,13 +87,6 @@ def _first_difference(old: dict[str, Any], new: dict[str, Any], train: bool) -> 
     return None
 
 
-# The paths of a machine.
-_PATHS = {
-    "data": ("path", "tfds_dir", "tfrecords_path", "cache"),
-    "eval": ("cache_dir", "inception_path", "stats_path", "samples", "images"),
-}
-
-
 def check_processes(config: ConfigDict, data: dict[str, Any]) -> None:
     """Raise a UserError on every process if one has another config, but for paths, or other `data`.
 
@@ -119,9 +118,18 @@ def record_data(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
         write_text(path, json.dumps(facts) + "\n")
 
 
-def run_config(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
-    """The config that the run in `workdir` recorded; `config` if there is none."""
-    return saved.get_config(workdir) if (workdir / "config.json").exists() else config
+def recorded_config(workdir: str | os.PathLike[str]) -> ConfigDict | None:
+    """The config of a run or of an exported model; None if there is none.
+
+    The main process reads it, for every process, which must call it.
+    """
+    folder = pathlib.Path(workdir)
+
+    def read() -> dict[str, Any] | None:
+        return saved.read(folder) if (folder / "config.json").exists() else None
+
+    fields = hosts.on_main(read)
+    return None if fields is None else saved.config_of(fields, folder)
 
 
 def portable_config(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
@@ -129,9 +137,11 @@ def portable_config(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
 
     The sections eval and sampling are those of `config`, the others of the run in `workdir`.
     """
-    portable, own = config.copy_and_resolve_references(), run_config(config, workdir)
-    for section in ("data", "model", "optim", "training"):
-        portable[section] = own[section]
+    portable = config.copy_and_resolve_references()
+    if (workdir / "config.json").exists():
+        own = saved.get_config(workdir)
+        for section in ("data", "model", "optim", "training"):
+            portable[section] = own[section]
     # A folder's data need a name, which the report has, though sampling does not read them.
     folder = portable.data.dataset == "folder"
     name = pathlib.Path(portable.data.path).resolve().name if folder else ""

@@ -229,7 +229,7 @@ def test_units_come_from_the_new_file_though_the_recipe_is_the_runs(tmp_path, ch
     assert recipe.data.num_levels == 17
     run = tmp_path / "run"
     if change == "override":
-        read = session.with_data_facts(recipe, run, of_run=False)
+        read = session.with_data_facts(recipe, run, override=True)
     else:
         read = session.with_data_facts(recipe, tmp_path / "new", init_from=str(run))
     assert read.data.num_levels == 0 and read.data.scale[1] > 100
