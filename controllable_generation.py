@@ -12,8 +12,10 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs.default import UserError, array_shape, image_shape
+import seeds
+from configs.shapes import array_shape, image_shape
 from datasets import Dataset, highest
+from errors import UserError
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
 from sampling import Constraint, MakeScoreFn, normal, pc_options, pc_sample, sample_keys
@@ -171,7 +173,7 @@ def complete_test_images(
         told = np.pad(labels[i : i + size], (0, size - kept), mode="wrap")
         given = with_labels(config, params, told, config.sampling.guidance)
         x = setup.preprocessing.to_x0_without_noise(batch)
-        keys = sample_keys(jax.random.key(config.seed + 5), i, size)
+        keys = sample_keys(jax.random.key(config.seed + seeds.COMPLETIONS), i, size)
         known_at = to_devices(jnp.asarray(mask), everywhere)
         completed = complete(given, to_devices(keys, rows), to_devices(x, rows), known_at)
         completed = jnp.asarray(to_host(completed))

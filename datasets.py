@@ -25,7 +25,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from configs.default import UserError, array_shape, image_shape
+from configs.shapes import array_shape, image_shape
+from errors import UserError
 from readers import cache, published
 from readers.arrays import Stack, open_stacks, whole_stack
 from readers.class_labels import plain_classes

@@ -18,8 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import datasets
-from configs.default import UserError, array_shape, image_shape
+from configs.shapes import array_shape, image_shape
 from datasets import Data, load_data
+from errors import UserError
 from metrics.bits_per_dim import (
     BitsEvaluation,
     advise_on_bits,

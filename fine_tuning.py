@@ -9,7 +9,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from configs.default import UserError
+from errors import UserError
 from runtime import checkpointing
 from runtime.workdir import recorded_config
 from session import Setup, set_up

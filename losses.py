@@ -21,8 +21,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from configs.default import UserError, image_shape
+from configs.shapes import image_shape
 from datasets import Preprocessing, get_preprocessing
+from errors import UserError
 from sde_lib import SDE, expand, get_sde, one_minus_exp, safe_log
 
 

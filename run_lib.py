@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 
 import datasets
 import losses
-from configs.default import UserError
+import seeds
 from controllable_generation import PER_IMAGE, complete_test_images, completion_rows
 from datasets import Data, load_data
+from errors import UserError
 from evaluation import evaluate, make_statistics
 from fine_tuning import start_from
 from metrics.card import model_card
@@ -426,7 +427,7 @@ def _get_test_loss(
         rows = everywhere if whole else rows
         params = to_devices(params, everywhere)
         for start in range(0, len(images) - size + 1, size):
-            key = to_devices(losses.step_key(config.seed + 1, start), everywhere)
+            key = to_devices(losses.step_key(config.seed + seeds.TEST_LOSS, start), everywhere)
             batch = to_devices((images[start : start + size], np.arange(size)), rows)
             given = with_labels(config, params, labels[start : start + size], whole=whole)
             values.append(float(mean_loss(given, key, *batch)))
@@ -446,7 +447,7 @@ def _get_grid_fn(
     few = datasets.in_order(test, 500)["image"]
 
     def draw(params: Any, name: str) -> str:
-        levels = sample(params, jax.random.key(config.seed + 3)).levels
+        levels = sample(params, jax.random.key(config.seed + seeds.GRIDS)).levels
         path = workdir / "samples" / name
         if hosts.is_main():
             with can_do_without(path):

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from configs.default import image_shape
+from configs.shapes import image_shape
 from sde_lib import SDE, expand, one_minus_exp
 
 ScoreFn = Callable[[Array, Array], Array]  # x (N, ...), t (N,) → ∇ log p_t(x)

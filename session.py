@@ -20,8 +20,11 @@ import datasets
 import losses
 import sampling
 import sde_lib
-from configs.default import UserError, get_default_config, image_shape
+import seeds
+from configs.default import get_default_config
+from configs.shapes import image_shape
 from configs.validate import check_array_fields, validate
+from errors import UserError
 from models import utils as mutils
 from runtime import memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
@@ -463,7 +466,10 @@ def sample_batches(
       cache: stores and returns earlier batches; None: batches are not stored.
       present: indices of samples that are not needed; batches of only these are left out.
     """
-    key, params = jax.random.key(seed + 2), to_devices(params, batch_and_replicated_shardings()[1])
+    key, params = (
+        jax.random.key(seed + seeds.SAMPLES),
+        to_devices(params, batch_and_replicated_shardings()[1]),
+    )
     for start in range(0, count, batch_size):
         if all(i in present for i in range(start, min(start + batch_size, count))):
             continue

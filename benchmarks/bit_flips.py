@@ -25,7 +25,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs.default import UserError, get_default_config
+from configs.default import get_default_config
+from errors import UserError
 from metrics.classifier import Classifier, _read_classifier
 from metrics.statistics import Statistics, load_statistics, save_statistics
 from readers.cache import _Decoder, _Entry

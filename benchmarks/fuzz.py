@@ -34,8 +34,9 @@ from PIL import Image
 
 import datasets
 from configs import saved
-from configs.default import UserError, get_default_config
+from configs.default import get_default_config
 from configs.validate import validate
+from errors import UserError
 from metrics.statistics import Statistics, load_statistics, save_statistics
 from official.pth_reader import read_pth
 from official.pth_writer import write_pth

@@ -8,7 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.default import UserError, get_default_config
+from configs.default import get_default_config
+from errors import UserError
 
 _MOST_BYTES, _DEEPEST = 2**24, 16  # of a file of JSON that a run or a model has
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.default import UserError, array_shape, image_shape, size_factor
+import seeds
+from configs.shapes import array_shape, image_shape, size_factor
+from errors import UserError
 
 _CHOICES = {
     "data.dataset": (
@@ -215,8 +217,8 @@ def _problems(
             f"training.batch_size is {batch}; it must be a multiple of the number of devices "
             f"({num_devices}) times optim.num_micro_batch ({micro}){twice}"
         )
-    if not 0 <= config.seed < 2**32 - 8:
-        yield f"seed is {config.seed}; it must be between 0 and {2**32 - 9}"
+    if not 0 <= config.seed < 2**32 - seeds.LARGEST:
+        yield f"seed is {config.seed}; it must be between 0 and {2**32 - seeds.LARGEST - 1}"
 
 
 def _label_problems(config: ConfigDict) -> Iterator[str]:

@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-from configs.default import UserError
+from errors import UserError
 from experiments import figures
 from experiments.tables import (
     Rows,

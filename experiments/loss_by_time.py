@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 import datasets
 import losses
-from configs.default import UserError
+from errors import UserError
 from experiments.sweep import Run, load_sweep, parse_machine_paths, select
 from runtime import checkpointing, environment
 from runtime.metrics_log import read_metrics

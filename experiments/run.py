@@ -25,7 +25,7 @@ import jax
 from ml_collections import ConfigDict
 
 import run_lib
-from configs.default import UserError
+from errors import UserError
 from experiments.sweep import Run, load_sweep, parse_machine_paths, select
 from runtime import environment
 from runtime.files import write_text

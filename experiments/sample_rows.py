@@ -16,7 +16,7 @@ import numpy as np
 
 import datasets
 from configs import saved
-from configs.default import UserError
+from errors import UserError
 from runtime import checkpointing, environment
 from runtime.pictures import image_grid
 from session import get_sampler, set_up

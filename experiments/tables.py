@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.default import UserError
+from errors import UserError
 from experiments import figures
 from experiments.figures import Score
 from experiments.grid import TABLES

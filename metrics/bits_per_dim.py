@@ -16,8 +16,10 @@ from ml_collections import ConfigDict
 
 import datasets
 import likelihood
-from configs.default import UserError, array_shape, image_shape
+import seeds
+from configs.shapes import array_shape, image_shape
 from datasets import Data
+from errors import UserError
 from metrics import distances
 from models.utils import Conditioned
 from runtime import memory
@@ -107,7 +109,7 @@ def keys_of_contents(seed: int, images: np.ndarray) -> Array:
     digests = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images]
     numbers = np.frombuffer(b"".join(digests), "<u4").astype(np.uint32).reshape(-1, 2)
     fold_in = jax.vmap(jax.random.fold_in, (None, 0))
-    keys = fold_in(jax.random.key(seed + 4), numbers[:, 0])
+    keys = fold_in(jax.random.key(seed + seeds.BITS_PER_DIM), numbers[:, 0])
     return jax.vmap(jax.random.fold_in)(keys, numbers[:, 1])
 
 

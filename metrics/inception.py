@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import datasets
-from configs.default import UserError
+from errors import UserError
 from metrics.features import Extractor, apply_batched
 from models import inception
 from official.pth_reader import read_pth

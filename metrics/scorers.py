@@ -11,8 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import datasets
-from configs.default import UserError
 from datasets import Data
+from errors import UserError
 from metrics import distances
 from metrics.classifier import get_classifier
 from metrics.features import Extractor

@@ -10,7 +10,7 @@ from flax import struct
 from jax import Array
 from ml_collections import ConfigDict
 
-from configs.default import image_shape
+from configs.shapes import image_shape
 from models import ncsnv2
 from models.ncsnpp import NCSNpp
 from sde_lib import SDE, expand

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from configs.default import image_shape
+from configs.shapes import image_shape
 from models import utils as mutils
 from official.import_checkpoint import check_network
 from official.pth_writer import write_pth

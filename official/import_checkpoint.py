@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from configs.default import UserError
+from errors import UserError
 from models import utils as mutils
 from official.pth_reader import read_pth
 from train_step import TrainState, get_optimizer

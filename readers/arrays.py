@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.default import UserError
+from errors import UserError
 from readers import layout
 from readers.class_labels import folder_labels, number_labels
 from readers.containers import Folder, file_identity

@@ -23,7 +23,7 @@ import google_crc32c
 import numpy as np
 
 from configs import saved
-from configs.default import UserError
+from errors import UserError
 from readers.decode import Fit, has_16_bits, is_grey, open_image
 from readers.layout import Arrays, Found, Opened, Records, Splits
 from readers.source import ArraySource, Examples, RecordSource, Source

@@ -3,7 +3,7 @@
 import csv
 import pathlib
 
-from configs.default import UserError
+from errors import UserError
 from readers.containers import Container, file_identity, open_container
 from readers.decode import is_image_name
 from readers.image_files import find_unsplit, records_of

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from configs.default import UserError
+from errors import UserError
 from readers.class_labels import plain_classes
 from readers.containers import Container, Folder, damaged, member, open_holder
 from readers.layout import Arrays, Found, Opened, arrays_of

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, cast
 
-from configs.default import UserError
+from errors import UserError
 
 _IN_MEMORY = 2**29  # bytes; smaller gzip archives are decompressed in memory
 _SMALL, _MOST = 2**26, 100  # larger entries are refused if they are so many times their packed size

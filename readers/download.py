@@ -6,7 +6,7 @@ import pathlib
 import threading
 from typing import Any
 
-from configs.default import UserError
+from errors import UserError
 from runtime import environment
 from runtime.locking import waiting_lock
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.default import UserError
+from errors import UserError
 from readers import containers, layout
 from readers.class_labels import folder_labels, number_labels
 from readers.decode import is_image_name

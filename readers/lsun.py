@@ -10,7 +10,7 @@ import weakref
 
 import numpy as np
 
-from configs.default import UserError
+from errors import UserError
 from readers import lmdb_server
 from readers.containers import damaged, file_identity
 from readers.image_files import find_splits

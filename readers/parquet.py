@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.default import UserError
+from errors import UserError
 from readers import layout
 from readers.class_labels import number_labels
 from readers.containers import Folder, damaged, file_identity

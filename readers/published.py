@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs.default import UserError
+from errors import UserError
 from readers import (
     arrays,
     celeba,

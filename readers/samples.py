@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from configs.default import UserError
+from errors import UserError
 from readers import arrays
 from readers.class_labels import Labels
 from readers.containers import is_archive_name, open_container

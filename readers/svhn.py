@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from configs.default import UserError
+from errors import UserError
 from readers.class_labels import plain_classes
 from readers.containers import damaged, file_identity
 from readers.layout import Found, Opened, arrays_of

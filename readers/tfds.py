@@ -7,7 +7,7 @@ import pathlib
 import re
 from typing import Any
 
-from configs.default import UserError
+from errors import UserError
 from readers import download, tfrecords
 from readers.class_labels import plain_classes
 from readers.containers import damaged, file_identity

@@ -7,7 +7,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from configs.default import UserError
+from errors import UserError
 from readers.containers import damaged, file_identity
 from readers.layout import Found, Item, Opened, Records
 from readers.splits import last_part

@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint._src.futures import future as orbax_future
 
-from configs.default import UserError
 from configs.saved import read_object
+from errors import UserError
 from runtime import exported, hosts
 from runtime.checksums import checksums, compare
 from runtime.workdir import check_network, first_line

@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import logging as absl_logging
 
-from configs.default import UserError
+from errors import UserError
 
 log = logging.getLogger("soft_truncation")
 

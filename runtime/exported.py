@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from configs.default import UserError
+from errors import UserError
 from runtime.checksums import checksums
 from runtime.workdir import first_line, short_hash
 

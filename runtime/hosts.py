@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.typing import ArrayLike
 
-from configs.default import UserError
+from errors import UserError
 from runtime.peers import Peers
 
 log = logging.getLogger("soft_truncation")

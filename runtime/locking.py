@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from filelock import FileLock, Timeout
 
-from configs.default import UserError
+from errors import UserError
 
 log = logging.getLogger("soft_truncation")
 

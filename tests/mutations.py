@@ -74,7 +74,7 @@ Heun is Euler: slope(y + dr * first, i + 1) → first
 [controllable_generation.py | test_sampling.py -k "known or color or complet or mask"]
 known part without α: (sde.mean_coeff(t) * images + → (images +
 bottom is top: "bottom": np.s_[height // 2 :] → "bottom": np.s_[: height // 2]
-one noise for all batches: config.seed + 5), i, size) → config.seed + 5), 0, size)
+one noise for all batches: COMPLETIONS), i, size) → COMPLETIONS), 0, size)
 [controllable_generation.py | test_stacks.py -k padding]
 padding is known: constant_values=1) → constant_values=0)
 

@@ -21,8 +21,8 @@ import session
 import train_step
 from benchmarks.memory import compiled_bytes
 from configs import saved
-from configs.default import UserError
 from configs.rve import celebahq_256_uncsn, church_uncsn, ffhq_1024_uncsn
+from errors import UserError
 from models import layers, ncsnpp, norm_kernels
 from readers import tfds
 from runtime import hosts, memory, workdir

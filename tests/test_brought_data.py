@@ -19,8 +19,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import datasets
-from configs.default import UserError, get_default_config
+from configs.default import get_default_config
 from configs.vp import array_st
+from errors import UserError
 from readers import arrays, decode, idx, samples, tfds, tfrecords
 from readers.decode import Fit
 from runtime import environment

@@ -15,7 +15,7 @@ import datasets
 import run_lib
 import session
 from configs import saved
-from configs.default import UserError
+from errors import UserError
 from readers.source import ArraySource
 from runtime import checkpointing
 from tests.helpers import tiny_config

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import datasets
-from configs.default import UserError
 from configs.vp import celeba_ddpmpp_nll_st, fashion_mnist_st
+from errors import UserError
 from readers.containers import Folder
 from readers.decode import Fit
 from readers.image_files import records_of

@@ -16,7 +16,7 @@ from PIL import Image
 import datasets
 import evaluation
 import run_lib
-from configs.default import UserError
+from errors import UserError
 from metrics import bits_per_dim, scorers
 from metrics import report as metrics_report
 from metrics.features import Extractor

@@ -10,8 +10,8 @@ from PIL import Image
 
 import run_lib
 import sde_lib
-from configs.default import UserError
 from configs.validate import validate
+from errors import UserError
 from experiments import (
     claim_fashion_mnist,
     claim_fashion_mnist_long,

@@ -19,8 +19,8 @@ import losses
 import sampling
 import sde_lib
 import session
-from configs.default import UserError
 from configs.validate import validate
+from errors import UserError
 from experiments.sweep import load_sweep
 from models import utils as mutils
 from runtime.workdir import claim_workdir

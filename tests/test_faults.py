@@ -36,7 +36,7 @@ import run_lib
 import session
 import train_step
 from benchmarks import bit_flips, fuzz
-from configs.default import UserError
+from errors import UserError
 from metrics.report import earlier_scores
 from readers import cache, tfrecords
 from readers.source import ArraySource

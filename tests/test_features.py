@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import datasets
-from configs.default import UserError
+from errors import UserError
 from metrics import classifier, scorers
 from metrics import inception as metrics_inception
 from metrics import statistics as stats

@@ -4,7 +4,7 @@ import optax
 import pytest
 
 import run_lib
-from configs.default import UserError
+from errors import UserError
 from official import export_checkpoint, import_checkpoint
 from official.pth_reader import read_pth
 from official.pth_writer import write_pth

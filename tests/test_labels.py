@@ -17,8 +17,8 @@ import sampling
 import sde_lib
 import session
 import train_step
-from configs.default import UserError
 from configs.vp import digits_st
+from errors import UserError
 from metrics import bits_per_dim
 from models import utils as mutils
 from runtime import checkpointing

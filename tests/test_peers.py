@@ -149,7 +149,7 @@ def test_one_that_never_comes_is_named():
     ],
 )
 def test_wrong_flags(flags, problem):
-    from configs.default import UserError
+    from errors import UserError
     from runtime import hosts
 
     with pytest.raises(UserError, match=problem):

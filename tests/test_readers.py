@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 import datasets
-from configs.default import UserError, get_default_config
+from configs.default import get_default_config
+from errors import UserError
 from readers import cache, download, image_files, lsun
 from readers.decode import Fit, open_image
 from readers.layout import Records

@@ -20,8 +20,9 @@ import run_lib
 import session
 import train_step
 from configs import saved
-from configs.default import UserError, get_default_config
+from configs.default import get_default_config
 from configs.validate import validate
+from errors import UserError
 from metrics import scorers
 from metrics.classifier import get_classifier
 from runtime import checkpointing, exported, locking, workdir

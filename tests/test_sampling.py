@@ -13,7 +13,7 @@ import datasets
 import losses
 import sampling
 import sde_lib
-from configs.default import UserError
+from errors import UserError
 from models import utils as mutils
 from official import import_checkpoint
 from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, tiny_config

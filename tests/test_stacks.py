@@ -12,9 +12,10 @@ from PIL import Image
 
 import datasets
 import run_lib
-from configs.default import UserError, image_shape
+from configs.shapes import image_shape
 from configs.vp import array_st
 from controllable_generation import _read_mask
+from errors import UserError
 from evaluation import evaluate
 from metrics import bits_per_dim
 from metrics.report import channel_moments

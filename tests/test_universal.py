@@ -14,8 +14,8 @@ import losses
 import sampling
 import sde_lib
 import session
-from configs.default import UserError
 from configs.validate import validate
+from errors import UserError
 from models import utils as mutils
 from official import import_checkpoint
 from tests.helpers import loss_fn_of, times_of_step, tiny_config

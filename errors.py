@@ -1,0 +1,5 @@
+"""Errors that a user can mend."""
+
+
+class UserError(Exception):
+    """An error that the user can fix; main.py prints it as one line, without a traceback."""
