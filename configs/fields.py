@@ -1,0 +1,40 @@
+"""Calling a registered function with the fields of a config that its parameters name."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def call(function: Callable[..., Any], config: ConfigDict, *sections: str, **given: Any) -> Any:
+    """Call a function whose parameters are named after fields of a config.
+
+    A parameter `beta_min` gets `config.model.beta_min` if `model` is among the sections, and the
+    first section that has the field counts. A parameter `config`, or the only one of a function
+    of one parameter if no field has its name, gets the whole config. A parameter with a default
+    keeps it if no section has its field.
+
+    Args:
+      function: a function or a class.
+      config: the config.
+      sections: names of the config's sections, in the order in which they are searched.
+      given: arguments that do not come from the config; those that the function does not take are
+        left out.
+
+    Raises:
+      TypeError: a parameter has no default and is no field of the sections.
+    """
+    parameters = inspect.signature(function).parameters
+    found: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        holder = next((config[s] for s in sections if name in config[s]), None)
+        if name in given:
+            found[name] = given[name]
+        elif name == "config":
+            found[name] = config
+        elif holder is not None:
+            found[name] = holder[name]
+        elif len(parameters) == 1 and parameter.default is inspect.Parameter.empty:
+            return function(config)
+    return function(**found)
