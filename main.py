@@ -181,7 +181,10 @@ def main(argv: list[str]) -> None:
             _TIMEOUT.value,
         )
         environment.keep_freed_memory()
+        import evaluation
         import run_lib
+        from modes import sample as sample_mode
+        from modes import transfer
 
         level = logging.INFO if hosts.is_main() else logging.ERROR
         logging.getLogger("soft_truncation").setLevel(level)
@@ -199,21 +202,21 @@ def main(argv: list[str]) -> None:
             init_from = _INIT_FROM.value or ""
             run_lib.train(config, workdir, _OVERRIDE.value, _config_file(), init_from)
         elif _MODE.value == "eval":
-            run_lib.evaluate(config, workdir)
+            evaluation.evaluate(config, workdir)
         elif _MODE.value == "sample":
-            run_lib.sample(config, workdir)
+            sample_mode.sample(config, workdir)
         elif _MODE.value == "stats":
-            run_lib.make_statistics(config)
+            evaluation.make_statistics(config)
         elif _MODE.value == "export":
             if not _TO.value:
                 raise UserError("--mode export needs --to, a new folder or .pth file")
             official = _FORMAT.value == "pth"
-            export = run_lib.export_official if official else run_lib.export
+            export = transfer.export_official if official else transfer.export
             export(config, workdir, _TO.value)
         elif not _CHECKPOINT.value:
             raise UserError("--mode import needs --checkpoint, an official .pth file")
         else:
-            run_lib.import_official(config, workdir, _CHECKPOINT.value, _config_file())
+            transfer.import_official(config, workdir, _CHECKPOINT.value, _config_file())
         hosts.leave(well=True)
     except UserError as error:
         hosts.leave(well=False)

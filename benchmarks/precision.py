@@ -31,6 +31,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 import datasets
+import evaluation
 import run_lib
 import session
 from configs import saved
@@ -155,7 +156,7 @@ def main() -> None:
             rows = read_metrics(workdir / "metrics.jsonl")
             losses[dtype] = np.array([row["loss"] for row in rows if "loss" in row])
             if flags.nll:
-                report = run_lib.evaluate(config, workdir)
+                report = evaluation.evaluate(config, workdir)
                 cells = report["nll"], report["nll_stderr"], report["num_test_images"]
                 lines.append("{}: NLL {:.4f} ± {:.4f} bits/dim on {} images".format(dtype, *cells))
     print(f"\nJAX {jax.__version__}, {jax.devices()}, {flags.config}")

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+import evaluation
 import run_lib
 from errors import UserError
 from experiments.sweep import Run, load_sweep, parse_machine_paths, select
@@ -98,9 +99,9 @@ def _evaluate_prepared(
     of_samples.eval.enable_bpd = False
     of_validation.eval.images = str(folder / "validation")
     of_test.eval.images = "test"
-    samples = run_lib.evaluate(of_samples, workdir)
-    validation = run_lib.evaluate(of_validation, workdir)
-    report = samples | run_lib.evaluate(of_test, workdir)
+    samples = evaluation.evaluate(of_samples, workdir)
+    validation = evaluation.evaluate(of_validation, workdir)
+    report = samples | evaluation.evaluate(of_test, workdir)
     for score in ("nll", "nelbo"):
         for name in (score, f"{score}_stderr"):
             report[f"validation_{name}"] = validation[name]
@@ -128,7 +129,7 @@ def _compute_row(
     if run.sweep.prepared:
         report, of_images = _evaluate_prepared(config, workdir)
     else:
-        report = run_lib.evaluate(config, workdir)
+        report = evaluation.evaluate(config, workdir)
     if report["step"] != step:
         raise UserError(f"{workdir} has no checkpoint of its last step, {step}")
     metrics = read_metrics(workdir / "metrics.jsonl")

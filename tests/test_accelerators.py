@@ -19,10 +19,12 @@ import evaluation
 import run_lib
 import session
 import train_step
+import training_log
 from benchmarks.memory import compiled_bytes
 from configs import saved
 from configs.rve import celebahq_256_uncsn, church_uncsn, ffhq_1024_uncsn
 from errors import UserError
+from metrics import in_training
 from models import layers, ncsnpp, norm_kernels
 from readers import tfds
 from runtime import hosts, memory, workdir
@@ -169,12 +171,12 @@ def test_no_samples_are_drawn_if_nothing_can_score_them(tmp_path, monkeypatch, c
     monkeypatch.setattr(evaluation, "sample_batches", lambda *_: pytest.fail("samples are drawn"))
     monkeypatch.setattr(evaluation, "evaluate_bits", lambda *_: {"weighed": True})
     monkeypatch.setattr(evaluation, "evaluate_baselines", lambda *_: {})
-    report = run_lib.evaluate(config, tmp_path / "run")
+    report = evaluation.evaluate(config, tmp_path / "run")
     assert report["weighed"] and "num_samples" not in report
     assert "nothing can score samples" in caplog.text and "--mode sample" in caplog.text
     config.eval.enable_bpd = False
     with pytest.raises(UserError, match="nothing would be scored"):
-        run_lib.evaluate(config, tmp_path / "run")
+        evaluation.evaluate(config, tmp_path / "run")
 
 
 def test_tensorflow_is_told_to_leave_the_gpus_alone(monkeypatch):
@@ -256,10 +258,10 @@ def test_the_logged_rate_does_not_leave_out_queued_steps(tmp_path, monkeypatch):
 
     read = train_step.LossSums.read
     monkeypatch.setattr(train_step.LossSums, "read", lambda sums: (wait(), read(sums))[1])
-    monkeypatch.setattr(run_lib, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(training_log, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(run_lib.jax, "block_until_ready", wait)
     monkeypatch.setattr(run_lib, "get_train_call", lambda *_, **__: train_call)
-    monkeypatch.setattr(run_lib, "_get_test_loss", lambda *_: test_loss)
+    monkeypatch.setattr(run_lib, "get_test_loss", lambda *_: test_loss)
     config = tiny_config(n_iters=40, log_freq=10, eval_freq=5)
     config.training.update(snapshot_freq=1000, snapshot_freq_for_preemption=1000)
     run_lib.train(config, tmp_path)
@@ -275,21 +277,21 @@ def test_the_test_loss_is_computed_by_all_devices(monkeypatch):
     config = tiny_config()
     setup, data = session.set_up(config), run_lib.load_data(config)
     state, seen = session.init_state(config, setup.model, setup.optimizer), []
-    place = run_lib.to_devices
+    place = in_training.to_devices
 
     def to_devices(tree, sharding):
         placed = place(tree, sharding)
         seen.extend(x.addressable_shards[0].data.shape for x in jax.tree.leaves(placed))
         return placed
 
-    monkeypatch.setattr(run_lib, "to_devices", to_devices)
-    value = run_lib._get_test_loss(config, setup, data.test)(state.ema_params)
+    monkeypatch.setattr(in_training, "to_devices", to_devices)
+    value = in_training.get_test_loss(config, setup, data.test)(state.ema_params)
     size, devices = config.training.batch_size, jax.device_count()
     assert devices > 1 and (size // devices, 8, 8, 1) in seen and (size, 8, 8, 1) not in seen
     # The same number on one device.
-    monkeypatch.setattr(run_lib, "to_devices", lambda tree, _: tree)
+    monkeypatch.setattr(in_training, "to_devices", lambda tree, _: tree)
     np.testing.assert_allclose(
-        run_lib._get_test_loss(config, setup, data.test)(state.ema_params), value, rtol=1e-5
+        in_training.get_test_loss(config, setup, data.test)(state.ema_params), value, rtol=1e-5
     )
 
 

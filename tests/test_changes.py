@@ -16,6 +16,7 @@ import run_lib
 import session
 from configs import saved
 from errors import UserError
+from modes import sample as sample_mode
 from readers.source import ArraySource
 from runtime import checkpointing
 from tests.helpers import tiny_config
@@ -59,7 +60,7 @@ def test_an_optimisers_setting_may_change(run, tmp_path, change):
     config.optim.update(change)
     with pytest.raises(UserError, match=rf"optim\.{next(iter(change))} is .* go on with it by"):
         run_lib.train(config, workdir)
-    run_lib.sample(config, workdir)
+    sample_mode.sample(config, workdir)
     state = run_lib.train(config, workdir, override=True)
     assert int(state.step) == 4 and np.isfinite(jax.tree.leaves(state.params)[0]).all()
     assert saved.get_config(workdir).optim[next(iter(change))] == next(iter(change.values()))
@@ -116,7 +117,7 @@ def test_the_weights_alone_are_read_to_sample(run, monkeypatch):
     monkeypatch.setattr(
         checkpointing, "restore", lambda *args: asked.append(args[1]) or restore(*args)
     )
-    run_lib.sample(config_of(), run)
+    sample_mode.sample(config_of(), run)
     assert asked[0].params is None and asked[0].opt_state is None
 
 

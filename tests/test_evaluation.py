@@ -104,7 +104,7 @@ def cut_after(monkeypatch, owner, name, calls):
 @pytest.mark.slow
 def test_an_evaluation_goes_on_where_it_was_cut_off(trained, inception, monkeypatch):
     config = eval_config(trained, enable_fid=True, num_draws=2)
-    whole = run_lib.evaluate(config, trained / "run")
+    whole = evaluation.evaluate(config, trained / "run")
     assert whole["num_draws"] == 2 and whole["nll_stderr_of_draws"] > 0
     parts = trained / "run" / "eval" / "parts"
     assert not parts.exists()
@@ -113,14 +113,14 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(trained, inception, monkeypa
         with monkeypatch.context() as patch:
             cut_after(patch, owner, name, 3 if name == "get_bpd_fn" else 2)
             with pytest.raises(Cut):
-                run_lib.evaluate(config, trained / "run")
+                evaluation.evaluate(config, trained / "run")
         assert list(parts.rglob("bpd_*"))
     # What other options computed is not taken: it has another folder.
     folders = set(parts.iterdir())
     other = eval_config(trained, enable_sampling=False, nelbo_draws=1)
     with monkeypatch.context() as patch, pytest.raises(Cut):
         cut_after(patch, evaluation, "get_bpd_fn", 1)
-        run_lib.evaluate(other, trained / "run")
+        evaluation.evaluate(other, trained / "run")
     assert len(set(parts.iterdir()) - folders) == 1
     assert len(list(parts.rglob("samples_*"))) == 2
     # One part is damaged, as by a power cut.
@@ -129,7 +129,7 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(trained, inception, monkeypa
     with monkeypatch.context() as patch:
         cut_after(patch, evaluation, "get_bpd_fn", 0)  # all of that is there
         cut_after(patch, evaluation, "get_sampler", 2)  # the damaged one, and the third
-        assert run_lib.evaluate(config, trained / "run") == whole
+        assert evaluation.evaluate(config, trained / "run") == whole
     # What is left is the other evaluation's, which can still go on.
     assert len(list(parts.iterdir())) == 1
     shutil.rmtree(parts)
@@ -138,7 +138,7 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(trained, inception, monkeypa
 @pytest.mark.slow
 def test_a_sweep_has_a_row_a_checkpoint_and_the_best_by_each_score(trained):
     config = eval_config(trained, enable_fid=False, begin_ckpt=1, end_ckpt=2)
-    sweep = run_lib.evaluate(config, trained / "run")
+    sweep = evaluation.evaluate(config, trained / "run")
     folder = trained / "run" / "eval"
     assert sweep == json.loads((folder / "report.json").read_text())
     reports = sweep["checkpoints"]
@@ -154,10 +154,10 @@ def test_a_sweep_has_a_row_a_checkpoint_and_the_best_by_each_score(trained):
     assert Image.open(folder / "scores.png").size[0] > 500
     # Alone, a checkpoint has the same scores.
     config.eval.update(begin_ckpt=2)
-    assert run_lib.evaluate(config, trained / "run") == reports[1]
+    assert evaluation.evaluate(config, trained / "run") == reports[1]
     config.eval.update(begin_ckpt=7, end_ckpt=9)
     with pytest.raises(UserError, match=r"no checkpoint from step 14 to 18.*it has 2, 4, 6"):
-        run_lib.evaluate(config, trained / "run")
+        evaluation.evaluate(config, trained / "run")
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_a_later_evaluation_keeps_what_it_leaves_out(trained):
     def evaluate(**fields):
         config.eval.update(enable_bpd=True, enable_sampling=True)
         config.eval.update(fields)
-        return run_lib.evaluate(config, trained / "run")
+        return evaluation.evaluate(config, trained / "run")
 
     whole = evaluate()
     (folder / "report.json").unlink()
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_training_deletes_in_the_meantime_is_not_asked_for(
         return {}
 
     monkeypatch.setattr(evaluation, "evaluate_baselines", goes_on)
-    assert run_lib.evaluate(config, tmp_path)["step"] == 4
+    assert evaluation.evaluate(config, tmp_path)["step"] == 4
 
 
 def test_samples_by_anyone_are_scored(tmp_path, inception):
@@ -212,7 +212,7 @@ def test_samples_by_anyone_are_scored(tmp_path, inception):
     reports = {}
     for name in ("real.npz", "noise.npz", "pngs"):
         config.eval.samples = str(tmp_path / name)
-        reports[name] = run_lib.evaluate(config, tmp_path / "run")
+        reports[name] = evaluation.evaluate(config, tmp_path / "run")
         (own,) = (tmp_path / "run" / "eval").glob(f"samples_{name}_*")
         assert json.loads((own / "report.json").read_text()) == reports[name]
         assert "200 of" in (own / "report.md").read_text()
@@ -245,7 +245,7 @@ def test_bits_of_given_images_are_a_row_each_in_a_folder_of_their_own(trained, t
         config = eval_config(trained, images=path, image_draws=2, truncated_normal=True)
         config.eval.update(nll_steps=32, nelbo_draws=1)
         before = set((tmp_path / "run" / "eval").glob("images_*"))
-        report = run_lib.evaluate(config, tmp_path / "run")
+        report = evaluation.evaluate(config, tmp_path / "run")
         (folder,) = set((tmp_path / "run" / "eval").glob("images_*")) - before
         with (folder / "bits_per_dim.csv").open() as file:
             rows[images] = list(csv.DictReader(file))
@@ -265,7 +265,7 @@ def test_bits_of_given_images_are_a_row_each_in_a_folder_of_their_own(trained, t
     assert not (tmp_path / "run" / "eval" / "report.json").exists()
     config = eval_config(trained, images=str(tmp_path / "none"))
     with pytest.raises(UserError, match=r"eval\.images: there is no file or folder"):
-        run_lib.evaluate(config, tmp_path / "run")
+        evaluation.evaluate(config, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -276,16 +276,16 @@ def test_statistics_are_made_once_and_refused_for_other_data(tmp_path, monkeypat
     np.savez(tmp_path / "x.npz", np.zeros((9, 8, 8, 1), np.uint8))
     config.eval.samples = str(tmp_path / "x.npz")
     with pytest.raises(UserError, match=r"there is no file .*--mode stats makes it"):
-        run_lib.evaluate(config, tmp_path / "run")
-    assert run_lib.make_statistics(config) == path
+        evaluation.evaluate(config, tmp_path / "run")
+    assert evaluation.make_statistics(config) == path
     assert list(path.parent.iterdir()) == [path]
-    assert run_lib.evaluate(config, tmp_path / "run")["statistics"] == str(path)
+    assert evaluation.evaluate(config, tmp_path / "run")["statistics"] == str(path)
     config.eval.num_reference = 101
     with pytest.raises(UserError, match="num_images 100, and here it is 101"):
-        run_lib.evaluate(config, tmp_path / "run")
+        evaluation.evaluate(config, tmp_path / "run")
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="can't be read as statistics"):
-        run_lib.evaluate(config, tmp_path / "run")
+        evaluation.evaluate(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_samples_that_can_not_be_scored_are_one_line(tmp_path, name, array, line
         np.savez(tmp_path / name, samples=array)
     config = eval_config(tmp_path, samples=str(tmp_path / name))
     with pytest.raises(UserError, match=line):
-        run_lib.evaluate(config, tmp_path / "run")
+        evaluation.evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -312,11 +312,11 @@ def test_a_folder_of_other_images_is_one_line(tmp_path):
     folder.mkdir()
     config = eval_config(tmp_path, samples=str(folder))
     with pytest.raises(UserError, match="has no images"):
-        run_lib.evaluate(config, tmp_path / "run")
+        evaluation.evaluate(config, tmp_path / "run")
     for i in range(5):
         Image.new("L", (8, 9)).save(folder / f"{i}.png")
     with pytest.raises(UserError, match=r"0\.png is not a readable image: it is 8×9"):
-        run_lib.evaluate(config, tmp_path / "run")
+        evaluation.evaluate(config, tmp_path / "run")
 
 
 @pytest.mark.slow  # test_an_evaluation_goes_on_where_it_was_cut_off is its quick form
@@ -420,7 +420,7 @@ def test_bits_of_an_image_do_not_depend_on_the_others(trained, tmp_path):
             images[i].save(tmp_path / name / f"{place}_{i}.png")
         config = eval_config(trained, images=str(tmp_path / name), rtol=1e-4, atol=1e-4)
         config.eval.update(batch_size=size, image_draws=2)
-        run_lib.evaluate(config, tmp_path / "run")
+        evaluation.evaluate(config, tmp_path / "run")
         (path,) = (tmp_path / "run" / "eval").glob(f"images_{name}_*/bits_per_dim.csv")
         with path.open() as file:
             rows = {row.pop("image").split("_")[1]: row for row in csv.DictReader(file)}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluation
 import run_lib
 import sde_lib
 from configs.validate import validate
@@ -70,7 +71,7 @@ def stand_ins(monkeypatch):
         return {"step": step, "nll": 1 / step, "nll_stderr": 0.1}
 
     monkeypatch.setattr(run_lib, "train", train)
-    monkeypatch.setattr(run_lib, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_shards_and_a_cut_give_the_same_table(folder, real, request, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_lib, "evaluate", cut)
+        patch.setattr(evaluation, "evaluate", cut)
         assert sweep_main(folder, parts, "--shard=1/2") == 1
     assert "the same command goes on" in capsys.readouterr().err
     assert sorted(read_rows(folder / parts)) == RUNS[:1]
@@ -334,7 +335,7 @@ def test_a_difference_of_one_seed_has_the_errors_of_that_seed():
 
 
 def test_scores_of_an_earlier_checkpoint_make_no_row(folder, stand_ins, monkeypatch, capsys):
-    monkeypatch.setattr(run_lib, "evaluate", lambda config, workdir: {"step": 1, "nll": 1.0})
+    monkeypatch.setattr(evaluation, "evaluate", lambda config, workdir: {"step": 1, "nll": 1.0})
     assert sweep_main(folder, "earlier") == 1
     assert not (folder / "earlier" / "rows").exists()
 
@@ -434,7 +435,7 @@ def test_a_prepared_sweep_is_scored_on_folders_of_its_own(tmp_path, stand_ins, m
             write_bits(kept / "bits_per_dim.csv", ["0", "7"], columns)
         return {"step": config.training.n_iters, **scores}
 
-    monkeypatch.setattr(run_lib, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     run, paths = claim_photographs.get_sweep().runs[0], {"data.path": str(tmp_path)}
     with pytest.raises(UserError, match=r"needs --set data\.path=DIR, a folder that"):
         runner._compute_row(run, tmp_path / "run", paths, {})

@@ -35,6 +35,7 @@ import losses
 import run_lib
 import session
 import train_step
+import training_log
 from benchmarks import bit_flips, fuzz
 from errors import UserError
 from metrics.report import earlier_scores
@@ -241,7 +242,7 @@ def test_what_is_not_finite_first_is_told(tmp_path):
     config = tiny_config()
     setup, data = session.set_up(config), datasets.load_data(config)
     state = session.init_state(config, setup.model, setup.optimizer)
-    training = run_lib._TrainingLog(config, setup, data.train, None, tmp_path)
+    training = training_log.TrainingLog(config, setup, data.train, None, tmp_path)
 
     def fault(state, loss):
         packed = train_step.replicate(train_step.pack_state(state), 1)

@@ -5,6 +5,7 @@ import pytest
 
 import run_lib
 from errors import UserError
+from modes import transfer
 from official import export_checkpoint, import_checkpoint
 from official.pth_reader import read_pth
 from official.pth_writer import write_pth
@@ -117,9 +118,9 @@ def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
 
     # What an import that was killed has left is not in the way.
     (tmp_path / "run" / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
-    imported = run_lib.import_official(config, tmp_path / "run", tmp_path / "ddpm.pth")
+    imported = transfer.import_official(config, tmp_path / "run", tmp_path / "ddpm.pth")
     assert int(imported.step) == 7
-    run_lib.export_official(config, tmp_path / "run", tmp_path / "again.pth")
+    transfer.export_official(config, tmp_path / "run", tmp_path / "again.pth")
     again = read_pth(tmp_path / "again.pth")
     assert list(again["model"]) == ["module.sigmas", *model]
     assert_equal({k: again["model"][k] for k in model}, model)
@@ -127,7 +128,7 @@ def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
     assert_equal(again["ema"], checkpoint["ema"])
     assert again["step"] == 7
     with pytest.raises(UserError, match="has checkpoints already"):
-        run_lib.import_official(config, tmp_path / "run", tmp_path / "ddpm.pth")
+        transfer.import_official(config, tmp_path / "run", tmp_path / "ddpm.pth")
     config.training.n_iters = 9
     assert int(run_lib.train(config, tmp_path / "run").step) == 9
 

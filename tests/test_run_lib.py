@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluation
 import main
 import run_lib
 import session
@@ -25,6 +26,8 @@ from configs.validate import validate
 from errors import UserError
 from metrics import scorers
 from metrics.classifier import get_classifier
+from modes import sample as sample_mode
+from modes import transfer
 from runtime import checkpointing, exported, locking, workdir
 from runtime.workdir import check_network, claim_workdir
 from session import REGISTRIES
@@ -279,7 +282,7 @@ def test_train_eval_and_sample_leave_what_they_promise(tmp_path, monkeypatch):
     assert len(list((workdir / "samples").glob("step_*.png"))) == 1
     assert list((workdir / "tensorboard").glob("events*"))
 
-    report = run_lib.evaluate(config, workdir)
+    report = evaluation.evaluate(config, workdir)
     assert report == json.loads((workdir / "eval" / "report.json").read_text())
     assert report["num_test_images"] == 12 and report["num_samples"] == 16
     assert np.isfinite([v for v in report.values() if isinstance(v, float)]).all()
@@ -293,9 +296,9 @@ def test_train_eval_and_sample_leave_what_they_promise(tmp_path, monkeypatch):
         and "not FID" in text
     )
     # Everything again is the same again.
-    assert run_lib.evaluate(config, workdir) == report
+    assert evaluation.evaluate(config, workdir) == report
 
-    grid = Image.open(run_lib.sample(config, workdir))
+    grid = Image.open(sample_mode.sample(config, workdir))
     samples = np.load(workdir / "samples" / "samples.npz")["samples"]
     assert samples.shape == (12, 8, 8, 1) and samples.dtype == np.uint8
     assert set(np.unique(samples)) <= set(np.round(np.arange(17) * 255 / 16).astype(np.uint8))
@@ -336,7 +339,7 @@ def test_inpainting_and_a_lossless_evaluation_leave_what_they_promise(tmp_path):
     run_lib.train(config, tmp_path)
     config.eval.update(batch_size=8, num_test_data=8, nelbo_draws=2, rtol=1e-2, atol=1e-2)
     config.eval.update(enable_sampling=False, cache_dir=str(tmp_path / "cache"))
-    report = run_lib.evaluate(config, tmp_path)
+    report = evaluation.evaluate(config, tmp_path)
     assert 1 < report["nelbo_lossless"] < 20 and report["nelbo_lossless_stderr"] > 0
 
     mask = np.zeros((4, 4), np.uint8)
@@ -350,7 +353,7 @@ def test_inpainting_and_a_lossless_evaluation_leave_what_they_promise(tmp_path):
         (str(tmp_path / "mask.png"), np.s_[:, :4]),
     ):
         config.sampling.mask = name
-        path = run_lib.sample(config, tmp_path)
+        path = sample_mode.sample(config, tmp_path)
         arrays = np.load(path.with_suffix(".npz"))
         assert arrays["samples"].shape == arrays["originals"].shape == (8, 8, 8, 1)
         kept = np.ones((8, 8, 8, 1), bool)
@@ -361,7 +364,7 @@ def test_inpainting_and_a_lossless_evaluation_leave_what_they_promise(tmp_path):
     assert Image.open(path).size[0] > 8 * 48
     config.sampling.mask = "nothing"
     with pytest.raises(UserError, match=r"sampling\.mask is 'nothing'"):
-        run_lib.sample(config, tmp_path)
+        sample_mode.sample(config, tmp_path)
 
 
 @pytest.mark.slow
@@ -569,7 +572,7 @@ def exported_run(tmp_path_factory):
     config.eval.update(cache_dir="/somewhere/here", begin_ckpt=1, end_ckpt=1)
     config.training.snapshot_freq = 3
     run_lib.train(config, folder / "run")
-    run_lib.export(config, folder / "run", folder / "model")
+    transfer.export(config, folder / "run", folder / "model")
     config.eval.update(begin_ckpt=0, end_ckpt=0)
     return config, folder / "run", folder / "model"
 
@@ -586,7 +589,7 @@ def test_an_exported_model_samples_as_its_run_does(exported_run):
     assert "/somewhere" not in (model / "config.json").read_text()
     samples = []
     for folder, of_folder in ((run, config), (model, own)):
-        run_lib.sample(of_folder, folder)
+        sample_mode.sample(of_folder, folder)
         samples.append(np.load(folder / "samples" / "samples.npz")["samples"])
     np.testing.assert_array_equal(*samples)
     card = (model / "README.md").read_text()
@@ -599,7 +602,7 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
     config = config.copy_and_resolve_references()
     config.eval.cache_dir = ""
     config.sampling.update(n_images=10, batch_size=4, format="npy")
-    run_lib.sample(config, model)
+    sample_mode.sample(config, model)
     expected = np.load(model / "samples" / "samples.npy")
     config.sampling.format = "png"
     drawn, folder = [], model / "samples" / "png"
@@ -620,14 +623,14 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
 
     cut_after(2)
     with pytest.raises(KeyboardInterrupt):
-        run_lib.sample(config, model)
+        sample_mode.sample(config, model)
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     assert "00000000.png" in kept and len(kept) <= 8
     (folder / "00000005.png").unlink(missing_ok=True)
     (folder / ".00000009.png.part").write_bytes(b"cut off")
     drawn.clear()
     cut_after(9)
-    run_lib.sample(config, model)
+    sample_mode.sample(config, model)
     assert drawn == [4, 8]  # the batches that were not whole
     assert {path.name for path in folder.iterdir()} == {
         "source.json",
@@ -638,19 +641,19 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
     np.testing.assert_array_equal(np.stack(images)[..., None], expected)
     config.seed += 1
     with pytest.raises(UserError, match=r"png has images of other weights, another seed"):
-        run_lib.sample(config, model)
+        sample_mode.sample(config, model)
     with (
         locking.locked(model / "samples"),
         pytest.raises(UserError, match=r"is at work in .*samples; wait for it"),
     ):
-        run_lib.sample(config, model)
+        sample_mode.sample(config, model)
     shutil.rmtree(model / "samples")
     config.sampling.update(method="pc", n_images=2)
     config.model.num_scales = 2
-    run_lib.sample(config, model)
+    sample_mode.sample(config, model)
     config.model.num_scales = 3
     with pytest.raises(UserError, match=r"png has images of other weights, another seed"):
-        run_lib.sample(config, model)
+        sample_mode.sample(config, model)
     shutil.rmtree(model / "samples")
 
 
@@ -676,7 +679,7 @@ def test_an_exported_model_is_not_trained_in_or_written_over(exported_run):
     with pytest.raises(UserError, match="is an exported model, without the state of training"):
         run_lib.train(config, model)
     with pytest.raises(UserError, match=r"--to: .* is not empty"):
-        run_lib.export(config, run, model)
+        transfer.export(config, run, model)
     assert (model / exported.WEIGHTS).read_bytes() == before
 
 
@@ -699,7 +702,7 @@ def test_a_models_card_has_the_report_of_its_own_weights(exported_run, tmp_path)
         ("of_these", of_these),
     ):
         (tmp_path / "run" / "eval" / "report.json").write_text(text)
-        run_lib.export(config, tmp_path / "run", tmp_path / name)
+        transfer.export(config, tmp_path / "run", tmp_path / name)
         card = (tmp_path / name / "README.md").read_text()
         assert ("0.1250" in card) == (name == "of_these")
 

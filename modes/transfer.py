@@ -1,0 +1,174 @@
+"""--mode import and --mode export: checkpoints of the official release, and models for others."""
+
+import contextlib
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from clu.parameter_overview import count_parameters
+from ml_collections import ConfigDict
+
+from errors import UserError
+from metrics.card import model_card
+from official import export_checkpoint, import_checkpoint
+from runtime import checkpointing, exported, hosts
+from runtime.files import beside
+from runtime.locking import locked
+from runtime.workdir import (
+    claim_workdir,
+    portable_config,
+)
+from session import (
+    set_up,
+    with_data_facts,
+)
+from train_step import (
+    TrainState,
+)
+
+log = logging.getLogger("soft_truncation")
+
+
+def import_official(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    path: str | pathlib.Path,
+    config_file: str = "",
+) -> TrainState:
+    """Convert an official PyTorch checkpoint to a workdir, to evaluate, sample or train further.
+
+    Returns:
+      The state that was saved.
+
+    Raises:
+      UserError: the file can't be read or is of another network, or the workdir has checkpoints.
+    """
+    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
+    setup = set_up(config)
+    state = import_checkpoint.load_state(path, config)
+    exported.refuse(workdir)
+    if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+        raise UserError(f"{workdir} has checkpoints already; choose another --workdir")
+    claim_workdir(config, workdir, record=True, config_file=config_file)
+    with locked(workdir), checkpointing.checkpoints(config, workdir) as manager:
+        saver = checkpointing.Saver(manager, max_failures=1)
+        saver.save(int(state.step), state)
+        saver.settle()
+    log.info(
+        "imported %s: %s, %s parameters, step %d, into %s",
+        path,
+        config.model.name,
+        f"{count_parameters(setup.state_shape.params):,}",
+        int(state.step),
+        workdir,
+    )
+    return state
+
+
+def _chosen_step(config: ConfigDict, workdir: pathlib.Path) -> int:
+    """The step of the newest checkpoint, or of the one that eval.begin_ckpt and end_ckpt choose.
+
+    Raises:
+      UserError: there is none, or they choose several.
+    """
+    steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
+    if len(steps) > 1:
+        raise UserError(f"eval.begin_ckpt and end_ckpt choose {len(steps)} checkpoints, not one")
+    return steps[0]
+
+
+@contextlib.contextmanager
+def _exporting(to: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write to, which becomes `to` when all is written, and is removed otherwise."""
+    partial = beside(to)
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.rename(to)
+    except OSError as error:
+        raise UserError(f"--to: {to} can't be written to: {error}") from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def export(
+    config: ConfigDict, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
+) -> pathlib.Path:
+    """Write the EMA weights of a checkpoint to a folder for others.
+
+    The folder gets model.safetensors, config.json without this machine's paths, and README.md, a
+    model card with the scores of the run's report if that is of these weights. It evaluates and
+    samples as a run does, by --workdir.
+
+    Args:
+      config: the run's config.
+      workdir: the run; the checkpoint is the newest, or the one that eval.begin_ckpt and end_ckpt
+        choose.
+      to: the folder, which must be new or empty.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: the checkpoint can't be read, or `to` has files or can't be written to.
+    """
+    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
+    folder, step = pathlib.Path(to).absolute(), _chosen_step(config, workdir)
+    params = checkpointing.restore_step(
+        config, workdir, set_up(config).state_shape, step
+    ).ema_params
+
+    def write() -> None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"--to: {folder} is not empty; name a new folder")
+        own = portable_config(config, workdir)
+        with _exporting(folder) as partial:
+            partial.mkdir()
+            (partial / "config.json").write_text(own.to_json_best_effort(indent=1) + "\n")
+            (partial / "README.md").write_text(model_card(folder.name, own, workdir, step, params))
+            exported.write(partial, params, step)
+        size = (folder / exported.WEIGHTS).stat().st_size / 2**20
+        log.info("step %d of %s in %s (%.1f MiB), with a card", step, workdir, folder, size)
+
+    hosts.on_main(write)
+    return folder
+
+
+def export_official(
+    config: ConfigDict, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
+) -> pathlib.Path:
+    """Write a checkpoint, with the whole state of training, to a .pth file of the official release.
+
+    Args:
+      config, workdir: as in `export`.
+      to: the new file.
+
+    Returns:
+      The file.
+
+    Raises:
+      UserError: the checkpoint can't be read, the release has no such network, or `to` exists or
+        can't be written to.
+    """
+    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
+    file, step = pathlib.Path(to).absolute(), _chosen_step(config, workdir)
+    exported.refuse(workdir)
+    import_checkpoint.check_network(config)
+    shape = set_up(config).state_shape
+    state = checkpointing.restore_step(config, workdir, shape, step, weights_only=False)
+
+    def write() -> None:
+        if file.exists():
+            raise UserError(f"--to: {file} is there already; name a new file")
+        with _exporting(file) as partial:
+            export_checkpoint.write(config, state, partial)
+        log.info("step %d of %s in %s, as the official release's", step, workdir, file)
+
+    hosts.on_main(write)
+    return file

@@ -1,0 +1,51 @@
+"""The files of a run that the main process has open during training."""
+
+import contextlib
+import pathlib
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from runtime import checkpointing, exported
+from runtime.locking import locked
+from runtime.metrics_log import Metrics
+from runtime.workdir import (
+    claim_workdir,
+    make_folder,
+)
+
+
+class RunFiles:
+    """The files that the main process has open during training."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: pathlib.Path,
+        stack: contextlib.ExitStack,
+        override: bool,
+        config_file: str,
+    ) -> None:
+        """Nothing is opened yet; `stack` closes what is opened."""
+        self._config, self._workdir, self._stack = config, workdir, stack
+        self._override, self._config_file = override, config_file
+
+    def record(self) -> None:
+        """Write the config to the workdir; what is there was saved under the config before."""
+        claim_workdir(self._config, self._workdir, True, self._override, self._config_file)
+
+    def open(self, shape: checkpointing.State) -> checkpointing.State | None:
+        """Lock the workdir, and return the newest state, or None if there is none."""
+        config, workdir = self._config, self._workdir
+        exported.refuse(workdir)
+        claim_workdir(config, workdir, record=False, override=self._override)
+        make_folder(workdir, "--workdir")
+        self._stack.enter_context(locked(workdir))
+        manager = self._stack.enter_context(checkpointing.checkpoints(config, workdir))
+        state = checkpointing.restore_newest(manager, shape)
+        on_first = None if state is None else self.record
+        self.saver = checkpointing.Saver(manager, config.training.max_failed_saves, on_first)
+        self.metrics = Metrics(workdir, 0 if state is None else int(state.step))
+        self._stack.callback(self.metrics.close)
+        return jax.tree.map(np.asarray, state)

@@ -1,0 +1,164 @@
+"""What training writes to the log and to metrics.jsonl, and what it says when it gives up."""
+
+import contextlib
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+import jax
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+import datasets
+from errors import UserError
+from runtime import environment
+from runtime.files import can_do_without, write_text
+from runtime.progress import clock
+from runtime.run_files import RunFiles
+from session import (
+    Setup,
+)
+from train_step import (
+    LossSums,
+    TrainState,
+    first_copy,
+    unpack_state,
+)
+
+log = logging.getLogger("soft_truncation")
+
+
+_STEPS_THAT_PAY = 100  # for loading a training step that has been compiled
+
+
+def saves_at(config: ConfigDict, step: int) -> bool:
+    """Whether a checkpoint is due after this step."""
+    training = config.training
+    regular = (training.snapshot_freq, training.snapshot_freq_for_preemption)
+    return step == training.n_iters or any(step % freq == 0 for freq in regular)
+
+
+class TrainingLog:
+    """Writes losses, rates and skipped steps to the log and to metrics.jsonl."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        setup: Setup,
+        train: datasets.Dataset,
+        files: RunFiles | None,
+        workdir: pathlib.Path,
+    ) -> None:
+        """`files` are None on processes that write nothing."""
+        self._config, self._setup, self._files, self._workdir = config, setup, files, workdir
+        self._train = train
+        self._sums = LossSums()
+        self._window_start, self._window_steps, self._compiled = time.monotonic(), 0, False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time spent within this context does not count for the training speed."""
+        before = time.monotonic()
+        yield
+        self._window_start += time.monotonic() - before
+
+    def skipped_in_a_row(self) -> int:
+        """The number of steps skipped in a row at the end."""
+        return int(self._sums.read()["streak"])
+
+    def after_call(
+        self, step: int, count: int, values: dict[str, Array], packed: TrainState
+    ) -> None:
+        """Add the metrics of `count` steps, (count,) each, and log them if `step` is due.
+
+        `packed` is the state after them.
+
+        Raises:
+          UserError: the loss or gradient was not finite for too many steps in a row.
+        """
+        training = self._config.training
+        self._window_steps += count
+        self._sums.add(values)
+        logs = step % training.log_freq == 0 or step == training.n_iters
+        if not (logs or not self._compiled or saves_at(self._config, step)):
+            return  # reading a value would make the host wait for the device
+        sums = self._sums.read()
+        last = {name: value[-1] for name, value in values.items()}
+        if sums["streak"] >= training.max_skipped_steps:
+            self._give_up(step, sums["streak"], last, packed)
+        if not logs and self._compiled:
+            return
+        seconds = time.monotonic() - self._window_start
+        rate = training.batch_size * self._window_steps / seconds
+        mean = sums["loss"] / max(sums["steps"], 1)
+        if logs and self._files and sums["steps"]:
+            row = {"loss": mean, "tau": float(last["tau"])}
+            if not last["skipped"]:
+                row["grad_norm"] = float(last["grad_norm"])
+            row |= {"images_per_second": rate} if self._compiled else {}
+            row |= {"skipped": sums["skipped"]} if sums["skipped"] else {}
+            self._files.metrics.write(step, row)
+        skipped = f" | {sums['skipped']} steps skipped" if sums["skipped"] else ""
+        if self._compiled:
+            left = clock((training.n_iters - step) * seconds / self._window_steps)
+            log.info(
+                "step %d/%d | %.0f images/s | loss %.4g%s | %s left",
+                step,
+                training.n_iters,
+                rate,
+                mean,
+                skipped,
+                left,
+            )
+        else:
+            log.info(
+                "step %d/%d | compiled in %.0f s | loss %.4g%s",
+                step,
+                training.n_iters,
+                seconds,
+                mean,
+                skipped,
+            )
+        if logs:
+            self._sums.reset(int(sums["streak"]))
+        if not self._compiled and training.n_iters - step >= _STEPS_THAT_PAY:
+            environment.load_compiled()
+        self._compiled = True
+        self._window_start, self._window_steps = time.monotonic(), 0
+
+    def _fault(self, step: int, values: dict[str, Array], packed: TrainState) -> str:
+        """What of a step is not finite, the first of what follows from each other."""
+        seed, size = self._config.seed, self._config.training.batch_size
+        images = next(datasets.train_batches(self._train, size, seed, step - 1))["image"]
+        if not np.isfinite(images).all():
+            return "data"
+        params = unpack_state(first_copy(packed)).params
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+            return "parameters"
+        return "gradient" if np.isfinite(values["loss"]) else "loss"
+
+    def _give_up(
+        self, step: int, streak: float, values: dict[str, Array], packed: TrainState
+    ) -> NoReturn:
+        """Write what is known of the step to not_finite.json, and raise a UserError."""
+        config = self._config
+        tau, t = self._setup.objective.times_of_step(
+            config.seed, step - 1, config.training.batch_size
+        )
+        path = self._workdir / "not_finite.json"
+        numbers = {name: repr(float(values[name])) for name in ("loss", "grad_norm")}
+        fault, times = self._fault(step, values, packed), np.asarray(t, float).tolist()
+        facts = {"step": step, "first": fault, **numbers, "tau": float(tau), "t": times}
+        if self._files:
+            with can_do_without(path):
+                write_text(path, json.dumps(facts, indent=1) + "\n")
+        raise UserError(
+            f"the loss is {numbers['loss']} and its gradient's norm {numbers['grad_norm']} at step "
+            f"{step} (τ = {float(tau):.3g}, t from {float(t.min()):.3g} to {float(t.max()):.3g}), "
+            f"not finite for {streak} steps in a row, and first of all the {fault}; training "
+            f"stops, the last good checkpoint is kept, and {path} has all times"
+        )
