@@ -13,14 +13,15 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import seeds
+from build import Setup, with_labels
 from configs.shapes import array_shape, image_shape
 from datasets import Dataset, highest
 from errors import UserError
+from labels import check_labels
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
 from sampling import Constraint, MakeScoreFn, normal, pc_options, pc_sample, sample_keys
 from sde_lib import SDE
-from session import Setup, check_labels, with_labels
 
 
 def inpainting(
@@ -147,7 +148,7 @@ def complete_test_images(
     Raises:
       UserError: there are too few test images, or the mask can't be read.
     """
-    check_labels(config, test)
+    check_labels(setup.num_classes, setup.classes, test)
     count, most = config.sampling.n_images, PER_IMAGE * len(test)
     if count > most:
         raise UserError(
@@ -171,7 +172,7 @@ def complete_test_images(
         kept = len(batch)
         batch = np.pad(batch, ((0, size - kept), (0, 0), (0, 0), (0, 0)), mode="wrap")
         told = np.pad(labels[i : i + size], (0, size - kept), mode="wrap")
-        given = with_labels(config, params, told, config.sampling.guidance)
+        given = with_labels(setup.num_classes, params, told, config.sampling.guidance)
         x = setup.preprocessing.to_x0_without_noise(batch)
         keys = sample_keys(jax.random.key(config.seed + seeds.COMPLETIONS), i, size)
         known_at = to_devices(jnp.asarray(mask), everywhere)

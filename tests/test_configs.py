@@ -17,10 +17,10 @@ import datasets
 import losses
 import sde_lib
 import train_step
+from build import REGISTRIES
 from configs.default import get_default_config
 from configs.validate import validate
 from models import utils as mutils
-from session import REGISTRIES
 from tests.helpers import GOLDEN, random_params, step_fn_of
 
 ROOT = pathlib.Path(__file__).parent.parent

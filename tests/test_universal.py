@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import build
 import likelihood
 import losses
 import sampling
 import sde_lib
-import session
 from configs.validate import validate
 from errors import UserError
 from models import utils as mutils
@@ -163,11 +163,11 @@ def test_what_has_no_velocity_is_refused():
     config = velocity_config("vesde")
     config.model.scale_by_sigma = True
     with pytest.raises(UserError, match="scale_by_sigma must be False"):
-        validate(config, 1, session.REGISTRIES)
+        validate(config, 1, build.REGISTRIES)
     config = velocity_config("vesde")
     config.model.name = "ncsnv2_64"
     with pytest.raises(UserError, match="parametrization must be noise"):
-        validate(config, 1, session.REGISTRIES)
+        validate(config, 1, build.REGISTRIES)
     with pytest.raises(UserError, match="official networks predict the noise"):
         import_checkpoint.load("none.pth", velocity_config("vpsde"))
 
@@ -253,7 +253,7 @@ def test_what_is_no_prior_is_refused_at_the_start(monkeypatch):
     refused(falls, r"falls between t = .* and .*training\.weighting")
     monkeypatch.setitem(losses.PRIORS, "mine", lambda config: WithoutCdf())
     with pytest.raises(UserError, match=r"training\.prior=mine: it has no cdf"):
-        session.set_up(tiny_config(prior="mine"))
+        build.set_up(tiny_config(prior="mine"))
 
 
 @pytest.mark.parametrize("mixed", [False, True])
