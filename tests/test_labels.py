@@ -162,8 +162,10 @@ def test_images_without_labels_need_training_without_them(tmp_path):
     config = labelled(label_dropout=0.0)
     np.savez(tmp_path / "some.npz", samples=np.zeros((3, 8, 8, 1), np.uint8))
     config.eval.images = str(tmp_path / "some.npz")
+    setup = build.set_up(config)
+    brought = evaluation._images_to_score(setup, None)
     with pytest.raises(UserError, match=r"^eval\.images have no labels"):
-        evaluation._evaluate_images(config, build.set_up(config), tmp_path, [1])
+        evaluation._evaluate_images(setup, tmp_path, [1], *brought)
 
 
 def test_labels_of_samples_are_read_before_training():
