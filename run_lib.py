@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 from clu.parameter_overview import count_parameters
@@ -67,97 +68,122 @@ def train(
     """
     config = with_data_facts(config, workdir, override, init_from)
     workdir = pathlib.Path(workdir)
-
-    # Model, optimiser and objective; data.
     setup, data = set_up(config, jax.device_count()), load_data(config)
     setup = with_classes(setup, data.train, anew=bool(init_from) or override)
-    loop, num_steps = setup.loop, setup.loop.n_iters
     facts = datasets.facts_of_data(data)
     check_processes(setup.fields, facts)
-
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(hosts.Preemption())
-
-        # Resume: the main process locks the workdir and reads the newest checkpoint.
         files = None
         if hosts.is_main():
             files = RunFiles(setup.fields, workdir, stack, override, config_file)
         restored = hosts.on_main(
-            lambda: files and files.open(setup.state_shape, loop), like=setup.state_shape
+            lambda: files and files.open(setup.state_shape, setup.loop), like=setup.state_shape
         )
         _log_start(setup, data, workdir)
         advise_on_training(setup)
-        state = restored or setup.init_state()
-        if init_from and not restored:
-            state = start_from(setup, state, init_from)
-        elif init_from:
-            log.warning("%s has a run already: it goes on, and --init_from is not read", workdir)
+        if restored is None:
+            state = _first_state(setup, init_from)
+        else:
+            state = restored
+            _log_resumed(int(state.step), setup.loop.n_iters, init_from, workdir)
         if files:
-            if not restored:
+            if restored is None:
                 files.record()
             record_data(workdir, facts)
-        step = int(state.step)
-        if step > num_steps:
-            log.warning("step %d is reached, training.n_iters is %d: no training", step, num_steps)
-        elif restored is not None:
-            log.info("resumed at step %d of %d", step, num_steps)
         packed = replicate(pack_state(state), jax.local_device_count())
         del restored, state  # to free the device's memory
+        packed = _loop(setup, data, packed, files, preemption, workdir)
+        return _finish(setup, packed, files, workdir)
 
-        # The training step, and the functions that are called between steps.
-        train_call = get_train_call(setup, data.train, first_step=step)
-        test_loss = get_test_loss(setup, data.test)
-        draw_grid = get_grid_fn(setup, data.test, workdir)
-        training_log = TrainingLog(setup, data.train, files, workdir)
-        most = steps_a_call(loop)
-        hosts.describe_run(lambda: (f" at step {step}", _goes_on_from(workdir)))
 
-        # The loop.
-        while step < num_steps:
-            count = most if step % most == 0 and step + most <= num_steps else 1
-            packed, values = train_call(packed, count)
-            step += count
-            training_log.after_call(step, count, values, packed)
-            done, stop = step == num_steps, preemption.requested()
-            evaluates = step % loop.eval_freq == 0 or done
-            samples = loop.snapshot_sampling and (step % loop.snapshot_freq == 0 or done)
-            saves = loop.saves_at(step) or stop
-            if not (evaluates or samples or saves):
-                continue
-            jax.block_until_ready(packed.step)  # waiting for queued steps is training
-            with training_log.paused():
-                unpacked = functools.cache(lambda p=packed: unpack_state(first_copy(p)))
-                if evaluates:
-                    loss = test_loss(unpacked().ema_params)
-                    log.info("step %d | loss on test images, with EMA %.4g", step, loss)
-                    if files:
-                        files.metrics.write(step, {"test_loss": loss})
-                if files and saves:
-                    if training_log.skipped_in_a_row() and not (stop or done):
-                        log.warning("step %d | the loss is not finite: not saved", step)
-                    else:
-                        files.saver.save(step, unpacked())
-                        if stop:
-                            log.info("step %d | saved", step)
-                if stop and not done:
-                    break
-                if samples:
-                    text = draw_grid(unpacked().ema_params, f"step_{step:08d}.png")
-                    log.info("step %d | %s", step, text)
-                del unpacked  # or the state would be in memory twice during the next call
+def _loop(
+    setup: Setup,
+    data: Data,
+    packed: TrainState,
+    files: RunFiles | None,
+    preemption: hosts.Preemption,
+    workdir: pathlib.Path,
+) -> TrainState:
+    """The state after the last step, or after the one at which this program is told to stop."""
+    loop, step = setup.loop, int(first_copy(packed.step))
+    train_call = get_train_call(setup, data.train, first_step=step)
+    test_loss = get_test_loss(setup, data.test)
+    draw_grid = get_grid_fn(setup, data.test, workdir)
+    training_log = TrainingLog(setup, data.train, files, workdir)
+    most = steps_a_call(loop)
+    hosts.describe_run(lambda: (f" at step {step}", _goes_on_from(workdir)))
+    while step < loop.n_iters:
+        count = most if step % most == 0 and step + most <= loop.n_iters else 1
+        packed, values = train_call(packed, count)
+        step += count
+        training_log.after_call(step, count, values, packed)
+        done, stop = step == loop.n_iters, preemption.requested()
+        evaluates = step % loop.eval_freq == 0 or done
+        samples = loop.snapshot_sampling and (step % loop.snapshot_freq == 0 or done)
+        saves = loop.saves_at(step) or stop
+        if not (evaluates or samples or saves):
+            continue
+        jax.block_until_ready(packed.step)  # waiting for queued steps is training
+        with training_log.paused():
+            unpacked = functools.cache(lambda p=packed: unpack_state(first_copy(p)))
+            if evaluates:
+                loss = test_loss(unpacked().ema_params)
+                log.info("step %d | loss on test images, with EMA %.4g", step, loss)
+                if files:
+                    files.metrics.write(step, {"test_loss": loss})
+            if files and saves:
+                broken = training_log.skipped_in_a_row() > 0 and not (stop or done)
+                _save(files, step, unpacked, broken, stop)
+            if stop and not done:
+                break
+            if samples:
+                text = draw_grid(unpacked().ema_params, f"step_{step:08d}.png")
+                log.info("step %d | %s", step, text)
+            del unpacked  # or the state would be in memory twice during the next call
+    return packed
 
-        # The end.
-        state = unpack_state(first_copy(packed))
-        if files:
-            if not files.saver.settle():
-                raise UserError("the last checkpoint could not be saved; make room, run this again")
-            with can_do_without(workdir / "training.png"):
-                plot_training(workdir / "metrics.jsonl", workdir / "training.png")
-        if step < num_steps:
-            log.info("stopped at step %d of %d; the same command resumes training", step, num_steps)
-        else:
-            log.info("done: %d steps; checkpoints and curves are in %s", step, workdir)
-        return state
+
+def _first_state(setup: Setup, init_from: str) -> TrainState:
+    state = setup.init_state()
+    return start_from(setup, state, init_from) if init_from else state
+
+
+def _log_resumed(step: int, num_steps: int, init_from: str, workdir: pathlib.Path) -> None:
+    if init_from:
+        log.warning("%s has a run already: it goes on, and --init_from is not read", workdir)
+    if step > num_steps:
+        log.warning("step %d is reached, training.n_iters is %d: no training", step, num_steps)
+    else:
+        log.info("resumed at step %d of %d", step, num_steps)
+
+
+def _save(
+    files: RunFiles, step: int, unpacked: Callable[[], TrainState], broken: bool, stop: bool
+) -> None:
+    if broken:
+        log.warning("step %d | the loss is not finite: not saved", step)
+        return
+    files.saver.save(step, unpacked())
+    if stop:
+        log.info("step %d | saved", step)
+
+
+def _finish(
+    setup: Setup, packed: TrainState, files: RunFiles | None, workdir: pathlib.Path
+) -> TrainState:
+    state, num_steps = unpack_state(first_copy(packed)), setup.loop.n_iters
+    step = int(state.step)
+    if files:
+        if not files.saver.settle():
+            raise UserError("the last checkpoint could not be saved; make room, run this again")
+        with can_do_without(workdir / "training.png"):
+            plot_training(workdir / "metrics.jsonl", workdir / "training.png")
+    if step < num_steps:
+        log.info("stopped at step %d of %d; the same command resumes training", step, num_steps)
+    else:
+        log.info("done: %d steps; checkpoints and curves are in %s", step, workdir)
+    return state
 
 
 def _log_start(setup: Setup, data: Data, workdir: pathlib.Path) -> None:
