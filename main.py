@@ -9,7 +9,7 @@ import sys
 import traceback
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from configs import saved
 from errors import UserError
@@ -166,10 +166,45 @@ def _hint_at_config_file(error: UserError) -> str:
     )
 
 
+def _check_flags() -> None:
+    """Raise a UserError for a flag of another mode, or one that the mode lacks."""
+    only = {"checkpoint": "import", "override": "train", "init_from": "train", "to": "export"}
+    for flag, mode in only.items():
+        if getattr(flags.FLAGS, flag) and _MODE.value != mode:
+            raise UserError(f"--{flag} is for --mode {mode}")
+    if _FORMAT.value and _MODE.value != "export":
+        raise UserError("--format is for --mode export; for samples, --config.sampling.format")
+    if _MODE.value == "export" and not _TO.value:
+        raise UserError("--mode export needs --to, a new folder or .pth file")
+    if _MODE.value == "import" and not _CHECKPOINT.value:
+        raise UserError("--mode import needs --checkpoint, an official .pth file")
+
+
+def _run(config: ConfigDict, workdir: str) -> None:
+    """Run the chosen mode; its modules are imported when all processes are connected."""
+    import evaluation
+    import run_lib
+    from modes import sample, transfer
+
+    if _MODE.value == "train":
+        run_lib.train(config, workdir, _OVERRIDE.value, _config_file(), _INIT_FROM.value or "")
+    elif _MODE.value == "eval":
+        evaluation.evaluate(config, workdir)
+    elif _MODE.value == "sample":
+        sample.sample(config, workdir)
+    elif _MODE.value == "stats":
+        evaluation.make_statistics(config)
+    elif _MODE.value == "export":
+        export = transfer.export_official if _FORMAT.value == "pth" else transfer.export
+        export(config, workdir, _TO.value or "")
+    else:
+        transfer.import_official(config, workdir, _CHECKPOINT.value or "", _config_file())
+
+
 def main(argv: list[str]) -> None:
-    """Run the chosen mode."""
+    """Run the chosen mode, and tell what the user can mend in one line."""
     del argv
-    config, workdir = _CONFIG.value, _WORKDIR.value or _default_workdir()
+    workdir = _WORKDIR.value or _default_workdir()
     from runtime import hosts
 
     try:
@@ -181,42 +216,10 @@ def main(argv: list[str]) -> None:
             _TIMEOUT.value,
         )
         environment.keep_freed_memory()
-        import evaluation
-        import run_lib
-        from modes import sample as sample_mode
-        from modes import transfer
-
         level = logging.INFO if hosts.is_main() else logging.ERROR
         logging.getLogger("soft_truncation").setLevel(level)
-        if _CHECKPOINT.value and _MODE.value != "import":
-            raise UserError("--checkpoint is for --mode import")
-        if _OVERRIDE.value and _MODE.value != "train":
-            raise UserError("--override is for --mode train")
-        if _INIT_FROM.value and _MODE.value != "train":
-            raise UserError("--init_from is for --mode train")
-        if _TO.value and _MODE.value != "export":
-            raise UserError("--to is for --mode export")
-        if _FORMAT.value and _MODE.value != "export":
-            raise UserError("--format is for --mode export; for samples, --config.sampling.format")
-        if _MODE.value == "train":
-            init_from = _INIT_FROM.value or ""
-            run_lib.train(config, workdir, _OVERRIDE.value, _config_file(), init_from)
-        elif _MODE.value == "eval":
-            evaluation.evaluate(config, workdir)
-        elif _MODE.value == "sample":
-            sample_mode.sample(config, workdir)
-        elif _MODE.value == "stats":
-            evaluation.make_statistics(config)
-        elif _MODE.value == "export":
-            if not _TO.value:
-                raise UserError("--mode export needs --to, a new folder or .pth file")
-            official = _FORMAT.value == "pth"
-            export = transfer.export_official if official else transfer.export
-            export(config, workdir, _TO.value)
-        elif not _CHECKPOINT.value:
-            raise UserError("--mode import needs --checkpoint, an official .pth file")
-        else:
-            transfer.import_official(config, workdir, _CHECKPOINT.value, _config_file())
+        _check_flags()
+        _run(_CONFIG.value, workdir)
         hosts.leave(well=True)
     except UserError as error:
         hosts.leave(well=False)
