@@ -35,15 +35,15 @@ class NCSNpp(nn.Module):
       progressive_input: the image is the input of the first level ("none"), of every level
         ("input_skip"), or of a residual pyramid ("residual").
       progressive_combine: how "input_skip" joins the image to the features, "sum" or "cat".
-      embedding_type: "positional" (of the labels) or "fourier" (of their logarithms).
+      embedding_type: "positional" (of the time) or "fourier" (of its logarithm).
       embedding_dim: width of the positional embedding; 0: nf.
       fourier_scale: standard deviation of the Fourier embedding's frequencies.
       fourier_feature: append sines and cosines of its values to the image.
-      scale_by_sigma: divide the output by the labels, which are σ(t).
+      scale_by_sigma: divide the output by the time, which is σ(t).
       centered: whether the data are in [-1, 1]; data in [0, 1] are scaled to [-1, 1] first.
       dtype: compute dtype; parameters are float32.
       remat: for the gradient, keep only the results of convolutions and compute the rest again.
-      num_classes: the number of labels of images that it can be told; 0: none.
+      num_classes: the number of classes whose labels it can be told; 0: none.
     """
 
     nf: int
@@ -74,15 +74,15 @@ class NCSNpp(nn.Module):
             return layers.FIRConv(features, up, self.fir_kernel, self.dtype)
         return layers.ResampleConv(features, up, self.dtype)
 
-    def _embed(self, labels: Array) -> Array:
-        """Labels (N,) → the time embedding (N, E)."""
+    def _embed(self, time_cond: Array) -> Array:
+        """Times (N,) → their embedding (N, E)."""
         if self.embedding_type == "fourier":
             width = self.nf
             project = layers.GaussianFourierProjection(self.nf, self.fourier_scale)
-            temb = project(jnp.log(labels))
+            temb = project(jnp.log(time_cond))
         else:
             width = self.embedding_dim or self.nf
-            temb = layers.timestep_embedding(labels, width)
+            temb = layers.timestep_embedding(time_cond, width)
         temb = layers.Dense(4 * width, dtype=self.dtype)(temb)
         return layers.Dense(4 * width, dtype=self.dtype)(nn.silu(temb))
 
@@ -95,20 +95,20 @@ class NCSNpp(nn.Module):
     def __call__(
         self,
         x: Array,
-        labels: Array,
+        time_cond: Array,
         train: bool = False,
         dropout_keys: Array | None = None,
-        classes: Array | None = None,
+        labels: Array | None = None,
     ) -> Array:
         """The network's output.
 
         Args:
           x: images, (N, H, W, C); H and W divisible by 2^(len(ch_mult) - 1).
-          labels: (N,), embedded as the time.
+          time_cond: (N,), the time as the network is told it; `models.score` computes it.
           train: whether to apply dropout.
           dropout_keys: (N,), one key for each image; needed for dropout.
-          classes: (N,) int32 for a network with `num_classes`, which itself stands for no class;
-            None: no class for all images.
+          labels: classes (N,) int32, for a network with `num_classes`, which itself stands for no
+            label; None: no label for all images.
 
         Returns:
           (N, H, W, C), float32.
@@ -149,9 +149,9 @@ class NCSNpp(nn.Module):
                 return self._resample_conv(h.shape[-1], up=function is up)(h)
             return function(h)
 
-        temb = self._embed(labels)
+        temb = self._embed(time_cond)
         if self.num_classes:  # added as in ADM (arXiv 2105.05233)
-            chosen = jnp.full(len(x), self.num_classes) if classes is None else classes
+            chosen = jnp.full(len(x), self.num_classes) if labels is None else labels
             init = nn.initializers.normal(1.0)
             embed = nn.Embed(self.num_classes + 1, temb.shape[-1], self.dtype, embedding_init=init)
             temb = temb + embed(chosen)
@@ -206,4 +206,4 @@ class NCSNpp(nn.Module):
         else:
             h = self._output(h, channels, self.init_scale, train)
         h = h.astype(jnp.float32)
-        return h / labels[:, None, None, None] if self.scale_by_sigma else h
+        return h / time_cond[:, None, None, None] if self.scale_by_sigma else h

@@ -142,9 +142,9 @@ class NCSNv2(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, labels: Array, train: bool = False, dropout_keys: Array | None = None
+        self, x: Array, time_cond: Array, train: bool = False, dropout_keys: Array | None = None
     ) -> Array:
-        """The score of images (N, H, W, C) whose noise levels σ are `labels` (N,), float32.
+        """The score of images (N, H, W, C) whose noise levels σ are `time_cond` (N,), float32.
 
         There is no dropout; `train` and `dropout_keys` are accepted as by the other networks.
         """
@@ -164,4 +164,4 @@ class NCSNv2(nn.Module):
             h = RefineBlock(width, end=i == 0, dtype=self.dtype)([hs[i], h])
         h = nn.elu(InstanceNormPlus(self.dtype)(h))
         h = _conv(x.shape[-1], self.dtype)(h).astype(jnp.float32)
-        return h / labels[:, None, None, None]
+        return h / time_cond[:, None, None, None]

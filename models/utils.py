@@ -155,7 +155,7 @@ def get_score_fn(
     if isinstance(params, Conditioned):
         if params.guidance:
             return _guided(config, sde, model, params)
-        params, classes = params.params, {"classes": params.classes}
+        params, classes = params.params, {"labels": params.classes}
 
     def score_fn(x: Array, t: Array, dropout_key: Array | None = None) -> Array:
         if dropout_key is not None and dropout_key.ndim == 0:

@@ -110,7 +110,7 @@ Fourier embedding: 2 * math.pi * x.astype → math.pi * x.astype
 all layers drop alike: zlib.crc32("/".join(self.path).encode()) → 0
 [models/ncsnpp.py | test_models.py -k "first_layer"]
 range of the data: x if self.centered else 2 * x - 1 → x
-embedding of σ itself: project(jnp.log(labels)) → project(labels)
+embedding of σ itself: project(jnp.log(time_cond)) → project(time_cond)
 [models/ncsnpp.py | test_labels.py -k label_changes]
 no label is label 0: jnp.full(len(x), self.num_classes) → jnp.full(len(x), 0)
 [models/ncsnv2.py | test_models.py -k "first_layer or instance"]

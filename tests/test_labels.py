@@ -78,9 +78,9 @@ class Mixture:
 
     std = 0.1
 
-    def apply(self, variables, x, labels, train, dropout_keys, classes):
+    def apply(self, variables, x, time_cond, train, dropout_keys, labels):
         del variables, train, dropout_keys
-        t = labels / 999
+        t = time_cond / 999
         alpha, sigma = (sde_lib.expand(v, x) for v in (SDE.mean_coeff(t), SDE.std(t)))
         variance = alpha**2 * self.std**2 + sigma**2
 
@@ -90,9 +90,9 @@ class Mixture:
         def log_of_both(x):
             return jnp.logaddexp(log_density(x, -1.0), log_density(x, 1.0)).sum()
 
-        means = sde_lib.expand(jnp.where(classes == 0, -1.0, 1.0), x)
+        means = sde_lib.expand(jnp.where(labels == 0, -1.0, 1.0), x)
         known, either = -(x - alpha * means) / variance, jax.grad(log_of_both)(x)
-        return -sigma * jnp.where(sde_lib.expand(classes == 2, x), either, known)
+        return -sigma * jnp.where(sde_lib.expand(labels == 2, x), either, known)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
