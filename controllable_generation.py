@@ -18,9 +18,9 @@ from datasets import Dataset, highest
 from errors import UserError
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
-from sampling import Constraint, MakeScoreFn, normal, pc_options, pc_sample, sample_keys
+from sampling import Constraint, MakeScoreFn, make_score, normal, pc_options, pc_sample, sample_keys
 from sde_lib import SDE
-from session import Setup, check_labels, with_labels
+from session import Setup, check_labels, labels_on_devices
 
 
 def inpainting(
@@ -71,20 +71,23 @@ def colorization(sde: SDE, images: Array) -> tuple[Constraint, Callable[[Array],
 
 def get_completion_fn(
     config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn
-) -> Callable[[Any, Array, Array, Array], Array]:
+) -> Callable[..., Array]:
     """The compiled function for `config.sampling.task`, inpaint or colorize.
 
     Returns:
-      (params, key or keys (N,), images, mask) → x, with images and x (N, H, W, C) in the model's
-      range, and the mask as in `inpainting`; colorize ignores it.
+      (params, key or keys (N,), images, mask, labels=None) → x, with images and x (N, H, W, C) in
+      the model's range, and the mask as in `inpainting`; colorize ignores it.
     """
 
-    def complete(params: Any, key: Array, images: Array, mask: Array) -> Array:
+    def complete(
+        params: Any, key: Array, images: Array, mask: Array, labels: Array | None = None
+    ) -> Array:
         if config.sampling.task == "colorize":
             constrain, finish = colorization(sde, images)
         else:
             constrain, finish = inpainting(sde, images, mask)
-        score_fn, options = make_score_fn(params), pc_options(config)
+        score_fn = make_score(make_score_fn, params, labels, config.sampling.guidance)
+        options = pc_options(config)
         x, _ = pc_sample(sde, score_fn, key, images.shape, constrain=constrain, **options)
         return finish(x)
 
@@ -171,11 +174,11 @@ def complete_test_images(
         kept = len(batch)
         batch = np.pad(batch, ((0, size - kept), (0, 0), (0, 0), (0, 0)), mode="wrap")
         told = np.pad(labels[i : i + size], (0, size - kept), mode="wrap")
-        given = with_labels(config, params, told, config.sampling.guidance)
         x = setup.preprocessing.to_x0_without_noise(batch)
         keys = sample_keys(jax.random.key(config.seed + seeds.COMPLETIONS), i, size)
         known_at = to_devices(jnp.asarray(mask), everywhere)
-        completed = complete(given, to_devices(keys, rows), to_devices(x, rows), known_at)
+        given = labels_on_devices(told, config.model.num_classes)
+        completed = complete(params, to_devices(keys, rows), to_devices(x, rows), known_at, given)
         completed = jnp.asarray(to_host(completed))
         parts.append(np.asarray(setup.preprocessing.to_levels(completed))[:kept])
         progress.advance(kept)

@@ -19,13 +19,20 @@ from configs.shapes import image_shape
 from sde_lib import SDE, expand, one_minus_exp
 
 ScoreFn = Callable[[Array, Array], Array]  # x (N, ...), t (N,) → ∇ log p_t(x)
-MakeScoreFn = Callable[[Any], ScoreFn]  # parameters → score function
+MakeScoreFn = Callable[..., ScoreFn]  # (parameters, labels=None, guidance=0.0) → score function
 Constraint = Callable[[Array, Array, Array], Array]  # (key, x, t) → x with its known part replaced
 
 
 def fill_time(t: ArrayLike, x: Array) -> Array:
     """The time t for each row of x, (N,) float32."""
     return jnp.full(x.shape[:1], t, jnp.float32)
+
+
+def make_score(
+    make_score_fn: MakeScoreFn, params: Any, labels: Array | None, guidance: float = 0.0
+) -> ScoreFn:
+    """The score function; without labels `make_score_fn` may be a function of `params` alone."""
+    return make_score_fn(params) if labels is None else make_score_fn(params, labels, guidance)
 
 
 def sample_keys(key: Array, start: ArrayLike, count: int) -> Array:
@@ -471,19 +478,21 @@ SAMPLERS: dict[str, Callable[[ConfigDict], SamplerFn]] = {
 
 def get_sampling_fn(
     config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, batch_size: int
-) -> Callable[[Any, Array], tuple[Array, Array]]:
-    """The compiled sampler of `config.sampling`, a function (params, key) → (x, nfe).
+) -> Callable[..., tuple[Array, Array]]:
+    """The compiled sampler of `config.sampling`, a function (params, key, labels=None) → (x, nfe).
 
-    The key is one, or has one for each sample, (batch_size,); x is (batch_size, H, W, C) in the
-    model's range.
+    The key is one, or has one for each sample, (batch_size,); so have labels. x is
+    (batch_size, H, W, C) in the model's range.
     """
     shape = (batch_size, *image_shape(config))
     sampler = SAMPLERS[config.sampling.method](config)
 
-    def sample(params: Any, key: Array) -> tuple[Array, ArrayLike]:
-        return sampler(sde, make_score_fn(params), key, shape)
+    def sample(params: Any, key: Array, labels: Array | None = None) -> tuple[Array, Array]:
+        score_fn = make_score(make_score_fn, params, labels, config.sampling.guidance)
+        x, nfe = sampler(sde, score_fn, key, shape)
+        return jnp.asarray(x), jnp.asarray(nfe)
 
-    return jax.jit(lambda params, key: jax.tree.map(jnp.asarray, sample(params, key)))
+    return jax.jit(sample)
 
 
 def pc_options(config: ConfigDict) -> dict[str, Any]:

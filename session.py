@@ -63,8 +63,8 @@ class Setup:
     objective: losses.Objective
     preprocessing: datasets.Preprocessing
     units: datasets.Units
-    make_score_fn: sampling.MakeScoreFn  # parameters → (x, t) → score
-    make_train_score_fn: Callable[[Any], losses.ScoreFn]  # … → (x, t, dropout keys) → score
+    make_score_fn: sampling.MakeScoreFn  # (params, labels, guidance) → (x, t) → score
+    make_train_score_fn: Callable[..., losses.ScoreFn]  # … → (x, t, dropout keys) → score
     state_shape: TrainState  # of jax.ShapeDtypeStruct
 
     @property
@@ -77,7 +77,7 @@ def init_state(
     config: ConfigDict, model: mutils.Model, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state before the first step, a function of the config's seed."""
-    params = mutils.init_params(config, model, jax.random.key(config.seed))
+    params = mutils.init_params(model, image_shape(config), jax.random.key(config.seed))
     return _first_state(optimizer, params)
 
 
@@ -202,6 +202,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
     """
     validate(config, num_devices, REGISTRIES)
     sde, model = sde_lib.get_sde(config), mutils.create_model(config)
+    score_model = mutils.get_score_model(config, sde, model)
     _check_sampling_time(config, sde)
     if config.model.num_classes > 0:
         sample_labels(config, 0, 1)
@@ -211,7 +212,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         losses.check_prior(prior, sde, training.truncation_time, training.prior)
     optimizer = get_optimizer(config)
     try:
-        params = mutils.params_shape(config, model)
+        params = mutils.params_shape(model, image_shape(config))
         shape = jax.eval_shape(functools.partial(_first_state, optimizer), params)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"config.model: no network can be built: {error}") from error
@@ -222,8 +223,8 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         objective=losses.get_objective(config, sde),
         preprocessing=datasets.get_preprocessing(config),
         units=datasets.get_units(config),
-        make_score_fn=functools.partial(mutils.get_score_fn, config, sde, model),
-        make_train_score_fn=functools.partial(mutils.get_score_fn, config, sde, model, train=True),
+        make_score_fn=score_model,
+        make_train_score_fn=score_model.for_training,
         state_shape=shape,
     )
 
@@ -265,11 +266,9 @@ def sample_program(config: ConfigDict, batch_size: int) -> tuple[Any, tuple[Any,
     """A device's share of a batch of samples as a function, and the shapes of its arguments."""
     setup, n = set_up(config), -(-batch_size // jax.device_count())
     sample_fn = sampling.get_sampling_fn(config, setup.sde, setup.make_score_fn, n)
-    params: Any = setup.state_shape.ema_params
-    if config.model.num_classes:
-        classes = jax.ShapeDtypeStruct((n,), jnp.int32)
-        params = mutils.Conditioned(params, classes, config.sampling.guidance)
-    return sample_fn, (params, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n)))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
+    labels = [jax.ShapeDtypeStruct((n,), jnp.int32)] if config.model.num_classes else []
+    return sample_fn, (setup.state_shape.ema_params, keys, *labels)
 
 
 # XLA for GPUs gives the evaluations in a sampler more memory than one of them needs: up to 2.2
@@ -382,27 +381,18 @@ def _read_labels(text: str) -> np.ndarray:
     return chosen
 
 
-def with_labels(
-    config: ConfigDict,
-    params: Any,
-    labels: np.ndarray,
-    guidance: float = 0.0,
-    whole: bool = False,
-) -> Any:
-    """Parameters for a batch of images of which each device has its share, with their labels.
+def labels_on_devices(labels: np.ndarray, num_classes: int, whole: bool = False) -> Array | None:
+    """The labels of a batch of images, of which each device has its share.
 
     Args:
-      config: without `model.num_classes` the result is `params`.
-      params: the network's parameters, on all devices.
       labels: of the images, (N,); the devices must divide N.
-      guidance: w of classifier-free guidance.
+      num_classes: of the network; 0: the result is None.
       whole: each device has the whole batch instead.
     """
-    if not config.model.num_classes:
-        return params
+    if not num_classes:
+        return None
     rows, everywhere = batch_and_replicated_shardings()
-    classes = to_devices(np.asarray(labels, np.int32), everywhere if whole else rows)
-    return mutils.Conditioned(params, classes, guidance)
+    return to_devices(np.asarray(labels, np.int32), everywhere if whole else rows)
 
 
 def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
@@ -414,8 +404,8 @@ def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
     rows, everywhere = batch_and_replicated_shardings()
     sample_fn = sampling.get_sampling_fn(config, setup.sde, setup.make_score_fn, full)
 
-    def sample_levels(params: Any, keys: Array) -> tuple[Array, Array, Array]:
-        x, nfe = sample_fn(params, keys)
+    def sample_levels(params: Any, keys: Array, labels: Array | None) -> tuple[Array, Array, Array]:
+        x, nfe = sample_fn(params, keys, labels)
         broken = ~jnp.isfinite(x).all(axis=(1, 2, 3))
         return setup.preprocessing.to_levels(x), nfe, broken
 
@@ -424,10 +414,11 @@ def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
     def sample(params: Any, key: Array, start: int = 0) -> Samples:
         params = to_devices(params, everywhere)
         keys = to_devices(sampling.sample_keys(key, start, full), rows)
+        labels = None
         if config.model.num_classes:
-            labels = sample_labels(config, start, full)
-            params = with_labels(config, params, labels, config.sampling.guidance)
-        levels, nfe, broken = compiled(params, keys)
+            chosen = sample_labels(config, start, full)
+            labels = labels_on_devices(chosen, config.model.num_classes)
+        levels, nfe, broken = compiled(params, keys, labels)
         broken = to_host(broken)[:batch_size].sum()
         if broken:
             log.warning(

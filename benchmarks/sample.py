@@ -32,6 +32,7 @@ import likelihood
 import sampling
 import session
 from benchmarks.measure import Table, gflop_a_call, peak_gib, product_rate, seconds_a_call
+from configs.shapes import image_shape
 from models import utils as mutils
 from runtime import checkpointing, environment
 from sde_lib import expand
@@ -112,7 +113,7 @@ def main() -> None:
     if flags.workdir:
         params = checkpointing.restore_latest(config, flags.workdir, setup.state_shape).ema_params
     else:
-        params = mutils.init_params(config, setup.model, jax.random.key(config.seed))
+        params = mutils.init_params(setup.model, image_shape(config), jax.random.key(config.seed))
     params = jax.device_put(params)
     # After restoring the checkpoint, which belongs to the unchanged config.
     config.model.update(dtype=flags.dtype, num_scales=flags.pc_steps)

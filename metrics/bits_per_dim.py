@@ -21,12 +21,11 @@ from configs.shapes import array_shape, image_shape
 from datasets import Data
 from errors import UserError
 from metrics import distances
-from models.utils import Conditioned
 from runtime import memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
 from runtime.workdir import PartialResults, short_hash
-from session import Setup, init_state, smaller_batches, with_labels
+from session import Setup, init_state, labels_on_devices, smaller_batches
 
 log = logging.getLogger("soft_truncation")
 
@@ -34,31 +33,36 @@ WEIGHTED = "nll_truncated_normal_weighted"
 
 
 def get_bpd_fn(config: ConfigDict, setup: Setup) -> Callable[..., dict[str, Array]]:
-    """A function (params, keys, image_keys, x, levels) → NLL, NELBO and NFE of a solve, (N,) each.
+    """A function (params, keys, image_keys, x, levels, labels) → NLL, NELBO and NFE, (N,) each.
 
     Args of that function: keys of the images for this draw, and for all draws, (N,); x dequantised
-    and scaled; `levels` scaled only.
+    and scaled; `levels` scaled only; labels (N,), or None.
     """
     make_score_fn, num_levels = setup.make_score_fn, setup.num_levels
     nll_fn = likelihood.get_nll_fn(config, setup.sde, make_score_fn, num_levels)
     nelbo_fn = likelihood.get_nelbo_fn(config, setup.sde, make_score_fn, num_levels)
 
     def bpd_fn(
-        params: Any, keys: Array, image_keys: Array, x: Array, levels: Array
+        params: Any,
+        keys: Array,
+        image_keys: Array,
+        x: Array,
+        levels: Array,
+        labels: Array | None = None,
     ) -> dict[str, Array]:
         nll_keys, nelbo_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        values = {k: v for k, v in nll_fn(params, nll_keys, x).items() if k != "latent"}
-        values |= nelbo_fn(params, nelbo_keys, x)
+        values = {k: v for k, v in nll_fn(params, nll_keys, x, labels).items() if k != "latent"}
+        values |= nelbo_fn(params, nelbo_keys, x, labels)
         if config.data.dequantization == "lossless":
-            values |= nelbo_fn(params, nelbo_keys, levels, lossless=True)
+            values |= nelbo_fn(params, nelbo_keys, levels, labels, lossless=True)
         if config.eval.truncated_normal:
             # All draws of an image have one probe: then its noise is nearly a common term, which
             # does not bias the bound of several draws.
             probe = jax.vmap(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))
             values |= nll_fn(
-                params, nll_keys, levels, probe=probe(image_keys), truncated_normal=True
+                params, nll_keys, levels, labels, probe(image_keys), truncated_normal=True
             )
-            values |= nelbo_fn(params, nelbo_keys, levels, truncated_normal=True)
+            values |= nelbo_fn(params, nelbo_keys, levels, labels, truncated_normal=True)
         return values
 
     return jax.jit(bpd_fn)
@@ -71,10 +75,8 @@ def bits_program(
     n = -(-batch_size // jax.device_count())
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
     x = jax.ShapeDtypeStruct((n, *image_shape(config)), jnp.float32)
-    params: Any = setup.state_shape.ema_params
-    if config.model.num_classes:
-        params = Conditioned(params, jax.ShapeDtypeStruct((n,), jnp.int32))
-    return get_bpd_fn(config, setup), (params, keys, keys, x, x)
+    labels = [jax.ShapeDtypeStruct((n,), jnp.int32)] if config.model.num_classes else []
+    return get_bpd_fn(config, setup), (setup.state_shape.ema_params, keys, keys, x, x, *labels)
 
 
 def advise_on_bits(config: ConfigDict, setup: Setup, count: int) -> None:
@@ -114,9 +116,9 @@ def keys_of_contents(seed: int, images: np.ndarray) -> Array:
 
 
 def _bits_of_batch(
-    evaluation: BitsEvaluation, params: Any, images: np.ndarray, draw: int
+    evaluation: BitsEvaluation, params: Any, images: np.ndarray, labels: np.ndarray, draw: int
 ) -> dict[str, np.ndarray]:
-    """Bits/dim, float64, of levels (N, H, W, C); the devices must divide N."""
+    """Bits/dim, float64, of levels (N, H, W, C) with labels (N,); the devices must divide N."""
     rows, _ = batch_and_replicated_shardings()
     image_keys = keys_of_contents(evaluation.config.seed, images)
     keys = jax.vmap(lambda key: jax.random.fold_in(key, draw))(image_keys)
@@ -124,7 +126,8 @@ def _bits_of_batch(
     preprocessing = evaluation.setup.preprocessing
     x = preprocessing.to_density_x0(images, data_keys)
     plain = preprocessing.to_x0_without_noise(images)
-    bits = evaluation.bpd_fn(params, *to_devices((keys, image_keys, x, plain), rows))
+    told = labels_on_devices(labels, evaluation.config.model.num_classes)
+    bits = evaluation.bpd_fn(params, *to_devices((keys, image_keys, x, plain), rows), told)
     # The bits of the padding count, too: a bound on those of the image alone.
     whole = math.prod(image_shape(evaluation.config)) / math.prod(array_shape(evaluation.config))
     values = {name: to_host(value).astype(np.float64) for name, value in bits.items()}
@@ -168,8 +171,7 @@ def _bits_per_dim(
         examples = test.source.fetch(number)
         # Images that come without labels are scored as images of no label.
         labels = examples["label"] if test.num_classes else np.full(full, config.model.num_classes)
-        given = with_labels(config, params, labels)
-        values = _bits_of_batch(evaluation, given, examples["image"], draw)
+        values = _bits_of_batch(evaluation, params, examples["image"], labels, draw)
         return {name: value[:size] for name, value in values.items()}
 
     for draw in range(num_draws):

@@ -23,7 +23,7 @@ from runtime.pictures import (
 from session import (
     Setup,
     get_sampler,
-    with_labels,
+    labels_on_devices,
 )
 
 log = logging.getLogger("soft_truncation")
@@ -49,8 +49,10 @@ def get_test_loss(
     objective = losses.get_objective(config, setup.sde)
 
     @jax.jit
-    def mean_loss(params: Any, key: Array, images: Array, index: Array) -> Array:
-        score_fn = setup.make_score_fn(params)
+    def mean_loss(
+        params: Any, key: Array, images: Array, index: Array, labels: Array | None
+    ) -> Array:
+        score_fn = setup.make_score_fn(params, labels)
         return jnp.mean(objective(score_fn, key, images, index, train=False)[0])
 
     def test_loss(params: Any) -> float:
@@ -62,8 +64,9 @@ def get_test_loss(
         for start in range(0, len(images) - size + 1, size):
             key = to_devices(losses.step_key(config.seed + seeds.TEST_LOSS, start), everywhere)
             batch = to_devices((images[start : start + size], np.arange(size)), rows)
-            given = with_labels(config, params, labels[start : start + size], whole=whole)
-            values.append(float(mean_loss(given, key, *batch)))
+            of_batch = labels[start : start + size]
+            told = labels_on_devices(of_batch, config.model.num_classes, whole=whole)
+            values.append(float(mean_loss(params, key, *batch, told)))
         return float(np.mean(values))
 
     return test_loss

@@ -69,6 +69,11 @@ class NCSNpp(nn.Module):
     remat: bool = False
     num_classes: int = 0
 
+    @property
+    def sees_sigma(self) -> bool:
+        """Whether its time is σ(t), if the SDE is of VE's kind; see `models.score.ScoreModel`."""
+        return self.embedding_type == "fourier"
+
     def _resample_conv(self, features: int, up: bool) -> nn.Module:
         if self.fir_kernel:
             return layers.FIRConv(features, up, self.fir_kernel, self.dtype)

@@ -139,6 +139,7 @@ class NCSNv2(nn.Module):
     nf: int
     centered: bool = False
     dtype: Dtype = jnp.float32
+    sees_sigma = True  # see models.score.ScoreModel
 
     @nn.compact
     def __call__(

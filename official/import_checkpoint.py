@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from configs.shapes import image_shape
 from errors import UserError
 from models import utils as mutils
 from official.pth_reader import read_pth
@@ -156,7 +157,7 @@ def _load(path: str | pathlib.Path, config: ConfigDict) -> _Official:
     check_network(config)
     official = _read_official(path)
     model = mutils.create_model(config)
-    _check_shapes(path, official, mutils.params_shape(config, model))
+    _check_shapes(path, official, mutils.params_shape(model, image_shape(config)))
     return official
 
 

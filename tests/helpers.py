@@ -15,6 +15,7 @@ import numpy as np
 import losses
 import train_step
 from configs.default import get_default_config
+from configs.shapes import image_shape
 from configs.vp import digits_st
 from models import utils as mutils
 
@@ -72,7 +73,7 @@ def tiny_config(**training):
 
 
 def param_shapes(config):
-    return mutils.params_shape(config, mutils.create_model(config))
+    return mutils.params_shape(mutils.create_model(config), image_shape(config))
 
 
 def random_params(config):

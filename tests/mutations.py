@@ -116,9 +116,9 @@ no label is label 0: jnp.full(len(x), self.num_classes) → jnp.full(len(x), 0)
 [models/ncsnv2.py | test_models.py -k "first_layer or instance"]
 range of NCSNv2's data: x if self.centered else 2 * x - 1 → x
 variance of means: axis=-1, keepdims=True, ddof=1) → axis=-1, keepdims=True)
-[models/utils.py | test_losses.py -k "golden_losses and ve_"]
-VE divided twice: scale_by_sigma and not network_divides_by_sigma) → scale_by_sigma)
-[models/utils.py | test_labels.py -k guidance]
+[models/score.py | test_losses.py -k "golden_losses and ve_"]
+VE divided twice: self.scale_by_sigma and not self._sees_sigma → self.scale_by_sigma
+[models/score.py | test_labels.py -k guidance]
 guidance the wrong way: (with_label - without) → (without - with_label)
 [models/normalization.py | test_normalization.py -k "dropout or left_to_xla or some_gradients"]
 dropout without its scale: y / (1 - options.rate) → y

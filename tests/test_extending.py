@@ -150,8 +150,8 @@ def test_the_base_class_gives_an_sde_the_unbounded_time(sde):
     )
     config = tiny_config(sde="cosine", unbounded_parametrization=True)
     validate(config, 1, session.REGISTRIES)
-    labels = mutils._get_labels_fn(config, sde)(TIMES)
-    np.testing.assert_allclose(labels, 999 * time, rtol=1e-6)
+    time_cond = mutils.get_score_model(config, sde, None).time_cond(TIMES)
+    np.testing.assert_allclose(time_cond, 999 * time, rtol=1e-6)
 
 
 def test_bits_of_a_gaussian_under_the_sde_are_exact(sde):
@@ -178,9 +178,9 @@ def test_an_sde_says_itself_whether_it_is_of_ves_kind(monkeypatch):
     config.model.update(parametrization="noise", scale_by_sigma=True, embedding_type="fourier")
     validate(config, 1, session.REGISTRIES)
     t = jnp.array([0.2, 0.7])
-    np.testing.assert_array_equal(
-        mutils._get_labels_fn(config, Exploding(0.01, 5.0))(t), Exploding(0.01, 5.0).std(t)
-    )
+    sde = Exploding(0.01, 5.0)
+    score_model = mutils.get_score_model(config, sde, mutils.create_model(config))
+    np.testing.assert_array_equal(score_model.time_cond(t), sde.std(t))
     config.training.sde = "cosine"
     with pytest.raises(UserError, match="scale_by_sigma is for VE"):
         validate(config, 1, session.REGISTRIES)
