@@ -21,6 +21,7 @@ import losses
 import sampling
 import sde_lib
 import seeds
+from configs import fields
 from configs.default import get_default_config
 from configs.shapes import image_shape
 from configs.validate import check_array_fields, validate
@@ -262,10 +263,34 @@ def train_program(config: ConfigDict) -> tuple[StepFn, tuple[Any, ...]]:
     return _step_fn(config, setup), (state, images, index, *labels)
 
 
+def sampling_method(config: ConfigDict) -> sampling.SamplerFn:
+    """The sampling method of a config, with its predictor and corrector."""
+    chosen, sections = config.sampling, ("sampling", "model")
+
+    def step_fn(make: Callable[..., sampling.StepFn] | None) -> sampling.StepFn | None:
+        return None if make is None else fields.call(make, config, *sections)
+
+    return fields.call(
+        sampling.SAMPLERS[chosen.method],
+        config,
+        *sections,
+        predictor=step_fn(sampling.PREDICTORS[chosen.predictor]),
+        corrector=step_fn(sampling.CORRECTORS[chosen.corrector]),
+    )
+
+
+def get_sampling_fn(
+    config: ConfigDict, sde: sde_lib.SDE, make_score_fn: sampling.MakeScoreFn, count: int
+) -> Callable[..., tuple[Array, Array]]:
+    """The compiled function (params, key, labels=None) → (x, nfe) of `count` samples."""
+    shape, guidance = (count, *image_shape(config)), config.sampling.guidance
+    return sampling.get_sampling_fn(sampling_method(config), sde, make_score_fn, shape, guidance)
+
+
 def sample_program(config: ConfigDict, batch_size: int) -> tuple[Any, tuple[Any, ...]]:
     """A device's share of a batch of samples as a function, and the shapes of its arguments."""
     setup, n = set_up(config), -(-batch_size // jax.device_count())
-    sample_fn = sampling.get_sampling_fn(config, setup.sde, setup.make_score_fn, n)
+    sample_fn = get_sampling_fn(config, setup.sde, setup.make_score_fn, n)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
     labels = [jax.ShapeDtypeStruct((n,), jnp.int32)] if config.model.num_classes else []
     return sample_fn, (setup.state_shape.ema_params, keys, *labels)
@@ -276,17 +301,17 @@ def sample_program(config: ConfigDict, batch_size: int) -> tuple[Any, tuple[Any,
 _OF_PC, _OF_ODE = 2.2, 1.3
 
 
-def _changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     changed = config.copy_and_resolve_references()
-    changed.update_from_flattened_dict(dict(fields))
+    changed.update_from_flattened_dict(dict(changes))
     return changed
 
 
 def advise_on_training(config: ConfigDict) -> None:
     """Log how much memory training needs, and what to set if it is more than there is."""
 
-    def needed(fields: Mapping[str, Any]) -> int:
-        step_fn, shapes = train_program(_changed(config, fields))
+    def needed(changes: Mapping[str, Any]) -> int:
+        step_fn, shapes = train_program(_changed(config, changes))
         return memory.needed_bytes(step_fn, *shapes, donate=1, devices=jax.device_count())
 
     remedies: list[dict[str, Any]] = []
@@ -307,8 +332,8 @@ def advise_on_training(config: ConfigDict) -> None:
 def advise_on_sampling(config: ConfigDict, field: str, batch_size: int) -> None:
     """Log how much memory sampling needs; `field` is the config's field of the batch size."""
 
-    def needed(fields: Mapping[str, Any]) -> int:
-        program, shapes = sample_program(config, fields.get(field, batch_size))
+    def needed(changes: Mapping[str, Any]) -> int:
+        program, shapes = sample_program(config, changes.get(field, batch_size))
         factor = _OF_PC if config.sampling.method == "pc" else _OF_ODE
         return round(factor * memory.needed_bytes(program, *shapes))
 
@@ -402,7 +427,7 @@ def get_sampler(config: ConfigDict, setup: Setup, batch_size: int) -> Any:
     """
     full = -(-batch_size // jax.device_count()) * jax.device_count()
     rows, everywhere = batch_and_replicated_shardings()
-    sample_fn = sampling.get_sampling_fn(config, setup.sde, setup.make_score_fn, full)
+    sample_fn = get_sampling_fn(config, setup.sde, setup.make_score_fn, full)
 
     def sample_levels(params: Any, keys: Array, labels: Array | None) -> tuple[Array, Array, Array]:
         x, nfe = sample_fn(params, keys, labels)

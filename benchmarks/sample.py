@@ -128,7 +128,7 @@ def main() -> None:
         samplers: dict[str, Any] = {}
         for name, fields in methods(config, flags.tolerance).items():
             config.sampling.update(fields)
-            samplers[name] = sampling.get_sampling_fn(config, setup.sde, make_score_fn, batch)
+            samplers[name] = session.get_sampling_fn(config, setup.sde, make_score_fn, batch)
         likelihood_name = f"likelihood, {flags.nll_steps} steps"
         samplers[likelihood_name] = likelihood_of(
             setup, make_score_fn, (batch, *shape), flags.nll_steps

@@ -1,5 +1,6 @@
 """Checks of a config, made before anything is compiled."""
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -187,7 +188,7 @@ def _problems(
     yield from _model_problems(config, exploding)
     yield from _size_problems(config)
     yield from _label_problems(config)
-    yield from _sampling_problems(config)
+    yield from _sampling_problems(config, registries)
     if config.training.balanced and not config.training.mixed:
         yield "training.balanced is for training.mixed: it brings the halves of a batch to one size"
     if config.training.balanced and config.training.stratified_times:
@@ -363,12 +364,15 @@ def check_array_fields(config: ConfigDict) -> None:
         raise UserError(f"config: data.num_levels is {data.num_levels}; it must be 2 to 65536")
 
 
-def _sampling_problems(config: ConfigDict) -> Iterator[str]:
+def _sampling_problems(
+    config: ConfigDict, registries: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
     sampling = config.sampling
     if config.model.num_scales < 2:
         yield f"model.num_scales is {config.model.num_scales}; the PC sampler needs at least 2"
-    without_flow = sampling.predictor in ("none", "ancestral_sampling")
-    if sampling.method == "pc" and sampling.probability_flow and without_flow:
+    predict = registries["sampling.predictor"][sampling.predictor]
+    has_flow = predict and "probability_flow" in inspect.signature(predict).parameters
+    if sampling.method == "pc" and sampling.probability_flow and not has_flow:
         yield (
             "sampling.probability_flow needs another sampling.predictor than "
             f"{sampling.predictor}, such as euler_maruyama or reverse_diffusion"

@@ -10,8 +10,15 @@ from typing import Any, cast
 import numpy as np
 from ml_collections import ConfigDict
 
-from controllable_generation import PER_IMAGE, complete_test_images, completion_rows
-from datasets import load_data
+from configs.shapes import array_shape, image_shape
+from controllable_generation import (
+    PER_IMAGE,
+    complete_test_images,
+    completion_rows,
+    get_completion_fn,
+    read_mask,
+)
+from datasets import Dataset, load_data
 from errors import UserError
 from runtime import checkpointing, hosts
 from runtime.files import replacing
@@ -32,9 +39,11 @@ from runtime.workdir import (
 from session import (
     Setup,
     advise_on_sampling,
+    check_labels,
     get_sampler,
     sample_batches,
     sample_labels,
+    sampling_method,
     set_up,
     with_data_facts,
 )
@@ -78,7 +87,7 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     hosts.on_main(lambda: make_folder(folder, "--workdir"))
     if data is None:
         return _generate(config, setup, state, folder)
-    levels, path = complete_test_images(config, setup, data.test, state.ema_params), folder / task
+    levels, path = _complete(config, setup, state, data.test), folder / task
     if hosts.is_main():
         pictures = {name: setup.units.to_pictures(part) for name, part in levels.items()}
         save_grid(completion_rows(pictures), path.with_suffix(".png"), PER_IMAGE + 2)
@@ -87,6 +96,28 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
             np.savez_compressed(file, **cast(Any, files))
     log.info("%d images in %s.png and .npz", len(levels["samples"]), path)
     return path.with_suffix(".png")
+
+
+def _complete(
+    config: ConfigDict, setup: Setup, state: TrainState, test: Dataset
+) -> dict[str, np.ndarray]:
+    """Completed test images, their originals, and the known parts."""
+    check_labels(config, test)
+    options, colors, mask = config.sampling, config.sampling.task == "colorize", None
+    if not colors:
+        mask = read_mask(options.mask, array_shape(config)[:2], image_shape(config)[:2])
+    method, guidance = sampling_method(config), options.guidance
+    return complete_test_images(
+        get_completion_fn(method, setup.sde, setup.make_score_fn, colors, guidance),
+        state.ema_params,
+        test,
+        setup.preprocessing,
+        mask,
+        count=options.n_images,
+        batch_size=options.batch_size,
+        seed=config.seed,
+        num_classes=config.model.num_classes,
+    )
 
 
 def _generate(

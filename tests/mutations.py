@@ -63,7 +63,7 @@ sum over draws: np.log(np.mean(np.exp(nats - top) → np.log(np.sum(np.exp(nats 
 [sampling.py | test_sampling.py -k golden]
 corrector's step: 2 * a**2 * (snr * norm(z) → 2 * (snr * norm(z)
 [sampling.py | test_sampling.py -k "large_ancestral or chain or its_key"]
-noise of the posterior: b * sde.std(t_next) / sde.std(t) * z → b * z
+noise of the posterior: b * sde.std(step.t_next) / sde.std(step.t) * z → b * z
 noise used twice: number = number + 1 → number = number
 one evaluation too many: nfe = (num_steps - 1) * each → nfe = num_steps * each
 keys of the first batch: start + jnp.arange(count)) → jnp.arange(count))

@@ -279,7 +279,7 @@ def sample_with(sde, churn=None, **options):
     config.model.num_scales = 200
     with config.unlocked():
         config.sampling.churn = churn
-    sample_fn = sampling.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
+    sample_fn = session.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
     return sample_fn(None, jax.random.key(0))
 
 
@@ -309,7 +309,8 @@ def test_ddim_follows_the_ode(sde):
     z, score_fn = DATA.sample(64, seed=3), DATA.score_fn(sde)
 
     def step(i, x):
-        return sampling.PREDICTORS["ddim"](sde, score_fn, x, times[i], times[i + 1], None)[0]
+        move = sampling.PREDICTORS["ddim"]()
+        return move(sampling.Step(sde, score_fn, times[i], times[i + 1]), x, None)[0]
 
     x = jax.lax.fori_loop(0, 2000, step, z)
     np.testing.assert_allclose(np.asarray(x).reshape(64, 4), exact_flow(sde, z, 1e-3), atol=5e-3)

@@ -11,7 +11,6 @@ import scipy.stats
 
 import likelihood
 import losses
-import sampling
 import sde_lib
 import session
 from configs.validate import validate
@@ -151,7 +150,7 @@ def test_both_parametrisations_of_a_score_are_the_same_model(name):
         of_model.eval.nll_steps = 32
         nll_fn = likelihood.get_nll_fn(of_model, sde, make_score_fn, 17)
         nll = nll_fn(None, jax.random.key(1), images / 8.0 - 1)["nll"]
-        samples, _ = sampling.get_sampling_fn(of_model, sde, make_score_fn, 8)(
+        samples, _ = session.get_sampling_fn(of_model, sde, make_score_fn, 8)(
             None, jax.random.key(2)
         )
         results.append((loss, nll, samples))
