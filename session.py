@@ -27,6 +27,7 @@ from configs.shapes import image_shape
 from configs.validate import check_array_fields, validate
 from errors import UserError
 from models import utils as mutils
+from models.networks import NETWORKS
 from runtime import memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.workdir import recorded_config
@@ -48,6 +49,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "training.sde": sde_lib.SDES,
     "training.prior": losses.PRIORS,
     "training.weighting": losses.WEIGHTINGS,
+    "model.name": NETWORKS,
     "sampling.method": sampling.SAMPLERS,
     "sampling.predictor": sampling.PREDICTORS,
     "sampling.corrector": sampling.CORRECTORS,
@@ -317,7 +319,7 @@ def advise_on_training(config: ConfigDict) -> None:
     remedies: list[dict[str, Any]] = []
     if config.model.dtype != "bfloat16":
         remedies.append({"model.dtype": "bfloat16"})
-    can_remat = config.model.name == "ncsnpp"
+    can_remat = NETWORKS[config.model.name].takes("remat")
     if can_remat and not config.model.remat:
         remedies.append({"model.dtype": "bfloat16", "model.remat": True})
     images = config.training.batch_size // jax.device_count()

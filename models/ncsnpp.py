@@ -29,7 +29,8 @@ class NCSNpp(nn.Module):
       init_scale: scale of the initial weights of each block's last layer.
       resblock_type: "biggan" (blocks resample) or "ddpm" (separate layers resample).
       resamp_with_conv: whether the layers that resample between "ddpm" blocks have a convolution.
-      fir_kernel: taps of the FIR filter for resampling; empty: nearest neighbour and 2×2 means.
+      fir: whether to resample with an FIR filter; otherwise by nearest neighbour and 2×2 means.
+      fir_kernel: its taps.
       progressive: the output is that of the last level ("none"), the sum of the outputs of all
         levels ("output_skip"), or the levels are joined by a residual pyramid ("residual").
       progressive_input: the image is the input of the first level ("none"), of every level
@@ -39,7 +40,7 @@ class NCSNpp(nn.Module):
       embedding_dim: width of the positional embedding; 0: nf.
       fourier_scale: standard deviation of the Fourier embedding's frequencies.
       fourier_feature: append sines and cosines of its values to the image.
-      scale_by_sigma: divide the output by the time, which is σ(t).
+      scale_by_sigma: whether the output is divided by σ(t); here, if it is the time (`sees_sigma`).
       centered: whether the data are in [-1, 1]; data in [0, 1] are scaled to [-1, 1] first.
       dtype: compute dtype; parameters are float32.
       remat: for the gradient, keep only the results of convolutions and compute the rest again.
@@ -55,7 +56,8 @@ class NCSNpp(nn.Module):
     init_scale: float
     resblock_type: str = "biggan"
     resamp_with_conv: bool = True
-    fir_kernel: tuple[float, ...] = ()
+    fir: bool = False
+    fir_kernel: tuple[float, ...] = (1, 3, 3, 1)
     progressive: str = "none"
     progressive_input: str = "none"
     progressive_combine: str = "sum"
@@ -74,9 +76,13 @@ class NCSNpp(nn.Module):
         """Whether its time is σ(t), if the SDE is of VE's kind; see `models.score.ScoreModel`."""
         return self.embedding_type == "fourier"
 
+    @property
+    def _taps(self) -> tuple[float, ...]:
+        return tuple(self.fir_kernel) if self.fir else ()
+
     def _resample_conv(self, features: int, up: bool) -> nn.Module:
-        if self.fir_kernel:
-            return layers.FIRConv(features, up, self.fir_kernel, self.dtype)
+        if self.fir:
+            return layers.FIRConv(features, up, self._taps, self.dtype)
         return layers.ResampleConv(features, up, self.dtype)
 
     def _embed(self, time_cond: Array) -> Array:
@@ -142,8 +148,8 @@ class NCSNpp(nn.Module):
             )
 
         attn_block: Any = functools.partial(layers.AttnBlock, **common)
-        up = functools.partial(layers.upsample, fir_kernel=self.fir_kernel)
-        down = functools.partial(layers.downsample, fir_kernel=self.fir_kernel)
+        up = functools.partial(layers.upsample, fir_kernel=self._taps)
+        down = functools.partial(layers.downsample, fir_kernel=self._taps)
         rescale = 1 / math.sqrt(2) if self.skip_rescale else 1.0
         channels, last = x.shape[-1], len(self.ch_mult) - 1
 
@@ -211,4 +217,5 @@ class NCSNpp(nn.Module):
         else:
             h = self._output(h, channels, self.init_scale, train)
         h = h.astype(jnp.float32)
-        return h / time_cond[:, None, None, None] if self.scale_by_sigma else h
+        divides = self.scale_by_sigma and self.sees_sigma
+        return h / time_cond[:, None, None, None] if divides else h

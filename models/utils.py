@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from models import ncsnv2
-from models.ncsnpp import NCSNpp
+from configs import fields
+from models.networks import NETWORKS
 from models.score import ScoreModel
 from sde_lib import SDE
 
@@ -22,43 +22,11 @@ def create_model(config: ConfigDict) -> Model:
 
     `time_cond` (N,) is what `ScoreModel.time_cond` makes of t.
     """
-    model = config.model
-    velocity = model.parametrization == "velocity"
+    network, model = NETWORKS[config.model.name], config.model
     # The input c_in x of the velocity parametrisation is not in the range of the data.
-    dtype, centered = jnp.dtype(model.dtype), config.data.centered or velocity
-    if model.name in ncsnv2.NAMES:
-        return ncsnv2.NCSNv2(model.name, model.nf, centered, dtype)
-    options: dict[str, Any] = {}
-    if model.name == "ddpm":  # arXiv 2006.11239, as an option of the U-Net
-        options = {"skip_rescale": False, "resblock_type": "ddpm"}
-    else:
-        options = {
-            "skip_rescale": model.skip_rescale,
-            "resblock_type": model.resblock_type,
-            "fir_kernel": tuple(model.fir_kernel) if model.fir else (),
-            "progressive": model.progressive,
-            "progressive_input": model.progressive_input,
-            "progressive_combine": model.progressive_combine,
-            "embedding_type": model.embedding_type,
-            "embedding_dim": model.embedding_dim,
-            "fourier_scale": model.fourier_scale,
-            "fourier_feature": model.fourier_feature,
-            "scale_by_sigma": model.scale_by_sigma and model.embedding_type == "fourier",
-        }
-    return NCSNpp(
-        nf=model.nf,
-        ch_mult=tuple(model.ch_mult),
-        num_res_blocks=model.num_res_blocks,
-        attn_resolutions=tuple(model.attn_resolutions),
-        dropout=model.dropout,
-        init_scale=model.init_scale,
-        resamp_with_conv=model.resamp_with_conv,
-        centered=centered,
-        dtype=dtype,
-        remat=model.remat,
-        num_classes=model.num_classes,
-        **options,
-    )
+    centered = config.data.centered or model.parametrization == "velocity"
+    given = {"centered": centered, "dtype": jnp.dtype(model.dtype), "name": None, **network.fixed}
+    return fields.call(network.create, config, "model", "data", "training", **given)
 
 
 def _init(model: Model, shape: tuple[int, ...]) -> Callable[[Array], Any]:

@@ -174,10 +174,11 @@ kernel transposed: value.transpose(2, 3, 1, 0) → value.transpose(3, 2, 1, 0)
 EMA of frequencies: if one] → if one is not None]
 [session.py | test_labels.py -k of_samples]
 labels of the first batch: chosen[np.arange(start, start + count) → chosen[np.arange(count)
+[models/networks.py | test_run_lib.py -k "refused or cannot_work"]
+frequencies divided by 0: or embedding_dim == 2: → or False:
 [configs/validate.py | test_run_lib.py -k "refused or cannot_work"]
 truncation at T: if get(name) >= 1: → if get(name) > 1:
 one class: if told < 0 or told == 1: → if told < 0:
-frequencies divided by 0: or model.embedding_dim == 2: → or False:
 odd micro-batch of pairs: (num_devices * micro * pair) → (num_devices * micro)
 """
 

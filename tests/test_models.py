@@ -191,7 +191,7 @@ def test_fir_convolutions_are_a_filter_and_a_convolution(kernel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ncsnv2.NAMES)
+@pytest.mark.parametrize("name", ncsnv2.STAGES)
 def test_ncsnv2_is_a_score_of_any_noise_level(name):
     config = tiny_config(sde="vesde")
     config.model.parametrization = "noise"
