@@ -7,12 +7,11 @@ import pathlib
 import jax
 import numpy as np
 from flax import traverse_util
-from ml_collections import ConfigDict
 
 from errors import UserError
 from runtime import checkpointing
 from runtime.workdir import recorded_config
-from session import Setup, set_up
+from session import Classes, classes_of, set_up
 from train_step import TrainState
 
 log = logging.getLogger("soft_truncation")
@@ -21,7 +20,7 @@ _LEAST = 0.1  # of the parameters must fit
 _LABELS = "Embed_0/embedding"  # a row for each class, and a last one for no label
 
 
-def start_from(config: ConfigDict, setup: Setup, state: TrainState, source: str) -> TrainState:
+def start_from(state: TrainState, source: str, classes: Classes) -> TrainState:
     """The first state of a run whose weights are those of another run or of an exported model.
 
     Each array of the other network's EMA weights that has the name and the shape of one here takes
@@ -29,10 +28,9 @@ def start_from(config: ConfigDict, setup: Setup, state: TrainState, source: str)
     the labels' embedding the rows are taken whose classes have the same names.
 
     Args:
-      config: the new run's config.
-      setup: its parts.
-      state: its first state.
+      state: the new run's first state.
       source: the folder of the other run, whose newest checkpoint is read, or of an exported model.
+      classes: those that the new run's network knows.
 
     Returns:
       `state` with these `params` and `ema_params`; its other arrays are new.
@@ -50,7 +48,7 @@ def start_from(config: ConfigDict, setup: Setup, state: TrainState, source: str)
     taken = {name: x for name, x in given.items() if np.shape(own.get(name)) == x.shape}
     rows = {}
     if _LABELS in own.keys() & given.keys() and own[_LABELS].shape[1:] == given[_LABELS].shape[1:]:
-        rows = _rows_of_classes(config, other)
+        rows = _rows_of_classes(classes, classes_of(other))
     if rows:
         taken[_LABELS] = np.array(own[_LABELS])
         taken[_LABELS][list(rows)] = given[_LABELS][list(rows.values())]
@@ -65,15 +63,14 @@ def start_from(config: ConfigDict, setup: Setup, state: TrainState, source: str)
     return dataclasses.replace(state, params=params, ema_params=params)
 
 
-def _rows_of_classes(config: ConfigDict, other: ConfigDict) -> dict[int, int]:
+def _rows_of_classes(here: Classes, there: Classes) -> dict[int, int]:
     """The rows of the labels' embedding here, and those of the same meaning in another network."""
-    here, there = tuple(config.data.classes), tuple(other.data.classes)
-    there = there or tuple(map(str, range(other.model.num_classes)))  # an older run's
-    numbers = all(name.isdecimal() for name in (*here, *there))
-    if numbers and config.data.dataset != other.data.dataset:  # the same numbers of other things
-        here = ()
-    of_both = {here.index(name): there.index(name) for name in here if name in there}
-    return {**of_both, config.model.num_classes: other.model.num_classes}
+    own, other = here.names, there.names or tuple(map(str, range(there.count)))  # an older run's
+    numbers = all(name.isdecimal() for name in (*own, *other))
+    if numbers and here.dataset != there.dataset:  # the same numbers of other things
+        own = ()
+    of_both = {own.index(name): other.index(name) for name in own if name in other}
+    return {**of_both, here.count: there.count}
 
 
 def _told(

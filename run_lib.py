@@ -28,6 +28,7 @@ from runtime.workdir import (
 from session import (
     Setup,
     advise_on_training,
+    classes_of,
     get_train_call,
     init_state,
     objective_in_words,
@@ -96,7 +97,7 @@ def train(
         advise_on_training(config)
         state = restored or init_state(config, setup.model, setup.optimizer)
         if init_from and not restored:
-            state = start_from(config, setup, state, init_from)
+            state = start_from(state, init_from, classes_of(config))
         elif init_from:
             log.warning("%s has a run already: it goes on, and --init_from is not read", workdir)
         if files:

@@ -182,6 +182,21 @@ def with_classes(config: ConfigDict, train: datasets.Dataset, anew: bool = False
     return config
 
 
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """The classes that a network knows."""
+
+    names: tuple[str, ...]
+    count: int
+    dataset: str  # where the names come from
+
+
+def classes_of(config: ConfigDict) -> Classes:
+    """The classes that a config's network knows."""
+    names = tuple(config.data.classes)
+    return Classes(names, config.model.num_classes, config.data.dataset)
+
+
 def _check_sampling_time(config: ConfigDict, sde: sde_lib.SDE) -> None:
     """Raise a UserError if samples would stop so early that they are means of many images."""
     end, least = config.sampling.truncation_time, config.training.truncation_time

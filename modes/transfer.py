@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 
+from configs import fields
+from configs.shapes import image_shape
 from errors import UserError
 from metrics.card import model_card
 from official import export_checkpoint, import_checkpoint
@@ -47,7 +49,8 @@ def import_official(
     """
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     setup = set_up(config)
-    state = import_checkpoint.load_state(path, config)
+    fields.call(import_checkpoint.check_network, config, "model")
+    state = import_checkpoint.load_state(path, setup.state_shape.params, setup.optimizer)
     exported.refuse(workdir)
     if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         raise UserError(f"{workdir} has checkpoints already; choose another --workdir")
@@ -159,15 +162,17 @@ def export_official(
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     file, step = pathlib.Path(to).absolute(), _chosen_step(config, workdir)
     exported.refuse(workdir)
-    import_checkpoint.check_network(config)
-    shape = set_up(config).state_shape
-    state = checkpointing.restore_step(config, workdir, shape, step, weights_only=False)
+    fields.call(import_checkpoint.check_network, config, "model")
+    setup = set_up(config)
+    state = checkpointing.restore_step(config, workdir, setup.state_shape, step, weights_only=False)
 
     def write() -> None:
         if file.exists():
             raise UserError(f"--to: {file} is there already; name a new file")
         with _exporting(file) as partial:
-            export_checkpoint.write(config, state, partial)
+            given = {"path": partial, "state": state, "model": setup.model}
+            given["shape"] = image_shape(config)
+            fields.call(export_checkpoint.write, config, "optim", "model", **given)
         log.info("step %d of %s in %s, as the official release's", step, workdir, file)
 
     hosts.on_main(write)
