@@ -28,6 +28,7 @@ from configs.validate import check_array_fields, validate
 from errors import UserError
 from models import utils as mutils
 from models.networks import NETWORKS
+from models.score import ScoreModel
 from runtime import memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.workdir import recorded_config
@@ -220,7 +221,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
     """
     validate(config, num_devices, REGISTRIES)
     sde, model = sde_lib.get_sde(config), mutils.create_model(config)
-    score_model = mutils.get_score_model(config, sde, model)
+    score_model = fields.call(ScoreModel, config, "model", "training", sde=sde, network=model)
     _check_sampling_time(config, sde)
     if config.model.num_classes > 0:
         sample_labels(config, 0, 1)

@@ -34,29 +34,32 @@ class ScoreModel:
     """A network and what makes its output the score s_θ(x, t).
 
     A model itself is a function (params, labels, guidance) → score function, as samplers and
-    likelihoods take it; `for_training` is the form that training takes.
+    likelihoods take it; `for_training` is the form that training takes. But for the first two, its
+    attributes are fields of `config.model` and `config.training`.
 
     Attributes:
       sde: the SDE.
       network: `.apply({"params": p}, x, time_cond, …)`. If it `sees_sigma`, its time is σ(t) for VE
         and RVE, and it divides its output by σ(t) itself.
-      velocity: the output is F of `preconditioning`. Otherwise it is the noise, of which the score
-        is -output/σ(t); or, for VE and RVE (`sde.exploding`), the score.
+      parametrization: velocity, if the output is F of `preconditioning`; or noise, of which the
+        score is -output/σ(t). For VE and RVE (`sde.exploding`) "noise" is the score itself.
       sigma_data: σ_d of the velocity parametrisation.
       scale_by_sigma: for VE and RVE the output is divided by σ(t).
       num_classes: the label that stands for none.
-      first_time: ε, the time of the last of VE's and RVE's noise levels.
-      stabilizing_constant: c of `sde.unbounded_time`, which is then the network's time; 0: t is.
+      truncation_time: ε, the time of the last of VE's and RVE's noise levels.
+      unbounded_parametrization: the network's time is `sde.unbounded_time`, with the constant
+        `stabilizing_constant`.
     """
 
     sde: SDE
     network: nn.Module
-    velocity: bool = False
+    parametrization: str = "noise"
     sigma_data: float = 1.0
     scale_by_sigma: bool = False
     num_classes: int = 0
-    first_time: float = 1e-5
-    stabilizing_constant: float = 0.0
+    truncation_time: float = 1e-5
+    unbounded_parametrization: bool = False
+    stabilizing_constant: float = 1e-3
 
     def __call__(
         self, params: Any, labels: Array | None = None, guidance: float = 0.0
@@ -106,7 +109,7 @@ class ScoreModel:
         return score_fn
 
     def _to_score(self, network: Callable[[Array], Array], x: Array, t: Array) -> Array:
-        if self.velocity:
+        if self.parametrization == "velocity":
             c_in, a, b = (expand(c, x) for c in preconditioning(self.sde, t, self.sigma_data))
             return a * x + b * network(c_in * x)
         if not self.sde.exploding:
@@ -118,13 +121,13 @@ class ScoreModel:
         """The network's time for t (N,): scaled to 0 … 999, or σ(t)."""
         sde = self.sde
         if not sde.exploding:
-            constant = self.stabilizing_constant
-            return 999 * (sde.unbounded_time(t, constant) if constant else t)
+            unbounded = self.unbounded_parametrization
+            return 999 * (sde.unbounded_time(t, self.stabilizing_constant) if unbounded else t)
         if self._sees_sigma:
             return sde.std(t)
         # The index in 1,000 noise levels, from the largest down, equally spaced in log σ and so
         # in γ.
-        top, bottom = sde.gamma(sde.T), sde.gamma(self.first_time)
+        top, bottom = sde.gamma(sde.T), sde.gamma(self.truncation_time)
         return 999 * (top - sde.gamma(t)) / (top - bottom)
 
     @property

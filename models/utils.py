@@ -47,22 +47,6 @@ def params_shape(model: Model, shape: tuple[int, ...]) -> Any:
     return jax.eval_shape(lambda: _init(model, shape)(jax.random.key(0)))
 
 
-def get_score_model(config: ConfigDict, sde: SDE, model: Model) -> ScoreModel:
-    """The function (params, labels, guidance) → score function that a config names."""
-    training, of_model = config.training, config.model
-    unbounded = training.unbounded_parametrization
-    return ScoreModel(
-        sde=sde,
-        network=model,
-        velocity=of_model.parametrization == "velocity",
-        sigma_data=of_model.sigma_data,
-        scale_by_sigma=of_model.scale_by_sigma,
-        num_classes=of_model.num_classes,
-        first_time=training.truncation_time,
-        stabilizing_constant=training.stabilizing_constant if unbounded else 0.0,
-    )
-
-
 def get_score_fn(
     config: ConfigDict,
     sde: SDE,
@@ -76,7 +60,8 @@ def get_score_fn(
 
     See `ScoreModel` for the arguments and results.
     """
-    score_model = get_score_model(config, sde, model)
+    sections = ("model", "training")
+    score_model = fields.call(ScoreModel, config, *sections, sde=sde, network=model)
     if train:
         return score_model.for_training(params, labels)
     return score_model(params, labels, guidance)

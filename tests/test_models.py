@@ -18,6 +18,7 @@ from tests.helpers import (
     nhwc,
     param_shapes,
     random_params,
+    score_model,
     tiny_config,
 )
 
@@ -326,7 +327,7 @@ def test_the_time_of_the_positional_embedding_follows_the_clock_of_ve_and_rve():
     for name in ("vesde", "reciprocal_vesde"):
         config.training.sde = name
         sde = sde_lib.get_sde(config)
-        time_cond = mutils.get_score_model(config, sde, None).time_cond(sde.time_grid(1e-5, 10))
+        time_cond = score_model(config, sde, None).time_cond(sde.time_grid(1e-5, 10))
         np.testing.assert_allclose(time_cond, np.linspace(0, 999, 10), atol=0.05)
 
 

@@ -18,7 +18,7 @@ from errors import UserError
 from models import utils as mutils
 from models.score import preconditioning
 from official import import_checkpoint
-from tests.helpers import loss_fn_of, times_of_step, tiny_config
+from tests.helpers import loss_fn_of, score_model, times_of_step, tiny_config
 from tests.test_losses import step_losses_and_grads, toy_config
 
 SDES = {
@@ -88,7 +88,7 @@ def test_the_denoised_image_is_edms_combination(name, sigma_data):
     )
     alpha, std, x = (np.asarray(value, np.float64) for value in (alpha, std, x))
     c_in = 1 / np.sqrt(alpha**2 * sigma_data**2 + std**2)
-    time_cond = mutils.get_score_model(config, sde, Smooth()).time_cond(TIMES)
+    time_cond = score_model(config, sde, Smooth()).time_cond(TIMES)
     x_in = jnp.asarray(c_in * x, jnp.float32)
     f = np.asarray(Smooth().apply(None, x_in, time_cond), np.float64)
     d = alpha * sigma_data**2 * c_in**2 * x + std * sigma_data * c_in * f
@@ -119,7 +119,7 @@ def test_both_parametrisations_of_a_score_are_the_same_model(name):
     sde, config = SDES[name], velocity_config(name, 0.7)
     noise = config.copy_and_resolve_references()
     noise.model.parametrization = "noise"
-    time_cond = mutils.get_score_model(config, sde, Smooth()).time_cond
+    time_cond = score_model(config, sde, Smooth()).time_cond
     fine = np.geomspace(1e-5, 1, 20_001)
     table = np.asarray(time_cond(jnp.asarray(fine, jnp.float32)), np.float64)
     order = np.argsort(table)
