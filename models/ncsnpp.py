@@ -6,6 +6,7 @@ The same module, with other options, is UNCSN++, UDDPM++ and the plain DDPM U-Ne
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -85,8 +86,8 @@ class NCSNpp(nn.Module):
             return layers.FIRConv(features, up, self._taps, self.dtype)
         return layers.ResampleConv(features, up, self.dtype)
 
-    def _embed(self, time_cond: Array) -> Array:
-        """Times (N,) → their embedding (N, E)."""
+    def _embed(self, time_cond: Array, labels: Array | None) -> Array:
+        """Times and labels (N,) → their embedding (N, E)."""
         if self.embedding_type == "fourier":
             width = self.nf
             project = layers.GaussianFourierProjection(self.nf, self.fourier_scale)
@@ -95,12 +96,113 @@ class NCSNpp(nn.Module):
             width = self.embedding_dim or self.nf
             temb = layers.timestep_embedding(time_cond, width)
         temb = layers.Dense(4 * width, dtype=self.dtype)(temb)
-        return layers.Dense(4 * width, dtype=self.dtype)(nn.silu(temb))
+        temb = layers.Dense(4 * width, dtype=self.dtype)(nn.silu(temb))
+        if not self.num_classes:
+            return temb
+        # Added as in ADM (arXiv 2105.05233).
+        chosen = jnp.full(len(temb), self.num_classes) if labels is None else labels
+        init = nn.initializers.normal(1.0)
+        embed = nn.Embed(self.num_classes + 1, temb.shape[-1], self.dtype, embedding_init=init)
+        return temb + embed(chosen)
 
     def _output(self, h: Array, features: int, init_scale: float, train: bool) -> Array:
         init = layers.variance_scaling(init_scale)
         h = layers.GroupNorm(dtype=self.dtype)(h, train=train)
         return layers.Conv(features, kernel_init=init, dtype=self.dtype)(h)
+
+    def _blocks(
+        self, temb: Array, keys: Array | None, train: bool
+    ) -> tuple[Callable[..., Array], Callable[[Array], Array]]:
+        """(a residual block: (h, features, resample=None) → h, attention: h → h)."""
+        common: dict[str, Any] = {
+            "skip_rescale": self.skip_rescale,
+            "init_scale": self.init_scale,
+            "dtype": self.dtype,
+        }
+        numbers = itertools.count()
+        kind: Any = layers.ResBlock
+        if self.remat:
+            kind = nn.remat(kind, policy=layers.SAVE_CONVOLUTIONS, static_argnums=(4,))
+
+        def res_block(h: Array, features: int, resample: Any = None) -> Array:
+            block = kind(
+                features,
+                dropout=self.dropout,
+                resblock_type=self.resblock_type,
+                resample=resample,
+                **common,
+                name=f"ResBlock_{next(numbers)}",  # the name must not depend on nn.remat
+            )
+            return block(h, temb, keys, train)
+
+        def attend(h: Array) -> Array:
+            return layers.AttnBlock(**common)(h, train)
+
+        return res_block, attend
+
+    def _resample(self, h: Array, function: Any, up: bool, res_block: Any) -> Array:
+        """Between two levels."""
+        if self.resblock_type == "biggan":
+            return res_block(h, h.shape[-1], function)
+        if self.resamp_with_conv:
+            return self._resample_conv(h.shape[-1], up)(h)
+        return function(h)
+
+    @property
+    def _rescale(self) -> float:
+        return 1 / math.sqrt(2) if self.skip_rescale else 1.0
+
+    def _encode(self, x: Array, res_block: Any, attend: Any) -> tuple[Array, list[Array]]:
+        """The way down: (features of the last level, the skips)."""
+        down = functools.partial(layers.downsample, fir_kernel=self._taps)
+        in_pyramid, last = x, len(self.ch_mult) - 1
+        x = layers.fourier_features(x) if self.fourier_feature else x
+        # In float32 whatever the others compute in: bfloat16 has steps of 2^-8 below 1, larger than
+        # the noise at small t.
+        h = layers.Conv(self.nf, precision="highest")(x).astype(self.dtype)
+        skips = [h]
+        for level, mult in enumerate(self.ch_mult):
+            for _ in range(self.num_res_blocks):
+                h = res_block(h, self.nf * mult)
+                if h.shape[1] in self.attn_resolutions:
+                    h = attend(h)
+                skips.append(h)
+            if level != last:
+                h = self._resample(h, down, False, res_block)
+                if self.progressive_input == "input_skip":
+                    in_pyramid = down(in_pyramid)
+                    h = layers.Combine(self.progressive_combine, self.dtype)(in_pyramid, h)
+                elif self.progressive_input == "residual":
+                    in_pyramid = self._resample_conv(h.shape[-1], up=False)(in_pyramid)
+                    h = in_pyramid = self._rescale * (in_pyramid + h)
+                skips.append(h)
+        return h, skips
+
+    def _decode(
+        self, h: Array, skips: list[Array], channels: int, res_block: Any, attend: Any, train: bool
+    ) -> Array:
+        """The way up: the output, with so many channels."""
+        up = functools.partial(layers.upsample, fir_kernel=self._taps)
+        out_pyramid: Any = None
+        last = len(self.ch_mult) - 1
+        for level, mult in reversed(list(enumerate(self.ch_mult))):
+            for _ in range(self.num_res_blocks + 1):
+                h = res_block(jnp.concatenate([h, skips.pop()], axis=-1), self.nf * mult)
+            if h.shape[1] in self.attn_resolutions:
+                h = attend(h)
+            if self.progressive == "output_skip":
+                output = self._output(h, channels, self.init_scale, train)
+                out_pyramid = output if level == last else up(out_pyramid) + output
+            elif self.progressive == "residual" and level == last:
+                out_pyramid = self._output(h, h.shape[-1], 1.0, train)
+            elif self.progressive == "residual":
+                out_pyramid = self._resample_conv(h.shape[-1], up=True)(out_pyramid)
+                h = out_pyramid = self._rescale * (out_pyramid + h)
+            if level != 0:
+                h = self._resample(h, up, True, res_block)
+        if self.progressive == "output_skip":
+            return out_pyramid
+        return self._output(h, channels, self.init_scale, train)
 
     @nn.compact
     def __call__(
@@ -127,95 +229,11 @@ class NCSNpp(nn.Module):
         keys = dropout_keys if train else None
         if train and keys is None and self.dropout:
             raise ValueError("train=True takes dropout_keys, one key an image")
-        common: dict[str, Any] = {
-            "skip_rescale": self.skip_rescale,
-            "init_scale": self.init_scale,
-            "dtype": self.dtype,
-        }
-        numbers = itertools.count()
-        kind: Any = layers.ResBlock
-        if self.remat:
-            kind = nn.remat(kind, policy=layers.SAVE_CONVOLUTIONS, static_argnums=(4,))
-
-        def res_block(features: int, resample: Any = None) -> Any:
-            return kind(
-                features,
-                dropout=self.dropout,
-                resblock_type=self.resblock_type,
-                resample=resample,
-                **common,
-                name=f"ResBlock_{next(numbers)}",  # the name must not depend on nn.remat
-            )
-
-        attn_block: Any = functools.partial(layers.AttnBlock, **common)
-        up = functools.partial(layers.upsample, fir_kernel=self._taps)
-        down = functools.partial(layers.downsample, fir_kernel=self._taps)
-        rescale = 1 / math.sqrt(2) if self.skip_rescale else 1.0
-        channels, last = x.shape[-1], len(self.ch_mult) - 1
-
-        def resample(h: Array, function: Any) -> Array:
-            if self.resblock_type == "biggan":
-                return res_block(h.shape[-1], resample=function)(h, temb, keys, train)
-            if self.resamp_with_conv:
-                return self._resample_conv(h.shape[-1], up=function is up)(h)
-            return function(h)
-
-        temb = self._embed(time_cond)
-        if self.num_classes:  # added as in ADM (arXiv 2105.05233)
-            chosen = jnp.full(len(x), self.num_classes) if labels is None else labels
-            init = nn.initializers.normal(1.0)
-            embed = nn.Embed(self.num_classes + 1, temb.shape[-1], self.dtype, embedding_init=init)
-            temb = temb + embed(chosen)
+        res_block, attend = self._blocks(self._embed(time_cond, labels), keys, train)
         x = x if self.centered else 2 * x - 1
-        in_pyramid = x
-        x = layers.fourier_features(x) if self.fourier_feature else x
-        # In float32 whatever the others compute in: bfloat16 has steps of 2^-8 below 1, larger than
-        # the noise at small t.
-        h = layers.Conv(self.nf, precision="highest")(x).astype(self.dtype)
-        skips = [h]
-        for level, mult in enumerate(self.ch_mult):
-            for _ in range(self.num_res_blocks):
-                h = res_block(self.nf * mult)(h, temb, keys, train)
-                if h.shape[1] in self.attn_resolutions:
-                    h = attn_block()(h, train)
-                skips.append(h)
-            if level != last:
-                h = resample(h, down)
-                if self.progressive_input == "input_skip":
-                    in_pyramid = down(in_pyramid)
-                    h = layers.Combine(self.progressive_combine, self.dtype)(in_pyramid, h)
-                elif self.progressive_input == "residual":
-                    in_pyramid = self._resample_conv(h.shape[-1], up=False)(in_pyramid)
-                    h = in_pyramid = rescale * (in_pyramid + h)
-                skips.append(h)
-
-        h = res_block(h.shape[-1])(h, temb, keys, train)
-        h = attn_block()(h, train)
-        h = res_block(h.shape[-1])(h, temb, keys, train)
-
-        out_pyramid: Any = None
-        for level, mult in reversed(list(enumerate(self.ch_mult))):
-            for _ in range(self.num_res_blocks + 1):
-                h = res_block(self.nf * mult)(
-                    jnp.concatenate([h, skips.pop()], axis=-1), temb, keys, train
-                )
-            if h.shape[1] in self.attn_resolutions:
-                h = attn_block()(h, train)
-            if self.progressive == "output_skip":
-                output = self._output(h, channels, self.init_scale, train)
-                out_pyramid = output if level == last else up(out_pyramid) + output
-            elif self.progressive == "residual" and level == last:
-                out_pyramid = self._output(h, h.shape[-1], 1.0, train)
-            elif self.progressive == "residual":
-                out_pyramid = self._resample_conv(h.shape[-1], up=True)(out_pyramid)
-                h = out_pyramid = rescale * (out_pyramid + h)
-            if level != 0:
-                h = resample(h, up)
-
-        if self.progressive == "output_skip":
-            h = out_pyramid
-        else:
-            h = self._output(h, channels, self.init_scale, train)
-        h = h.astype(jnp.float32)
+        h, skips = self._encode(x, res_block, attend)
+        h = attend(res_block(h, h.shape[-1]))
+        h = res_block(h, h.shape[-1])
+        h = self._decode(h, skips, x.shape[-1], res_block, attend, train).astype(jnp.float32)
         divides = self.scale_by_sigma and self.sees_sigma
         return h / time_cond[:, None, None, None] if divides else h

@@ -112,7 +112,7 @@ all layers drop alike: zlib.crc32("/".join(self.path).encode()) → 0
 range of the data: x if self.centered else 2 * x - 1 → x
 embedding of σ itself: project(jnp.log(time_cond)) → project(time_cond)
 [models/ncsnpp.py | test_labels.py -k label_changes]
-no label is label 0: jnp.full(len(x), self.num_classes) → jnp.full(len(x), 0)
+no label is label 0: jnp.full(len(temb), self.num_classes) → jnp.full(len(temb), 0)
 [models/ncsnv2.py | test_models.py -k "first_layer or instance"]
 range of NCSNv2's data: x if self.centered else 2 * x - 1 → x
 variance of means: axis=-1, keepdims=True, ddof=1) → axis=-1, keepdims=True)
