@@ -12,13 +12,13 @@ from jax.typing import ArrayLike
 from PIL import Image
 
 import seeds
+from build import labels_on_devices
 from datasets import Dataset, Preprocessing, highest
 from errors import UserError
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
 from sampling import Constraint, MakeScoreFn, make_score, normal, sample_keys
 from sde_lib import SDE
-from session import labels_on_devices
 
 
 def inpainting(

@@ -18,9 +18,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import datasets
-from configs.shapes import array_shape, image_shape
+from batched_sampling import get_sampler, sample_batches
+from build import Setup, set_up, with_data_facts
 from datasets import Data, load_data
 from errors import UserError
+from labels import check_labels, sample_labels
+from memory_advice import advise_on_sampling
 from metrics.bits_per_dim import (
     BitsEvaluation,
     advise_on_bits,
@@ -70,16 +73,6 @@ from runtime.workdir import (
     make_folder,
     short_hash,
 )
-from session import (
-    Setup,
-    advise_on_sampling,
-    check_labels,
-    get_sampler,
-    sample_batches,
-    sample_labels,
-    set_up,
-    with_data_facts,
-)
 
 __all__ = [
     "evaluate",
@@ -97,35 +90,29 @@ log = logging.getLogger("soft_truncation")
 class _Run:
     """Objects shared by the evaluations of all checkpoints, so that each function compiles once."""
 
-    config: ConfigDict
     setup: Setup
     results: PartialResults
     bits: BitsEvaluation
-    sample: Any  # from session.get_sampler
+    sample: Any  # from batched_sampling.get_sampler
     scorers: list[Scorer]
 
     @property
     def scores_samples(self) -> bool:
         """Whether something can score samples; arrays have their channels' moments at least."""
-        of_arrays = self.setup.units.of_arrays and self.config.eval.enable_sampling
+        of_arrays = self.setup.units.of_arrays and self.setup.evaluation.enable_sampling
         return bool(self.scorers) or of_arrays
-
-
-def _sample_size(config: ConfigDict) -> int:
-    size = config.eval.sampling_batch_size or config.eval.batch_size
-    return min(size, config.eval.num_samples)
 
 
 def _samples_of_network(run: _Run, params: Any) -> tuple[Images, dict[str, Any]]:
     """Sample from a network; returns the samples and their entries of the report."""
-    config, results = run.config, run.results
-    count, size = config.eval.num_samples, _sample_size(config)
-    digest = short_hash(params, *network_fields(config), config.sampling, size)
+    setup, results = run.setup, run.results
+    count, size = setup.evaluation.num_samples, setup.evaluation.samples_a_batch
+    digest = short_hash(params, *network_fields(setup), setup.fields["sampling"], size)
 
     def keep(name: Any, compute: Any) -> Any:
         return results.get(f"{digest}/{name}", compute)
 
-    batches = functools.partial(sample_batches, run.sample, params, config.seed, count, size, keep)
+    batches = functools.partial(sample_batches, run.sample, params, setup.seed, count, size, keep)
     progress, evaluations, broken = Progress("sampling", count), [], 0
     for _, part in batches():
         evaluations.append(part.nfe)
@@ -133,20 +120,21 @@ def _samples_of_network(run: _Run, params: Any) -> tuple[Images, dict[str, Any]]
         note = f"{part.nfe} evaluations"
         progress.advance(len(part.levels), note, fresh=not results.recalled)
     images = Images(count, digest, lambda: (part.levels for _, part in batches()))
-    if config.model.num_classes:
-        images = dataclasses.replace(images, labels=sample_labels(config, 0, count))
+    if setup.num_classes:
+        labels = sample_labels(setup.sampling.labels, setup.num_classes, 0, count)
+        images = dataclasses.replace(images, labels=labels)
     nfe = round(float(np.mean(evaluations)))
     return images, {"num_samples": count, "sampling_nfe": nfe, "num_broken_samples": broken}
 
 
-def _given_samples(config: ConfigDict, num_levels: int) -> tuple[Images, dict[str, Any]]:
+def _given_samples(setup: Setup) -> tuple[Images, dict[str, Any]]:
     """The images of `eval.samples`, and their entries of the report."""
-    path = pathlib.Path(config.eval.samples)
-    data = config.data
-    if data.dataset == "array":
-        of_file, _ = datasets.array_of_images(config, path, "eval.samples")
+    path, num_levels = pathlib.Path(setup.evaluation.samples), setup.num_levels
+    if setup.units.of_arrays:
+        of_file, _ = setup.read_arrays(path, "eval.samples")
         return images_of(of_file), {"samples": str(path), "num_samples": len(of_file)}
-    loaded = load_images(path, data.image_size, data.num_channels, "eval.samples")
+    height, _, channels = setup.shape
+    loaded = load_images(path, height, channels, "eval.samples")
     dataset = datasets.Dataset(path.stem, loaded.source, 256)
     images = images_of(dataset)
 
@@ -154,7 +142,7 @@ def _given_samples(config: ConfigDict, num_levels: int) -> tuple[Images, dict[st
         for grey in images.batches():
             yield np.round(grey * ((num_levels - 1) / 255)).astype(np.uint8)
 
-    report = {"samples": config.eval.samples, "num_samples": len(dataset)}
+    report = {"samples": setup.evaluation.samples, "num_samples": len(dataset)}
     return dataclasses.replace(images, batches=batches), report
 
 
@@ -186,15 +174,18 @@ def _share_at_ends(batches: Iterator[np.ndarray], num_levels: int) -> float:
 def _evaluate_checkpoint(
     run: _Run, workdir: pathlib.Path, step: int, folder: pathlib.Path
 ) -> dict[str, Any]:
-    config, results = run.config, run.results
+    setup, results = run.setup, run.results
     log.info("evaluating step %d of %s", step, workdir)
-    params = checkpointing.restore_step(config, workdir, run.setup.state_shape, step).ema_params
+    params = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step).ema_params
     before = set(results.used)
 
     def score() -> dict[str, np.ndarray]:
-        report: dict[str, Any] = {"step": step, "truncation": config.training.truncation}
+        report: dict[str, Any] = {
+            "step": step,
+            "truncation": setup.fields["training"]["truncation"],
+        }
         report |= {"weights": "EMA", "weights_digest": short_hash(params)}
-        if config.eval.enable_bpd:
+        if setup.evaluation.enable_bpd:
             report |= evaluate_bits(run.bits, params)
         if run.scores_samples:
             images, facts = _samples_of_network(run, params)
@@ -203,7 +194,7 @@ def _evaluate_checkpoint(
 
     # The checkpoint's report is kept until the sweep is complete, so that a resumed sweep skips it;
     # its samples and other parts are deleted now.
-    name = short_hash(params, config, step)
+    name = short_hash(params, setup.fields, step)
     report = json.loads(str(results.get(f"{name}/report", score)["json"]))
     hosts.on_main(lambda: results.discard(results.used - before - {name}))
     return report
@@ -225,69 +216,78 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     """
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     setup = set_up(config)
-    check_processes(config, {})
-    if config.eval.images:
-        with contextlib.ExitStack() as stack:
-            steps = hosts.on_main(lambda: _take_hold(config, workdir, stack))
-            return _evaluate_images(config, setup, workdir, steps)
-    data = load_data(config)
-    check_labels(config, data.train)
-    given = _given_samples(config, setup.num_levels) if config.eval.samples else None
+    options = setup.evaluation
+    check_processes(setup.fields, {})
+    given: tuple[Images, dict[str, Any]] | None = None
+    if options.images:
+        test = datasets.get_dataset(config, "test") if options.images == "test" else None
+        chosen, names = _images_to_score(setup, test)
+    else:
+        data = load_data(config)
+        check_labels(setup.num_classes, setup.classes, data.train)
+        given = _given_samples(setup) if options.samples else None
     with contextlib.ExitStack() as stack:
-        steps = hosts.on_main(lambda: _take_hold(config, workdir, stack))
-        return _evaluate(config, setup, data, workdir, given, steps)
+        steps = hosts.on_main(lambda: _take_hold(setup, workdir, stack))
+        if options.images:
+            return _evaluate_images(setup, workdir, steps, chosen, names)
+        return _evaluate(setup, data, workdir, given, steps)
 
 
-def _take_hold(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitStack) -> list[int]:
+def _steps(setup: Setup, workdir: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints to evaluate."""
+    options, period = setup.evaluation, setup.loop.snapshot_freq
+    return checkpointing.steps_to_evaluate(workdir, options.begin_ckpt, options.end_ckpt, period)
+
+
+def _take_hold(setup: Setup, workdir: pathlib.Path, stack: contextlib.ExitStack) -> list[int]:
     """Lock eval/, and return the steps to evaluate."""
-    steps = [] if config.eval.samples else checkpointing.steps_to_evaluate(config, workdir)
-    check_network(config, workdir)
+    steps = [] if setup.evaluation.samples else _steps(setup, workdir)
+    check_network(setup.fields, workdir)
     make_folder(workdir / "eval", "--workdir")
     stack.enter_context(locked(workdir / "eval"))
     read_report(workdir / "eval")  # warns at the start if it is damaged
     return steps
 
 
-def _check_density(config: ConfigDict) -> None:
+def _check_density(setup: Setup) -> None:
     """Refuse densities of padded floats: the padding is a function of the image."""
-    if config.data.scale and image_shape(config) != array_shape(config):
+    if not setup.num_levels and setup.padded_shape != setup.shape:
         raise UserError(
             "padded floats have no bits/dim: their padding has no density; set "
-            "--config.eval.enable_bpd=False"
+            "--options.enable_bpd=False"
         )
 
 
 def _images_to_score(
-    config: ConfigDict, num_levels: int, classes: tuple[str, ...]
+    setup: Setup, test: datasets.Dataset | None
 ) -> tuple[datasets.Dataset, Sequence[str]]:
     """The images of `eval.images`, with the labels of a network that is told them, and names."""
-    if config.eval.images == "test":
-        test = datasets.get_dataset(config, "test")
-        check_labels(config, test)
-        return test, [str(i) for i in datasets.subset(test, config.eval.num_test_data)]
-    path, size = pathlib.Path(config.eval.images), config.data.image_size
-    if config.data.dataset == "array":
-        dataset, given = datasets.array_of_images(config, path, "eval.images")
+    options, num_levels = setup.evaluation, setup.num_levels
+    # Of runs that do not have the names of their classes, they are numbers.
+    classes = setup.classes or tuple(map(str, range(setup.num_classes)))
+    if test:
+        check_labels(setup.num_classes, setup.classes, test)
+        return test, [str(i) for i in datasets.subset(test, options.num_test_data)]
+    path = pathlib.Path(options.images)
+    if setup.units.of_arrays:
+        dataset, given = setup.read_arrays(path, "eval.images")
         source: Source = dataset.source
         names: Sequence[str] = [str(i) for i in range(len(source))]
     else:
-        source, names, given = load_images(
-            path, size, config.data.num_channels, "eval.images", least=1
-        )
-    if num_levels != 256 and config.data.dataset != "array":
+        height, _, channels = setup.shape
+        source, names, given = load_images(path, height, channels, "eval.images", least=1)
+    if num_levels != 256 and not setup.units.of_arrays:
         grey = source.fetch(np.arange(len(names)))["image"]
         levels = np.round(grey * ((num_levels - 1) / 255)).astype(np.uint8)
         source = ArraySource(levels, np.zeros(len(names), int))
-    labels = _known_labels(config, given, classes) if config.model.num_classes else None
+    labels = _known_labels(given, classes) if setup.num_classes else None
     if labels is None:
         return datasets.Dataset(path.stem, source, num_levels, ()), names
     source = LabelledSource(source, labels)
     return datasets.Dataset(path.stem, source, num_levels, classes), names
 
 
-def _known_labels(
-    config: ConfigDict, given: Sequence[str] | None, classes: tuple[str, ...]
-) -> np.ndarray | None:
+def _known_labels(given: Sequence[str] | None, classes: tuple[str, ...]) -> np.ndarray | None:
     """The numbers of images' labels among a network's classes; None if there are none of these."""
     if given is None:
         log.warning("eval.images have no labels; they are scored as images of no label")
@@ -304,44 +304,49 @@ def _known_labels(
 
 
 def _evaluate_images(
-    config: ConfigDict, setup: Setup, workdir: pathlib.Path, steps: list[int]
+    setup: Setup,
+    workdir: pathlib.Path,
+    steps: list[int],
+    chosen: datasets.Dataset,
+    names: Sequence[str],
 ) -> dict[str, Any]:
     """Bits/dim of each of the images of `eval.images`, in a folder of their own below eval/."""
     if len(steps) != 1:
         raise UserError(f"eval.images is for one checkpoint; {len(steps)} are chosen")
-    _check_density(config)
-    # Of runs that do not have the names of their classes, they are numbers.
-    classes = tuple(config.data.classes) or tuple(map(str, range(config.model.num_classes)))
-    chosen, names = _images_to_score(config, setup.num_levels, classes)
-    if config.model.num_classes and not (chosen.num_classes or config.training.label_dropout):
+    _check_density(setup)
+    if setup.num_classes and not (chosen.num_classes or setup.label_dropout):
         raise UserError(
             "eval.images have no labels, and the network was never trained without "
             "(training.label_dropout=0)"
         )
-    config = config.copy_and_resolve_references()
-    config.eval.update(num_test_data=len(names), num_draws=config.eval.image_draws)
+    options = setup.evaluation
+    options = dataclasses.replace(options, num_test_data=len(names), num_draws=options.image_draws)
+    setup = dataclasses.replace(setup, evaluation=options)
     results = PartialResults(workdir / "eval" / "parts")
     scored = Data(chosen, chosen)  # the training images are not needed
-    bits = BitsEvaluation(config, setup, scored, results, get_bpd_fn(config, setup))
-    advise_on_bits(config, setup, bits.num_test)
+    bits = BitsEvaluation(setup, scored, results, get_bpd_fn(setup))
+    advise_on_bits(setup, bits.num_test)
     log.info(
         "bits/dim of %d images of %s, %d draws each for its error (eval.image_draws)",
         len(names),
-        config.eval.images,
-        config.eval.image_draws,
+        options.images,
+        options.image_draws,
     )
     # Anew, as in `_evaluate`.
-    steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
-    params = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0]).ema_params
+    steps = hosts.on_main(lambda: _steps(setup, workdir))
+    state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, steps[0])
+    params = state.ema_params
     values = bits_of_images(bits, params)
-    digest = short_hash(datasets.fingerprint(chosen), len(names), params, config.eval)[:8]
+    digest = short_hash(
+        datasets.fingerprint(chosen), len(names), params, dataclasses.asdict(options)
+    )[:8]
     folder = workdir / "eval" / f"images_{chosen.name}_{digest}"
     report = {
-        "data": config.data.dataset,
+        "data": setup.fields["data"]["dataset"],
         "step": steps[0],
-        "images": "test images" if config.eval.images == "test" else config.eval.images,
+        "images": "test images" if options.images == "test" else options.images,
         "num_levels": setup.num_levels,
-        "padded": image_shape(config) != array_shape(config),
+        "padded": setup.padded_shape != setup.shape,
         "weights_digest": short_hash(params),
         **summarize_bits(bits, values),
     }
@@ -356,49 +361,48 @@ def _evaluate_images(
 
 
 def _evaluate(
-    config: ConfigDict,
     setup: Setup,
     data: Data,
     workdir: pathlib.Path,
     given: tuple[Images, dict[str, Any]] | None,
     steps: list[int],
 ) -> dict[str, Any]:
-    folder = workdir / "eval"
+    folder, options = workdir / "eval", setup.evaluation
     results = PartialResults(folder / "parts")
-    scorers = get_scorers(config, data) if config.eval.enable_sampling else []
-    bits = BitsEvaluation(config, setup, data, results, get_bpd_fn(config, setup))
-    sample = get_sampler(config, setup, _sample_size(config))
-    run = _Run(config, setup, results, bits, sample, scorers)
-    none = config.eval.enable_sampling and not run.scores_samples
-    if none and config.eval.enable_bpd and not given:
+    scorers = get_scorers(setup, data) if options.enable_sampling else []
+    bits = BitsEvaluation(setup, data, results, get_bpd_fn(setup))
+    sample = get_sampler(setup, options.samples_a_batch)
+    run = _Run(setup, results, bits, sample, scorers)
+    none = options.enable_sampling and not run.scores_samples
+    if none and options.enable_bpd and not given:
         log.warning(
             "nothing can score samples of %s, so none are drawn; --mode sample draws and keeps "
             "them",
             data.train.name,
         )
-    if not run.scores_samples and (given or not config.eval.enable_bpd):
+    if not run.scores_samples and (given or not options.enable_bpd):
         raise UserError("nothing would be scored; see the lines above, and the eval.enable_ fields")
     if run.scores_samples and not given:
-        advise_on_sampling(config, "eval.sampling_batch_size", _sample_size(config))
-    if config.eval.enable_bpd and not given:
-        _check_density(config)
-        advise_on_bits(config, setup, bits.num_test)
-    if config.eval.enable_bpd and not given and bits.num_test < 2:
+        advise_on_sampling(setup, "eval.sampling_batch_size", options.samples_a_batch)
+    if options.enable_bpd and not given:
+        _check_density(setup)
+        advise_on_bits(setup, bits.num_test)
+    if options.enable_bpd and not given and bits.num_test < 2:
         raise UserError(f"{data.test.name} has one test image; a standard error needs 2 or more")
     about: dict[str, Any] = {"data": data.train.name, "num_levels": setup.num_levels}
     about["data_notes"] = list(data.train.notes)
-    about["padded"] = image_shape(config) != array_shape(config)
+    about["padded"] = setup.padded_shape != setup.shape
     if given:
         images, facts = given
-        name = pathlib.Path(config.eval.samples).resolve().name
+        name = pathlib.Path(options.samples).resolve().name
         folder = folder / f"samples_{name}_{images.digest[:8]}"
-        log.info("evaluating %d images of %s", images.count, config.eval.samples)
+        log.info("evaluating %d images of %s", images.count, options.samples)
         report = about | facts | _evaluate_samples(run, images, folder)
         hosts.on_main(functools.partial(write_report, report, folder))
     else:
-        about |= evaluate_baselines(run.bits) if config.eval.enable_bpd else {}
+        about |= evaluate_baselines(run.bits) if options.enable_bpd else {}
         # Anew, since a training may have deleted the newest checkpoint in the meantime.
-        steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
+        steps = hosts.on_main(lambda: _steps(setup, workdir))
         report = _evaluate_steps(run, workdir, steps, about)
     hosts.on_main(lambda: _finish(results, folder))
     return report
@@ -462,11 +466,11 @@ def make_statistics(config: ConfigDict) -> pathlib.Path:
     Raises:
       UserError: there are no Inception weights, or the file has statistics of something else.
     """
-    set_up(config)
-    train = datasets.get_dataset(config, "train")
-    extractor = get_inception(config.eval.inception_path, cache_dir(config), train.num_levels)
+    setup, train = set_up(config), datasets.get_dataset(config, "train")
+    options = setup.evaluation
+    extractor = get_inception(options.inception_path, cache_dir(options), train.num_levels)
     if not extractor:
         raise UserError("no Inception weights, hence no statistics; the line above says more")
-    statistics, path = inception_statistics(config, extractor, train, make=True)
+    statistics, path = inception_statistics(setup, extractor, train, make=True)
     log.info("%s: %s", path, statistics.facts)
     return path

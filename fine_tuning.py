@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from build import Setup, set_up
 from errors import UserError
 from runtime import checkpointing
 from runtime.workdir import recorded_config
-from session import Classes, classes_of, set_up
 from train_step import TrainState
 
 log = logging.getLogger("soft_truncation")
@@ -20,7 +20,7 @@ _LEAST = 0.1  # of the parameters must fit
 _LABELS = "Embed_0/embedding"  # a row for each class, and a last one for no label
 
 
-def start_from(state: TrainState, source: str, classes: Classes) -> TrainState:
+def start_from(setup: Setup, state: TrainState, source: str) -> TrainState:
     """The first state of a run whose weights are those of another run or of an exported model.
 
     Each array of the other network's EMA weights that has the name and the shape of one here takes
@@ -28,9 +28,9 @@ def start_from(state: TrainState, source: str, classes: Classes) -> TrainState:
     the labels' embedding the rows are taken whose classes have the same names.
 
     Args:
-      state: the new run's first state.
+      setup: the parts of the new run.
+      state: its first state.
       source: the folder of the other run, whose newest checkpoint is read, or of an exported model.
-      classes: those that the new run's network knows.
 
     Returns:
       `state` with these `params` and `ema_params`; its other arrays are new.
@@ -41,14 +41,15 @@ def start_from(state: TrainState, source: str, classes: Classes) -> TrainState:
     folder, other = pathlib.Path(source), recorded_config(source)
     if other is None:
         raise UserError(f"--init_from: {folder} is no run and no exported model")
-    shape = set_up(other).state_shape
+    theirs = set_up(other)
+    shape = theirs.state_shape
     there = checkpointing.restore_latest(other, folder, shape, weights_only=True)
     given = traverse_util.flatten_dict(there.ema_params, sep="/")
     own = traverse_util.flatten_dict(jax.tree.map(np.asarray, state.params), sep="/")
     taken = {name: x for name, x in given.items() if np.shape(own.get(name)) == x.shape}
     rows = {}
     if _LABELS in own.keys() & given.keys() and own[_LABELS].shape[1:] == given[_LABELS].shape[1:]:
-        rows = _rows_of_classes(classes, classes_of(other))
+        rows = _rows_of_classes(setup, theirs)
     if rows:
         taken[_LABELS] = np.array(own[_LABELS])
         taken[_LABELS][list(rows)] = given[_LABELS][list(rows.values())]
@@ -63,14 +64,16 @@ def start_from(state: TrainState, source: str, classes: Classes) -> TrainState:
     return dataclasses.replace(state, params=params, ema_params=params)
 
 
-def _rows_of_classes(here: Classes, there: Classes) -> dict[int, int]:
+def _rows_of_classes(setup: Setup, other: Setup) -> dict[int, int]:
     """The rows of the labels' embedding here, and those of the same meaning in another network."""
-    own, other = here.names, there.names or tuple(map(str, range(there.count)))  # an older run's
-    numbers = all(name.isdecimal() for name in (*own, *other))
-    if numbers and here.dataset != there.dataset:  # the same numbers of other things
-        own = ()
-    of_both = {own.index(name): other.index(name) for name in own if name in other}
-    return {**of_both, here.count: there.count}
+    here = setup.classes
+    there = other.classes or tuple(map(str, range(other.num_classes)))  # an older run's
+    numbers = all(name.isdecimal() for name in (*here, *there))
+    datasets = (parts.fields["data"]["dataset"] for parts in (setup, other))
+    if numbers and len(set(datasets)) > 1:  # the same numbers of other things
+        here = ()
+    of_both = {here.index(name): there.index(name) for name in here if name in there}
+    return {**of_both, setup.num_classes: other.num_classes}
 
 
 def _told(

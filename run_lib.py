@@ -11,9 +11,11 @@ from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 
 import datasets
+from build import Setup, get_train_call, set_up, with_classes, with_data_facts
 from datasets import Data, load_data
 from errors import UserError
 from fine_tuning import start_from
+from memory_advice import advise_on_training
 from metrics.in_training import get_grid_fn, get_test_loss
 from runtime import hosts
 from runtime.files import can_do_without
@@ -25,17 +27,6 @@ from runtime.workdir import (
     check_processes,
     record_data,
 )
-from session import (
-    Setup,
-    advise_on_training,
-    classes_of,
-    get_train_call,
-    init_state,
-    objective_in_words,
-    set_up,
-    with_classes,
-    with_data_facts,
-)
 from train_step import (
     TrainState,
     first_copy,
@@ -44,7 +35,7 @@ from train_step import (
     steps_a_call,
     unpack_state,
 )
-from training_log import TrainingLog, saves_at
+from training_log import TrainingLog
 
 log = logging.getLogger("soft_truncation")
 
@@ -75,13 +66,14 @@ def train(
         saving fails, too often in a row.
     """
     config = with_data_facts(config, workdir, override, init_from)
-    workdir, training, num_steps = pathlib.Path(workdir), config.training, config.training.n_iters
+    workdir = pathlib.Path(workdir)
 
     # Model, optimiser and objective; data.
     setup, data = set_up(config, jax.device_count()), load_data(config)
-    config = with_classes(config, data.train, anew=bool(init_from) or override)
+    setup = with_classes(setup, data.train, anew=bool(init_from) or override)
+    loop, num_steps = setup.loop, setup.loop.n_iters
     facts = datasets.facts_of_data(data)
-    check_processes(config, facts)
+    check_processes(setup.fields, facts)
 
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(hosts.Preemption())
@@ -89,15 +81,15 @@ def train(
         # Resume: the main process locks the workdir and reads the newest checkpoint.
         files = None
         if hosts.is_main():
-            files = RunFiles(config, workdir, stack, override, config_file)
+            files = RunFiles(setup.fields, workdir, stack, override, config_file)
         restored = hosts.on_main(
-            lambda: files and files.open(setup.state_shape), like=setup.state_shape
+            lambda: files and files.open(setup.state_shape, loop), like=setup.state_shape
         )
-        _log_start(config, setup, data, workdir)
-        advise_on_training(config)
-        state = restored or init_state(config, setup.model, setup.optimizer)
+        _log_start(setup, data, workdir)
+        advise_on_training(setup)
+        state = restored or setup.init_state()
         if init_from and not restored:
-            state = start_from(state, init_from, classes_of(config))
+            state = start_from(setup, state, init_from)
         elif init_from:
             log.warning("%s has a run already: it goes on, and --init_from is not read", workdir)
         if files:
@@ -113,11 +105,11 @@ def train(
         del restored, state  # to free the device's memory
 
         # The training step, and the functions that are called between steps.
-        train_call = get_train_call(config, setup, data.train, first_step=step)
-        test_loss = get_test_loss(config, setup, data.test)
-        draw_grid = get_grid_fn(config, setup, data.test, workdir)
-        training_log = TrainingLog(config, setup, data.train, files, workdir)
-        most = steps_a_call(config)
+        train_call = get_train_call(setup, data.train, first_step=step)
+        test_loss = get_test_loss(setup, data.test)
+        draw_grid = get_grid_fn(setup, data.test, workdir)
+        training_log = TrainingLog(setup, data.train, files, workdir)
+        most = steps_a_call(loop)
         hosts.describe_run(lambda: (f" at step {step}", _goes_on_from(workdir)))
 
         # The loop.
@@ -127,9 +119,9 @@ def train(
             step += count
             training_log.after_call(step, count, values, packed)
             done, stop = step == num_steps, preemption.requested()
-            evaluates = step % training.eval_freq == 0 or done
-            samples = training.snapshot_sampling and (step % training.snapshot_freq == 0 or done)
-            saves = saves_at(config, step) or stop
+            evaluates = step % loop.eval_freq == 0 or done
+            samples = loop.snapshot_sampling and (step % loop.snapshot_freq == 0 or done)
+            saves = loop.saves_at(step) or stop
             if not (evaluates or samples or saves):
                 continue
             jax.block_until_ready(packed.step)  # waiting for queued steps is training
@@ -168,14 +160,14 @@ def train(
         return state
 
 
-def _log_start(config: ConfigDict, setup: Setup, data: Data, workdir: pathlib.Path) -> None:
-    batch, devices = config.training.batch_size, jax.devices()
+def _log_start(setup: Setup, data: Data, workdir: pathlib.Path) -> None:
+    batch, devices = setup.loop.batch_size, jax.devices()
     log.info("workdir %s", workdir)
     log.info(
         "model %s: %s parameters, compute in %s",
-        config.model.name,
+        setup.network,
         f"{count_parameters(setup.state_shape.params):,}",
-        config.model.dtype,
+        setup.dtype,
     )
     log.info(
         "devices %d × %s, batch %d (%d per device), %.1f steps per epoch",
@@ -185,16 +177,7 @@ def _log_start(config: ConfigDict, setup: Setup, data: Data, workdir: pathlib.Pa
         batch // len(devices),
         len(data.train) / batch,
     )
-    training = config.training
-    log.info("objective: %s", objective_in_words(config))
-    if training.mixed:
-        log.info(
-            "mixed: half of a batch has variance weighting and uniform time, with weight %g%s",
-            training.ddpm_weight,
-            " times the ratio of the halves' losses" if training.balanced else "",
-        )
-    if training.reconstruction_loss:
-        log.info("with the reconstruction loss, %s data", config.data.dequantization)
+    log.info("objective: %s", setup.objective_text)
 
 
 def _goes_on_from(workdir: pathlib.Path) -> str:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 import datasets
 from losses import Objective, ScoreFn, drop_labels, step_key
+from parts import Loop
 
 log = logging.getLogger("soft_truncation")
 
@@ -251,13 +252,12 @@ def _on_accelerator() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def steps_a_call(config: ConfigDict) -> int:
+def steps_a_call(loop: Loop) -> int:
     """The number of steps in one call: a divisor of `n_jitted_steps` and all logging intervals."""
-    training = config.training
     if not _on_accelerator():  # convolution gradients are slow in loops there
         return 1
-    regular = (training.snapshot_freq, training.snapshot_freq_for_preemption)
-    return math.gcd(training.n_jitted_steps, training.log_freq, training.eval_freq, *regular)
+    regular = (loop.snapshot_freq, loop.snapshot_freq_for_preemption)
+    return math.gcd(loop.n_jitted_steps, loop.log_freq, loop.eval_freq, *regular)
 
 
 # Data sets of at most this many bytes are kept in an accelerator's memory.

@@ -11,17 +11,16 @@ from typing import NoReturn
 import jax
 import numpy as np
 from jax import Array
-from ml_collections import ConfigDict
 
 import datasets
+from build import (
+    Setup,
+)
 from errors import UserError
 from runtime import environment
 from runtime.files import can_do_without, write_text
 from runtime.progress import clock
 from runtime.run_files import RunFiles
-from session import (
-    Setup,
-)
 from train_step import (
     LossSums,
     TrainState,
@@ -35,26 +34,18 @@ log = logging.getLogger("soft_truncation")
 _STEPS_THAT_PAY = 100  # for loading a training step that has been compiled
 
 
-def saves_at(config: ConfigDict, step: int) -> bool:
-    """Whether a checkpoint is due after this step."""
-    training = config.training
-    regular = (training.snapshot_freq, training.snapshot_freq_for_preemption)
-    return step == training.n_iters or any(step % freq == 0 for freq in regular)
-
-
 class TrainingLog:
     """Writes losses, rates and skipped steps to the log and to metrics.jsonl."""
 
     def __init__(
         self,
-        config: ConfigDict,
         setup: Setup,
         train: datasets.Dataset,
         files: RunFiles | None,
         workdir: pathlib.Path,
     ) -> None:
         """`files` are None on processes that write nothing."""
-        self._config, self._setup, self._files, self._workdir = config, setup, files, workdir
+        self._setup, self._files, self._workdir = setup, files, workdir
         self._train = train
         self._sums = LossSums()
         self._window_start, self._window_steps, self._compiled = time.monotonic(), 0, False
@@ -80,11 +71,11 @@ class TrainingLog:
         Raises:
           UserError: the loss or gradient was not finite for too many steps in a row.
         """
-        training = self._config.training
+        training = self._setup.loop
         self._window_steps += count
         self._sums.add(values)
         logs = step % training.log_freq == 0 or step == training.n_iters
-        if not (logs or not self._compiled or saves_at(self._config, step)):
+        if not (logs or not self._compiled or training.saves_at(step)):
             return  # reading a value would make the host wait for the device
         sums = self._sums.read()
         last = {name: value[-1] for name, value in values.items()}
@@ -132,7 +123,7 @@ class TrainingLog:
 
     def _fault(self, step: int, values: dict[str, Array], packed: TrainState) -> str:
         """What of a step is not finite, the first of what follows from each other."""
-        seed, size = self._config.seed, self._config.training.batch_size
+        seed, size = self._setup.seed, self._setup.loop.batch_size
         images = next(datasets.train_batches(self._train, size, seed, step - 1))["image"]
         if not np.isfinite(images).all():
             return "data"
@@ -145,10 +136,8 @@ class TrainingLog:
         self, step: int, streak: float, values: dict[str, Array], packed: TrainState
     ) -> NoReturn:
         """Write what is known of the step to not_finite.json, and raise a UserError."""
-        config = self._config
-        tau, t = self._setup.objective.times_of_step(
-            config.seed, step - 1, config.training.batch_size
-        )
+        setup = self._setup
+        tau, t = setup.objective.times_of_step(setup.seed, step - 1, setup.loop.batch_size)
         path = self._workdir / "not_finite.json"
         numbers = {name: repr(float(values[name])) for name in ("loss", "grad_norm")}
         fault, times = self._fault(step, values, packed), np.asarray(t, float).tolist()

@@ -51,7 +51,7 @@ def _state() -> Any:
 
 
 def _make_checkpoint(folder: pathlib.Path) -> None:
-    with checkpointing.checkpoints(get_default_config(), folder) as manager:
+    with checkpointing.checkpoints(folder, 1000) as manager:
         saver = checkpointing.Saver(manager, max_failures=1)
         saver.save(7, _state())
         saver.settle()

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from clu.parameter_overview import count_parameters
 
-import session
+import build
 from configs.vp import cifar10_st
 from runtime import checkpointing
 
@@ -27,14 +27,14 @@ def main() -> None:
     parser.add_argument("--steps_per_second", type=float, default=28.0, help="speed of training")
     rate = parser.parse_args().steps_per_second
     config = cifar10_st.get_config()
-    setup = session.set_up(config)
+    setup = build.set_up(config)
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(s.dtype), setup.state_shape)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     print(f"{count_parameters(state.params):,} parameters, {size / 2**20:.0f} MiB of state")
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder)
-        with checkpointing.checkpoints(config, workdir) as manager:
+        with checkpointing.checkpoints(workdir, config.training.snapshot_freq) as manager:
             saver = checkpointing.Saver(manager, max_failures=1)
             for step in (1, 2):
                 start = time.time()

@@ -114,7 +114,7 @@ def _config(folder: pathlib.Path) -> None:
 
 
 def _read_config(folder: pathlib.Path) -> None:
-    from session import REGISTRIES
+    from build import REGISTRIES
 
     validate(saved.get_config(folder), 1, REGISTRIES)
 

@@ -31,7 +31,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-import session
+import build
+import memory_advice
 from benchmarks.measure import Table
 from metrics import bits_per_dim
 from models import norm_kernels, norm_pallas
@@ -100,12 +101,12 @@ def programs(config: ConfigDict) -> Iterator[tuple[str, Any, Any, bool]]:
         changed = config.copy_and_resolve_references()
         changed.model.update(dtype=dtype, remat=remat)
         name = f"train, {dtype}" + (", remat" if remat else "")
-        yield name, *session.train_program(changed), True
+        yield name, *memory_advice.train_program(build.set_up(changed)), True
     batch = config.eval.sampling_batch_size or config.eval.batch_size
-    yield "sample", *session.sample_program(config, batch), False
+    yield "sample", *memory_advice.sample_program(build.set_up(config), batch), False
     if config.eval.enable_bpd:
-        setup = session.set_up(config)
-        yield "bits/dim", *bits_per_dim.bits_program(config, setup, config.eval.batch_size), False
+        setup = build.set_up(config)
+        yield "bits/dim", *bits_per_dim.bits_program(setup, config.eval.batch_size), False
 
 
 COLUMNS = (
@@ -152,7 +153,7 @@ def main() -> None:
     with target_device(flags.target) as device:
         for group in groups.values():
             config = group[0][1]
-            setup = session.set_up(config)
+            setup = build.set_up(config)
             state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.state_shape))
             cells: dict[str, str] = {}
             for column, program, shapes, donate in programs(config):

@@ -23,10 +23,10 @@ import numpy as np
 import scipy.integrate
 from absl import logging
 
+import build
 import datasets
 import likelihood
 import losses
-import session
 from configs import saved
 from runtime import checkpointing, environment
 from sampling import probability_flow
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[64, 32])
     flags = parser.parse_args()
     config = saved.get_config(flags.workdir)
-    setup = session.set_up(config)
+    setup = build.set_up(config)
     state = checkpointing.restore_latest(config, flags.workdir, setup.state_shape)
     score_fn = setup.make_score_fn(state.ema_params)
     images = datasets.in_order(datasets.load_data(config).test, flags.batch)["image"]

@@ -30,10 +30,10 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+import build
 import datasets
 import evaluation
 import run_lib
-import session
 from configs import saved
 from runtime import checkpointing, environment
 from runtime.metrics_log import read_metrics
@@ -79,7 +79,7 @@ def tf32_products() -> Iterator[None]:
 
 def print_small_times(config: ConfigDict, params: Any) -> None:
     """The table of the noise that is lost and of the loss by time, in each type."""
-    setup, test = session.set_up(config), datasets.get_dataset(config, "test")
+    setup, test = build.set_up(config), datasets.get_dataset(config, "test")
     images = datasets.in_order(test, 256)["image"]
     x0 = jnp.asarray(setup.preprocessing.to_x0_without_noise(images))
     z = jax.random.normal(jax.random.key(0), x0.shape)
@@ -93,7 +93,7 @@ def print_small_times(config: ConfigDict, params: Any) -> None:
     def loss(dtype: str, t: float, rounded: Callable[[Array], Array]) -> float:
         of_type = config.copy_and_resolve_references()
         of_type.model.dtype = dtype
-        score_fn = session.set_up(of_type).make_score_fn(params)
+        score_fn = build.set_up(of_type).make_score_fn(params)
         at = jnp.full(len(x0), t, jnp.float32)
 
         @jax.jit
@@ -132,7 +132,7 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.workdir:
         config = saved.get_config(flags.workdir)
-        workdir, shape = pathlib.Path(flags.workdir), session.set_up(config).state_shape
+        workdir, shape = pathlib.Path(flags.workdir), build.set_up(config).state_shape
         print_small_times(config, checkpointing.restore_latest(config, workdir, shape).ema_params)
         return
     losses, lines = {}, []

@@ -28,12 +28,10 @@ from absl import logging
 from jax import Array
 from ml_collections import ConfigDict
 
+import build
 import likelihood
 import sampling
-import session
 from benchmarks.measure import Table, gflop_a_call, peak_gib, product_rate, seconds_a_call
-from configs.shapes import image_shape
-from models import utils as mutils
 from runtime import checkpointing, environment
 from sde_lib import expand
 
@@ -51,7 +49,7 @@ def methods(config: ConfigDict, tolerance: float) -> dict[str, dict[str, Any]]:
 
 
 def score_of(
-    config: ConfigDict, setup: session.Setup, trained: bool
+    config: ConfigDict, setup: build.Setup, trained: bool
 ) -> Callable[[Any], sampling.ScoreFn]:
     """A function from parameters to the score function to sample from."""
 
@@ -68,7 +66,7 @@ def score_of(
 
 
 def likelihood_of(
-    setup: session.Setup,
+    setup: build.Setup,
     make_score_fn: Callable[[Any], sampling.ScoreFn],
     shape: tuple[int, ...],
     num_steps: int,
@@ -109,15 +107,15 @@ def main() -> None:
         parser.error("--nf and --num_res_blocks are of a network that is not trained")
     config = runpy.run_path(flags.config)["get_config"]()
     config.model.update(sizes)
-    setup = session.set_up(config)
+    setup = build.set_up(config)
     if flags.workdir:
         params = checkpointing.restore_latest(config, flags.workdir, setup.state_shape).ema_params
     else:
-        params = mutils.init_params(setup.model, image_shape(config), jax.random.key(config.seed))
+        params = setup.init_params()
     params = jax.device_put(params)
     # After restoring the checkpoint, which belongs to the unchanged config.
     config.model.update(dtype=flags.dtype, num_scales=flags.pc_steps)
-    setup = session.set_up(config)
+    setup = build.set_up(config)
     make_score_fn = score_of(config, setup, bool(flags.workdir))
     shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
     one = jnp.zeros((1, *shape)), jnp.zeros(1)
@@ -128,7 +126,7 @@ def main() -> None:
         samplers: dict[str, Any] = {}
         for name, fields in methods(config, flags.tolerance).items():
             config.sampling.update(fields)
-            samplers[name] = session.get_sampling_fn(config, setup.sde, make_score_fn, batch)
+            samplers[name] = build.get_sampling_fn(config, setup.sde, make_score_fn, batch)
         likelihood_name = f"likelihood, {flags.nll_steps} steps"
         samplers[likelihood_name] = likelihood_of(
             setup, make_score_fn, (batch, *shape), flags.nll_steps

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+import build
 import datasets
-import session
 import train_step
 from benchmarks.measure import (
     Table,
@@ -81,15 +81,15 @@ def ours(config: ConfigDict, profile: int, kernels: str | None = None) -> Iterat
         norm_kernels.BACKENDS = {name: norm_kernels.BACKENDS[name] for name in chosen}
         if chosen and (jax.default_backend() != "gpu" or norm_kernels.backend() is None):
             raise SystemExit(f"the kernels of {kernels} do not work here")
-    setup, data, batch = session.set_up(config), config.data, config.training.batch_size
+    setup, data, batch = build.set_up(config), config.data, config.training.batch_size
     shape = (data.image_size, data.image_size, data.num_channels)
     images = np.random.default_rng(0).integers(0, 256, (10_000, *shape), dtype=np.uint8)
     noise = datasets.Dataset("noise", ArraySource(images, np.zeros(len(images))), 256)
     packed = train_step.replicate(
-        train_step.pack_state(session.init_state(config, setup.model, setup.optimizer)),
+        train_step.pack_state(setup.init_state()),
         jax.local_device_count(),
     )
-    train_call = session.get_train_call(config, setup, noise, first_step=0)
+    train_call = build.get_train_call(setup, noise, first_step=0)
     steps = train_step.steps_a_call(config)
     name = config.model.dtype
 

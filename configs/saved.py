@@ -63,6 +63,11 @@ def read(workdir: str | pathlib.Path) -> dict[str, Any]:
     return fields
 
 
+def as_recorded(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a config as a run's config.json has them."""
+    return json.loads(config.to_json_best_effort())
+
+
 def get_config(workdir: str | pathlib.Path) -> ConfigDict:
     """The config of a run; fields that did not exist then have their defaults.
 

@@ -369,7 +369,7 @@ def validate(
     Args:
       config: the config.
       num_devices: the number of devices that share a training batch.
-      registries: the values that a field can name, by field; `session.REGISTRIES`.
+      registries: the values that a field can name, by field; `build.REGISTRIES`.
 
     Raises:
       UserError: one line that names the first wrong field.

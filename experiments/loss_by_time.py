@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 import datasets
 import losses
+from build import Setup, set_up
 from errors import UserError
 from experiments.sweep import Run, load_sweep, parse_machine_paths, select
 from runtime import checkpointing, environment
@@ -33,7 +34,6 @@ from runtime.metrics_log import read_metrics
 from runtime.progress import Progress
 from runtime.workdir import make_folder
 from sde_lib import SDE
-from session import Setup, set_up
 
 log = logging.getLogger("soft_truncation")
 

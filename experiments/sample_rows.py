@@ -15,11 +15,12 @@ import matplotlib
 import numpy as np
 
 import datasets
+from batched_sampling import get_sampler
+from build import set_up
 from configs import saved
 from errors import UserError
 from runtime import checkpointing, environment
 from runtime.pictures import image_grid
-from session import get_sampler, set_up
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
                 images = datasets.get_dataset(config, "test")
                 rows["real images"] = datasets.in_order(images, options.columns)["image"]
             state = checkpointing.restore_latest(config, workdir, setup.state_shape)
-            draw = get_sampler(config, setup, options.columns)
+            draw = get_sampler(setup, options.columns)
             rows[workdir.name] = np.asarray(draw(state.ema_params, jax.random.key(0)).levels)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 
 import datasets
 import losses
+from batched_sampling import get_sampler
+from build import set_up
 from configs import saved
 from runtime import checkpointing, environment
 from sampling import denoise
-from session import get_sampler, set_up
 
 TIMES = (1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.03, 0.01)
 SAMPLERS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -63,7 +64,7 @@ def main() -> None:
         print("| sampler | EMA | last weights |\n|---|---|---|")
         for name, fields in SAMPLERS:
             config.sampling.update(fields)
-            sample = get_sampler(config, setup, flags.samples)
+            sample = get_sampler(setup, flags.samples)
             shares = [
                 datasets.share_at_ends(sample(p, jax.random.key(1)).levels, setup.num_levels)
                 for p in (state.ema_params, state.params)

@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 
 from metrics.report import read_report, remarks, table
 from runtime.workdir import short_hash
-from session import objective_in_words
 
 
 def _report_of(workdir: pathlib.Path, step: int, params: Any) -> dict[str, Any] | None:
@@ -21,12 +20,15 @@ def _report_of(workdir: pathlib.Path, step: int, params: Any) -> dict[str, Any] 
     return None
 
 
-def model_card(name: str, config: ConfigDict, workdir: pathlib.Path, step: int, params: Any) -> str:
+def model_card(
+    name: str, config: ConfigDict, objective: str, workdir: pathlib.Path, step: int, params: Any
+) -> str:
     """The README.md of an exported model.
 
     Args:
       name: the model's name.
       config: the run's config.
+      objective: what it was trained by, in words.
       workdir: the run, whose report is quoted if it is of these weights.
       step: the step of the weights.
       params: the weights.
@@ -40,7 +42,7 @@ def model_card(name: str, config: ConfigDict, workdir: pathlib.Path, step: int, 
         "licence of the data": "not known to this program: see where they come from",
         "network": f"{config.model.name}, {count_parameters(params):,} parameters, predicts the "
         f"{config.model.parametrization}",
-        "objective": objective_in_words(config),
+        "objective": objective,
         "training": f"{step:,} steps of {training.batch_size} images",
     }
     lines = [f"# {name}", "", "The EMA weights of a score-based diffusion model are in "]

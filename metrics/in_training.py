@@ -1,5 +1,6 @@
 """What training shows of a network: its loss on test images, and grids of its samples."""
 
+import dataclasses
 import logging
 import pathlib
 from collections.abc import Callable
@@ -9,44 +10,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from ml_collections import ConfigDict
 
 import datasets
 import losses
 import seeds
+from batched_sampling import get_sampler
+from build import Setup, labels_on_devices
 from runtime import hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.files import can_do_without
 from runtime.pictures import (
     save_grid,
 )
-from session import (
-    Setup,
-    get_sampler,
-    labels_on_devices,
-)
 
 log = logging.getLogger("soft_truncation")
 
 
-def get_test_loss(
-    config: ConfigDict, setup: Setup, test: datasets.Dataset
-) -> Callable[[Any], float]:
+def get_test_loss(setup: Setup, test: datasets.Dataset) -> Callable[[Any], float]:
     """A function params → the loss on up to four batches of test images, with fixed noise.
 
     All devices share each batch, so every process must call it.
     """
-    config = config.copy_and_resolve_references()
-    if config.training.truncation == "soft":
-        # The same expectation without the variance of drawing a single truncation for the batch.
-        config.training.truncation = "equivalent_weight"
-    # Terms that depend on τ other than by the weight are left out.
-    config.training.update(reconstruction_loss=False, balanced=False)
-    chosen = datasets.in_order(test, min(1000, config.training.batch_size * 4))
+    chosen = datasets.in_order(test, min(1000, setup.loop.batch_size * 4))
     images, labels = chosen["image"], chosen["label"]
-    size = min(len(images), config.training.batch_size)
-    size = config.training.batch_size = max(size - size % 2, 1)  # `mixed` needs pairs
-    objective = losses.get_objective(config, setup.sde)
+    size = min(len(images), setup.loop.batch_size)
+    size = max(size - size % 2, 1)  # `mixed` needs pairs
+    # The same expectation without the variance of drawing a single truncation for the batch, and
+    # without terms that depend on τ other than by the weight.
+    objective = dataclasses.replace(
+        setup.objective,
+        weigh_by_prior=True,
+        reconstruction=False,
+        balanced=False,
+        stratified=size if setup.objective.stratified else 0,
+    )
 
     @jax.jit
     def mean_loss(
@@ -62,10 +59,9 @@ def get_test_loss(
         rows = everywhere if whole else rows
         params = to_devices(params, everywhere)
         for start in range(0, len(images) - size + 1, size):
-            key = to_devices(losses.step_key(config.seed + seeds.TEST_LOSS, start), everywhere)
+            key = to_devices(losses.step_key(setup.seed + seeds.TEST_LOSS, start), everywhere)
             batch = to_devices((images[start : start + size], np.arange(size)), rows)
-            of_batch = labels[start : start + size]
-            told = labels_on_devices(of_batch, config.model.num_classes, whole=whole)
+            told = labels_on_devices(labels[start : start + size], setup.num_classes, whole)
             values.append(float(mean_loss(params, key, *batch, told)))
         return float(np.mean(values))
 
@@ -73,17 +69,17 @@ def get_test_loss(
 
 
 def get_grid_fn(
-    config: ConfigDict, setup: Setup, test: datasets.Dataset, workdir: pathlib.Path
+    setup: Setup, test: datasets.Dataset, workdir: pathlib.Path
 ) -> Callable[[Any, str], str]:
     """A function (params, file name) → a sentence for the log; it makes a grid of samples.
 
     The noise is the same each time.
     """
-    sample, num_levels = get_sampler(config, setup, config.sampling.batch_size), setup.num_levels
+    sample, num_levels = get_sampler(setup, setup.sampling.batch_size), setup.num_levels
     few = datasets.in_order(test, 500)["image"]
 
     def draw(params: Any, name: str) -> str:
-        levels = sample(params, jax.random.key(config.seed + seeds.GRIDS)).levels
+        levels = sample(params, jax.random.key(setup.seed + seeds.GRIDS)).levels
         path = workdir / "samples" / name
         if hosts.is_main():
             with can_do_without(path):

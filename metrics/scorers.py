@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 import datasets
+import parts
+from build import Setup
 from datasets import Data
 from errors import UserError
 from metrics import distances
@@ -89,38 +90,36 @@ def images_of(dataset: datasets.Dataset, limit: int | None = None) -> Images:
     return Images(count, name, batches)
 
 
-def _features_only(parts: Iterable[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
-    for part in parts:
+def _features_only(rows: Iterable[dict[str, np.ndarray]]) -> Iterator[np.ndarray]:
+    for part in rows:
         yield part["features"]
 
 
-def cache_dir(config: ConfigDict) -> pathlib.Path:
+def cache_dir(options: parts.Evaluation) -> pathlib.Path:
     """The folder where extractors and statistics are cached."""
-    return pathlib.Path(config.eval.cache_dir or environment.cache_dir())
+    return pathlib.Path(options.cache_dir or environment.cache_dir())
 
 
-def _reference_facts(
-    config: ConfigDict, extractor: Extractor, train: datasets.Dataset
-) -> dict[str, Any]:
+def _reference_facts(setup: Setup, extractor: Extractor, train: datasets.Dataset) -> dict[str, Any]:
     return {
         "extractor": extractor.name,
         "weights": extractor.weights,
         "dataset": train.name,
         "fingerprint": datasets.fingerprint(train),
         "split": "train",
-        "image_size": config.data.image_size,
-        "num_channels": config.data.num_channels,
-        "num_images": min(len(train), config.eval.num_reference or len(train)),
+        "image_size": setup.shape[0],
+        "num_channels": setup.shape[2],
+        "num_images": min(len(train), setup.evaluation.num_reference or len(train)),
     }
 
 
 def inception_statistics(
-    config: ConfigDict, extractor: Extractor, train: datasets.Dataset, make: bool
+    setup: Setup, extractor: Extractor, train: datasets.Dataset, make: bool
 ) -> tuple[Statistics, pathlib.Path]:
     """Statistics of the training images, and the path of their file.
 
     Args:
-      config: if `eval.stats_path` is empty, the file lies in the cache folder.
+      setup: of the run; if `eval.stats_path` is empty, the file lies in the cache folder.
       extractor: computes the features.
       train: the training images.
       make: whether to make a missing `eval.stats_path`; a missing file in the cache is always made.
@@ -128,48 +127,49 @@ def inception_statistics(
     Raises:
       UserError: the file of `eval.stats_path` is missing, can't be read, or is of something else.
     """
-    facts = _reference_facts(config, extractor, train)
-    name = f"{train.name}_{config.data.image_size}_{short_hash(facts)}.npz"
-    path = pathlib.Path(config.eval.stats_path or cache_dir(config) / "stats" / name)
+    facts, options = _reference_facts(setup, extractor, train), setup.evaluation
+    name = f"{train.name}_{setup.shape[0]}_{short_hash(facts)}.npz"
+    path = pathlib.Path(options.stats_path or cache_dir(options) / "stats" / name)
     if hosts.on_main(path.exists):
         log.info("statistics of the training images: %s", path)
         try:
-            kept = hosts.on_main(lambda: vars(load_statistics(path, facts)))
-            return Statistics(**kept), path
+            found = hosts.on_main(lambda: vars(load_statistics(path, facts)))
+            return Statistics(**found), path
         except UserError as error:
-            if config.eval.stats_path:
+            if options.stats_path:
                 raise
             log.warning("%s; computing them again", error)
-    if config.eval.stats_path and not make:
+    if options.stats_path and not make:
         raise UserError(f"eval.stats_path: there is no file {path}; --mode stats makes it")
-    option = "eval.stats_path" if config.eval.stats_path else "eval.cache_dir"
+    option = "eval.stats_path" if options.stats_path else "eval.cache_dir"
     hosts.on_main(lambda: make_folder(path.parent, option))
-    parts = PartialResults(path.with_suffix(".parts"))
+    kept = PartialResults(path.with_suffix(".parts"))
     images = images_of(train, facts["num_images"])
-    rows = _features_only(_kept_features(extractor, images, parts, "training images"))
+    rows = _features_only(_kept_features(extractor, images, kept, "training images"))
     statistics = summarize(facts, rows, images.count)
     hosts.on_main(lambda: save_statistics(statistics, path))
-    hosts.on_main(lambda: parts.discard(parts.used))
+    hosts.on_main(lambda: kept.discard(kept.used))
     log.info("statistics of %d training images in %s", images.count, path)
     return statistics, path
 
 
-def get_scorers(config: ConfigDict, data: Data) -> list[Scorer]:
+def get_scorers(setup: Setup, data: Data) -> list[Scorer]:
     """The scorers that are possible: Inception if it has weights, a classifier if there are labels.
 
     Raises:
       UserError: a file of weights or statistics can't be read, or is of something else.
     """
-    scorers, folder = [], cache_dir(config)
-    if config.eval.enable_fid:
-        if config.data.num_channels not in (1, 3):
+    options = setup.evaluation
+    scorers, folder = [], cache_dir(options)
+    if options.enable_fid:
+        if setup.shape[2] not in (1, 3):
             raise UserError(
                 f"eval.enable_fid: Inception takes images of 1 or 3 channels, not of "
-                f"{config.data.num_channels}; set --config.eval.enable_fid=False"
+                f"{setup.shape[2]}; set --config.eval.enable_fid=False"
             )
-        extractor = get_inception(config.eval.inception_path, folder, data.train.num_levels)
+        extractor = get_inception(options.inception_path, folder, data.train.num_levels)
         if extractor:
-            statistics, path = inception_statistics(config, extractor, data.train, make=False)
+            statistics, path = inception_statistics(setup, extractor, data.train, make=False)
             facts = {
                 "inception_weights": extractor.weights,
                 "inception_is_published": extractor.weights == INCEPTION_SHA256,
@@ -188,7 +188,7 @@ def get_scorers(config: ConfigDict, data: Data) -> list[Scorer]:
         return summarize({}, rows, images.count)
 
     reference = statistics_of(
-        images_of(data.train, config.eval.num_reference or 50_000), "training images"
+        images_of(data.train, options.num_reference or 50_000), "training images"
     )
     test = statistics_of(images_of(data.test, 50_000), "test images")
     facts = {

@@ -10,7 +10,8 @@ from typing import Any, cast
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs.shapes import array_shape, image_shape
+from batched_sampling import get_sampler, sample_batches
+from build import Setup, set_up, with_data_facts
 from controllable_generation import (
     PER_IMAGE,
     complete_test_images,
@@ -20,6 +21,8 @@ from controllable_generation import (
 )
 from datasets import Dataset, load_data
 from errors import UserError
+from labels import check_labels, sample_labels
+from memory_advice import advise_on_sampling
 from runtime import checkpointing, hosts
 from runtime.files import replacing
 from runtime.locking import locked
@@ -35,17 +38,6 @@ from runtime.workdir import (
     check_processes,
     make_folder,
     short_hash,
-)
-from session import (
-    Setup,
-    advise_on_sampling,
-    check_labels,
-    get_sampler,
-    sample_batches,
-    sample_labels,
-    sampling_method,
-    set_up,
-    with_data_facts,
 )
 from train_step import (
     TrainState,
@@ -73,21 +65,18 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
       UserError: the config, the data or the checkpoint can't be used.
     """
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
-    setup, task = set_up(config), config.sampling.task
-    check_processes(config, {})
+    setup = set_up(config)
+    task = setup.sampling.task
+    check_processes(setup.fields, {})
     data = None if task == "generate" else load_data(config)
-    steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
-    if len(steps) > 1:
-        raise UserError(
-            f"eval.begin_ckpt and end_ckpt choose {len(steps)} checkpoints; --mode sample takes one"
-        )
-    state = checkpointing.restore_step(config, workdir, setup.state_shape, steps[0])
+    step = hosts.on_main(lambda: chosen_step(setup, workdir))
+    state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step)
     log.info("task %s with step %d of %s", task, int(state.step), workdir)
     folder = workdir / "samples"
     hosts.on_main(lambda: make_folder(folder, "--workdir"))
     if data is None:
-        return _generate(config, setup, state, folder)
-    levels, path = _complete(config, setup, state, data.test), folder / task
+        return _generate(setup, state, folder)
+    levels, path = _complete(setup, state, data.test), folder / task
     if hosts.is_main():
         pictures = {name: setup.units.to_pictures(part) for name, part in levels.items()}
         save_grid(completion_rows(pictures), path.with_suffix(".png"), PER_IMAGE + 2)
@@ -98,39 +87,36 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     return path.with_suffix(".png")
 
 
-def _complete(
-    config: ConfigDict, setup: Setup, state: TrainState, test: Dataset
-) -> dict[str, np.ndarray]:
+def _complete(setup: Setup, state: TrainState, test: Dataset) -> dict[str, np.ndarray]:
     """Completed test images, their originals, and the known parts."""
-    check_labels(config, test)
-    options, colors, mask = config.sampling, config.sampling.task == "colorize", None
+    check_labels(setup.num_classes, setup.classes, test)
+    options, colors, mask = setup.sampling, setup.sampling.task == "colorize", None
     if not colors:
-        mask = read_mask(options.mask, array_shape(config)[:2], image_shape(config)[:2])
-    method, guidance = sampling_method(config), options.guidance
+        mask = read_mask(options.mask, setup.shape[:2], setup.padded_shape[:2])
     return complete_test_images(
-        get_completion_fn(method, setup.sde, setup.make_score_fn, colors, guidance),
+        get_completion_fn(setup.sampler, setup.sde, setup.make_score_fn, colors, options.guidance),
         state.ema_params,
         test,
         setup.preprocessing,
         mask,
         count=options.n_images,
         batch_size=options.batch_size,
-        seed=config.seed,
-        num_classes=config.model.num_classes,
+        seed=setup.seed,
+        num_classes=setup.num_classes,
     )
 
 
-def _generate(
-    config: ConfigDict, setup: Setup, state: TrainState, folder: pathlib.Path
-) -> pathlib.Path:
+def _generate(setup: Setup, state: TrainState, folder: pathlib.Path) -> pathlib.Path:
     """Draw samples, write them in `sampling.format`, and return the path of their grid."""
-    count, kind = config.sampling.n_images, config.sampling.format
-    labels = sample_labels(config, 0, count) if config.model.num_classes else None
-    if kind == "png":
-        to, pictures = folder / "png", _generate_pngs(config, setup, state, folder / "png", labels)
+    options, count = setup.sampling, setup.sampling.n_images
+    labels = None
+    if setup.num_classes:
+        labels = sample_labels(options.labels, setup.num_classes, 0, count)
+    if options.format == "png":
+        to, pictures = folder / "png", _generate_pngs(setup, state, folder / "png", labels)
     else:
-        to = folder / f"samples.{kind}"
-        levels = np.concatenate([part for _, part in _draw(config, setup, state)])
+        to = folder / f"samples.{options.format}"
+        levels = np.concatenate([part for _, part in _draw(setup, state)])
         pictures = setup.units.to_pictures(levels[:_MOST_SHOWN])
         hosts.on_main(lambda: _write_arrays(to, setup.units.to_files(levels), labels))
     path = folder / "samples.png"
@@ -141,16 +127,16 @@ def _generate(
 
 
 def _draw(
-    config: ConfigDict, setup: Setup, state: TrainState, present: Collection[int] = ()
+    setup: Setup, state: TrainState, present: Collection[int] = ()
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(index of the first, levels) of each batch of samples that is not `present` as a whole."""
-    count = config.sampling.n_images
-    size = min(config.sampling.batch_size, count)
-    advise_on_sampling(config, "sampling.batch_size", size)
+    count = setup.sampling.n_images
+    size = min(setup.sampling.batch_size, count)
+    advise_on_sampling(setup, "sampling.batch_size", size)
     progress = Progress("sampling", count)
     progress.advance(len({i for i in present if i < count}), fresh=False)
-    sampler, params = get_sampler(config, setup, size), state.ema_params
-    for start, part in sample_batches(sampler, params, config.seed, count, size, present=present):
+    sampler, params = get_sampler(setup, size), state.ema_params
+    for start, part in sample_batches(sampler, params, setup.seed, count, size, present=present):
         yield start, part.levels
         new = set(range(start, start + len(part.levels))).difference(present)
         progress.advance(len(new), f"{part.nfe} evaluations")
@@ -169,36 +155,50 @@ def _write_arrays(to: pathlib.Path, samples: np.ndarray, labels: np.ndarray | No
 
 
 def _generate_pngs(
-    config: ConfigDict,
     setup: Setup,
     state: TrainState,
     to: pathlib.Path,
     labels: np.ndarray | None,
 ) -> np.ndarray:
     """Draw the samples that the folder `to` lacks into a file each; returns the first of all."""
+    now = setup.fields
     # These fields do not change a sample, but for the batch's size with some samplers.
     free = ("n_images", "format", "batch_size", "show_channels")
-    settings = {name: value for name, value in config.sampling.items() if name not in free}
-    source = {"seed": config.seed, "step": int(state.step), "weights": short_hash(state.ema_params)}
-    source |= {"dtype": config.model.dtype, "sampling": settings}
-    source["dequantization"] = config.data.dequantization
-    if config.sampling.method == "pc":
-        source["num_scales"] = config.model.num_scales
+    settings = {name: value for name, value in now["sampling"].items() if name not in free}
+    source = {"seed": setup.seed, "step": int(state.step), "weights": short_hash(state.ema_params)}
+    source |= {"dtype": setup.dtype, "sampling": settings}
+    source["dequantization"] = setup.dequantization
+    if setup.sampling.method == "pc":
+        source["num_scales"] = now["model"]["num_scales"]
 
     def finish() -> np.ndarray:
         if labels is not None:
             write_labels(to, labels)
-        return read_pngs(to, min(config.sampling.n_images, _MOST_SHOWN))
+        return read_pngs(to, min(setup.sampling.n_images, _MOST_SHOWN))
 
     with contextlib.ExitStack() as stack:
         # Two samplings would delete each other's partial files.
         hosts.on_main(lambda: stack.enter_context(locked(to.parent)))
         present = set(hosts.on_main(lambda: sorted(start_png_folder(to, source))))
         with png_writer(to) if hosts.is_main() else contextlib.nullcontext() as write_pngs:
-            for start, levels in _draw(config, setup, state, present):
+            for start, levels in _draw(setup, state, present):
                 if write_pngs:
                     write_pngs(start, setup.units.to_files(levels))
         return hosts.on_main(finish)
+
+
+def chosen_step(setup: Setup, workdir: pathlib.Path) -> int:
+    """The step of the newest checkpoint, or of the one that eval.begin_ckpt and end_ckpt choose.
+
+    Raises:
+      UserError: there is none, or they choose several.
+    """
+    options, period = setup.evaluation, setup.loop.snapshot_freq
+    first, last = options.begin_ckpt, options.end_ckpt
+    steps = checkpointing.steps_to_evaluate(workdir, first, last, period)
+    if len(steps) > 1:
+        raise UserError(f"eval.begin_ckpt and end_ckpt choose {len(steps)} checkpoints, not one")
+    return steps[0]
 
 
 _MOST_SHOWN = 1024  # samples in a grid

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 
+from build import objective_in_words, set_up, with_data_facts
 from configs import fields
-from configs.shapes import image_shape
 from errors import UserError
 from metrics.card import model_card
+from modes.sample import chosen_step
 from official import export_checkpoint, import_checkpoint
 from runtime import checkpointing, exported, hosts
 from runtime.files import beside
@@ -21,10 +22,6 @@ from runtime.locking import locked
 from runtime.workdir import (
     claim_workdir,
     portable_config,
-)
-from session import (
-    set_up,
-    with_data_facts,
 )
 from train_step import (
     TrainState,
@@ -54,32 +51,20 @@ def import_official(
     exported.refuse(workdir)
     if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         raise UserError(f"{workdir} has checkpoints already; choose another --workdir")
-    claim_workdir(config, workdir, record=True, config_file=config_file)
-    with locked(workdir), checkpointing.checkpoints(config, workdir) as manager:
+    claim_workdir(setup.fields, workdir, record=True, config_file=config_file)
+    with locked(workdir), checkpointing.checkpoints(workdir, setup.loop.snapshot_freq) as manager:
         saver = checkpointing.Saver(manager, max_failures=1)
         saver.save(int(state.step), state)
         saver.settle()
     log.info(
         "imported %s: %s, %s parameters, step %d, into %s",
         path,
-        config.model.name,
+        setup.network,
         f"{count_parameters(setup.state_shape.params):,}",
         int(state.step),
         workdir,
     )
     return state
-
-
-def _chosen_step(config: ConfigDict, workdir: pathlib.Path) -> int:
-    """The step of the newest checkpoint, or of the one that eval.begin_ckpt and end_ckpt choose.
-
-    Raises:
-      UserError: there is none, or they choose several.
-    """
-    steps = hosts.on_main(lambda: checkpointing.steps_to_evaluate(config, workdir))
-    if len(steps) > 1:
-        raise UserError(f"eval.begin_ckpt and end_ckpt choose {len(steps)} checkpoints, not one")
-    return steps[0]
 
 
 @contextlib.contextmanager
@@ -122,19 +107,20 @@ def export(
       UserError: the checkpoint can't be read, or `to` has files or can't be written to.
     """
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
-    folder, step = pathlib.Path(to).absolute(), _chosen_step(config, workdir)
-    params = checkpointing.restore_step(
-        config, workdir, set_up(config).state_shape, step
-    ).ema_params
+    setup, folder = set_up(config), pathlib.Path(to).absolute()
+    step = hosts.on_main(lambda: chosen_step(setup, workdir))
+    state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step)
+    params = state.ema_params
 
     def write() -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--to: {folder} is not empty; name a new folder")
-        own = portable_config(config, workdir)
+        own = portable_config(setup.fields, workdir)
         with _exporting(folder) as partial:
             partial.mkdir()
             (partial / "config.json").write_text(own.to_json_best_effort(indent=1) + "\n")
-            (partial / "README.md").write_text(model_card(folder.name, own, workdir, step, params))
+            card = model_card(folder.name, own, objective_in_words(own), workdir, step, params)
+            (partial / "README.md").write_text(card)
             exported.write(partial, params, step)
         size = (folder / exported.WEIGHTS).stat().st_size / 2**20
         log.info("step %d of %s in %s (%.1f MiB), with a card", step, workdir, folder, size)
@@ -160,18 +146,19 @@ def export_official(
         can't be written to.
     """
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
-    file, step = pathlib.Path(to).absolute(), _chosen_step(config, workdir)
+    setup, file = set_up(config), pathlib.Path(to).absolute()
+    step = hosts.on_main(lambda: chosen_step(setup, workdir))
     exported.refuse(workdir)
     fields.call(import_checkpoint.check_network, config, "model")
-    setup = set_up(config)
-    state = checkpointing.restore_step(config, workdir, setup.state_shape, step, weights_only=False)
+    shape = setup.state_shape
+    state = checkpointing.restore_step(setup.fields, workdir, shape, step, weights_only=False)
 
     def write() -> None:
         if file.exists():
             raise UserError(f"--to: {file} is there already; name a new file")
         with _exporting(file) as partial:
             given = {"path": partial, "state": state, "model": setup.model}
-            given["shape"] = image_shape(config)
+            given["shape"] = setup.padded_shape
             fields.call(export_checkpoint.write, config, "optim", "model", **given)
         log.info("step %d of %s in %s, as the official release's", step, workdir, file)
 

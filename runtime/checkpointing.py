@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint._src.futures import future as orbax_future
 
-from configs.saved import read_object
+from configs.saved import as_recorded, read_object
 from errors import UserError
 from runtime import exported, hosts
 from runtime.checksums import checksums, compare
@@ -26,21 +26,19 @@ log = logging.getLogger("soft_truncation")
 State = Any  # a tree of arrays with an attribute `step`: train_step.TrainState
 
 
-def checkpoints(
-    config: ConfigDict, workdir: pathlib.Path, read_only: bool = False
-) -> ocp.CheckpointManager:
-    """A manager that keeps every `snapshot_freq`-th step permanently, and the last two steps.
+def checkpoints(workdir: pathlib.Path, keep_period: int | None = None) -> ocp.CheckpointManager:
+    """A manager that keeps every `keep_period`-th step permanently, and the last two steps.
 
-    Only the main process uses it. With `read_only` it changes nothing in the folder, so that a
+    Only the main process uses it. Without a period it changes nothing in the folder, so that a
     training run may write there at the same time.
     """
-    if read_only:
+    if not keep_period:
         options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_alone())
     else:
         (workdir / "checkpoints").mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2,
-            keep_period=config.training.snapshot_freq,
+            keep_period=keep_period,
             cleanup_tmp_directories=True,
             create=False,
             multiprocessing_options=_alone(),
@@ -259,26 +257,32 @@ def _release_waiting() -> None:
             orbax_future.set_signals(awaited, operation_id=operation)
 
 
-def steps_to_evaluate(config: ConfigDict, workdir: pathlib.Path) -> list[int]:
-    """Steps of the checkpoints from eval.begin_ckpt to eval.end_ckpt; if both are 0, the newest.
+def steps_to_evaluate(
+    workdir: pathlib.Path, begin: int = 0, end: int = 0, period: int = 1
+) -> list[int]:
+    """Steps of the checkpoints from begin · period to end · period; the newest without an end.
+
+    Args:
+      workdir: the run.
+      begin, end: `eval.begin_ckpt` and `eval.end_ckpt`.
+      period: `training.snapshot_freq`.
 
     Raises:
       UserError: there are no such checkpoints.
     """
     if exported.is_exported(workdir):
-        if config.eval.end_ckpt:
+        if end:
             raise UserError(f"{workdir} is an exported model of one step; eval.end_ckpt must be 0")
         return [exported.read_step(workdir)]
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} has no checkpoint; run --mode train first")
-    with checkpoints(config, workdir, read_only=True) as manager:
+    with checkpoints(workdir) as manager:
         steps = sorted(manager.all_steps())
     if not steps:
         raise UserError(f"{workdir}/checkpoints has no checkpoint; run --mode train first")
-    if not config.eval.end_ckpt:
+    if not end:
         return steps[-1:]
-    bounds = (config.eval.begin_ckpt, config.eval.end_ckpt)
-    first, last = (number * config.training.snapshot_freq for number in bounds)
+    first, last = begin * period, end * period
     chosen = [step for step in steps if first <= step <= last]
     if not chosen:
         raise UserError(
@@ -289,7 +293,7 @@ def steps_to_evaluate(config: ConfigDict, workdir: pathlib.Path) -> list[int]:
 
 
 def restore_step(
-    config: ConfigDict,
+    fields: Mapping[str, Any],
     workdir: pathlib.Path,
     shape: State,
     step: int,
@@ -298,11 +302,12 @@ def restore_step(
     """The state of a checkpoint as NumPy arrays on every process.
 
     With `weights_only`, and of an exported model, only the EMA weights are read. They are its
-    `params` too, without an `opt_state`.
+    `params` too, without an `opt_state`. `fields` are those of a config, which must be of the same
+    network (`check_network`).
     """
 
     def read() -> State:
-        check_network(config, workdir)
+        check_network(fields, workdir)
         if exported.is_exported(workdir):
             weights = exported.read(workdir, shape.ema_params)
             return dataclasses.replace(
@@ -322,7 +327,5 @@ def restore_latest(
     config: ConfigDict, workdir: pathlib.Path, shape: State, weights_only: bool = False
 ) -> State:
     """The state of the newest checkpoint, whole or as `restore_step` says."""
-    config = config.copy_and_resolve_references()
-    config.eval.update(begin_ckpt=0, end_ckpt=0)
-    (step,) = hosts.on_main(lambda: steps_to_evaluate(config, workdir))
-    return restore_step(config, workdir, shape, step, weights_only)
+    (step,) = hosts.on_main(lambda: steps_to_evaluate(workdir))
+    return restore_step(as_recorded(config), workdir, shape, step, weights_only)

@@ -2,11 +2,13 @@
 
 import contextlib
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from parts import Loop
 from runtime import checkpointing, exported
 from runtime.locking import locked
 from runtime.metrics_log import Metrics
@@ -21,31 +23,31 @@ class RunFiles:
 
     def __init__(
         self,
-        config: ConfigDict,
+        fields: Mapping[str, Any],
         workdir: pathlib.Path,
         stack: contextlib.ExitStack,
         override: bool,
         config_file: str,
     ) -> None:
         """Nothing is opened yet; `stack` closes what is opened."""
-        self._config, self._workdir, self._stack = config, workdir, stack
+        self._fields, self._workdir, self._stack = fields, workdir, stack
         self._override, self._config_file = override, config_file
 
     def record(self) -> None:
         """Write the config to the workdir; what is there was saved under the config before."""
-        claim_workdir(self._config, self._workdir, True, self._override, self._config_file)
+        claim_workdir(self._fields, self._workdir, True, self._override, self._config_file)
 
-    def open(self, shape: checkpointing.State) -> checkpointing.State | None:
+    def open(self, shape: checkpointing.State, loop: Loop) -> checkpointing.State | None:
         """Lock the workdir, and return the newest state, or None if there is none."""
-        config, workdir = self._config, self._workdir
+        workdir = self._workdir
         exported.refuse(workdir)
-        claim_workdir(config, workdir, record=False, override=self._override)
+        claim_workdir(self._fields, workdir, record=False, override=self._override)
         make_folder(workdir, "--workdir")
         self._stack.enter_context(locked(workdir))
-        manager = self._stack.enter_context(checkpointing.checkpoints(config, workdir))
+        manager = self._stack.enter_context(checkpointing.checkpoints(workdir, loop.snapshot_freq))
         state = checkpointing.restore_newest(manager, shape)
         on_first = None if state is None else self.record
-        self.saver = checkpointing.Saver(manager, config.training.max_failed_saves, on_first)
+        self.saver = checkpointing.Saver(manager, loop.max_failed_saves, on_first)
         self.metrics = Metrics(workdir, 0 if state is None else int(state.step))
         self._stack.callback(self.metrics.close)
         return jax.tree.map(np.asarray, state)

@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -72,7 +72,7 @@ def _is_free(section: str, field: str, train: bool) -> bool:
     return field not in _FIXED_TO_EVALUATE.get(section, ())
 
 
-def _first_difference(old: dict[str, Any], new: dict[str, Any], train: bool) -> str | None:
+def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any], train: bool) -> str | None:
     """A description of the first field that differs though it must not; None if there is none."""
     defaults = json.loads(get_default_config().to_json_best_effort())
     if train and old.get("seed") != new["seed"]:
@@ -88,16 +88,16 @@ def _first_difference(old: dict[str, Any], new: dict[str, Any], train: bool) -> 
     return None
 
 
-def check_processes(config: ConfigDict, data: dict[str, Any]) -> None:
+def check_processes(fields: Mapping[str, Any], data: dict[str, Any]) -> None:
     """Raise a UserError on every process if one has another config, but for paths, or other `data`.
 
     Every process must call it.
     """
     facts: dict[str, Any] = {}
-    for section, fields in json.loads(config.to_json_best_effort()).items():
-        named = fields.items() if isinstance(fields, dict) else ()
+    for section, values in fields.items():
+        named = values.items() if isinstance(values, dict) else ()
         facts |= {f"{section}.{k}": v for k, v in named if k not in _PATHS.get(section, ())}
-        facts |= {} if named else {section: fields}
+        facts |= {} if named else {section: values}
     hosts.check_equal(facts | data)
 
 
@@ -133,12 +133,12 @@ def recorded_config(workdir: str | os.PathLike[str]) -> ConfigDict | None:
     return None if fields is None else saved.config_of(fields, folder)
 
 
-def portable_config(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+def portable_config(fields: Mapping[str, Any], workdir: pathlib.Path) -> ConfigDict:
     """The config of a run, without the paths of this machine.
 
-    The sections eval and sampling are those of `config`, the others of the run in `workdir`.
+    The sections eval and sampling are those of `fields`, the others of the run in `workdir`.
     """
-    portable = config.copy_and_resolve_references()
+    portable = saved.config_of(dict(fields), workdir)
     if (workdir / "config.json").exists():
         own = saved.get_config(workdir)
         for section in ("data", "model", "optim", "training"):
@@ -164,7 +164,7 @@ def make_folder(folder: pathlib.Path, option: str) -> None:
         raise UserError(f"{option}: {folder} can't be written to: {error.strerror}") from error
 
 
-def check_network(config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_network(fields: Mapping[str, Any], workdir: pathlib.Path) -> None:
     """Check that the workdir's network was trained with the network and data of this config.
 
     Raises:
@@ -172,7 +172,6 @@ def check_network(config: ConfigDict, workdir: pathlib.Path) -> None:
     """
     if not (workdir / "config.json").exists():
         return
-    fields = json.loads(config.to_json_best_effort())
     difference = _first_difference(saved.read(workdir), fields, train=False)
     if difference:
         raise UserError(
@@ -182,7 +181,7 @@ def check_network(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def claim_workdir(
-    config: ConfigDict,
+    fields: Mapping[str, Any],
     workdir: pathlib.Path,
     record: bool,
     override: bool = False,
@@ -191,7 +190,7 @@ def claim_workdir(
     """Check that the workdir is new or belongs to this config, and record the config there.
 
     Args:
-      config: the run's config.
+      fields: those of the run's config.
       workdir: the folder.
       record: whether to write the config to the folder's config.json.
       override: accept a workdir that belongs to another config.
@@ -209,9 +208,7 @@ def claim_workdir(
                 f"{workdir} lies within {folder}, the workdir of another run; name another by "
                 "--workdir"
             )
-    fields = json.loads(config.to_json_best_effort())
-    if config_file:
-        fields["config_file"] = config_file
+    fields = {**fields, "config_file": config_file} if config_file else fields
     if path.exists() and not override:
         difference = _first_difference(saved.read(workdir), fields, train=True)
         if difference:
@@ -228,12 +225,9 @@ def claim_workdir(
 
 
 def short_hash(*what: Any) -> str:
-    """A hash, 16 hex digits, of configs, trees of arrays, and plain values."""
+    """A hash, 16 hex digits, of trees of arrays, and plain values."""
     whole = hashlib.sha256()
     for item in what:
-        if isinstance(item, ConfigDict):
-            whole.update(item.to_json_best_effort().encode())
-            continue
         for path, leaf in jax.tree_util.tree_leaves_with_path(item):
             whole.update(jax.tree_util.keystr(path).encode())
             array = isinstance(leaf, jax.Array | np.ndarray)

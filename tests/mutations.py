@@ -86,7 +86,7 @@ a NaN gradient is applied: jnp.isfinite(loss) & jnp.isfinite(grad_norm) → jnp.
 micro-batches are summed: lambda x: x / num_micro_batch, total) → lambda x: x, total)
 frequencies decay: weight_decay * m * p → weight_decay * p
 packed ones decay: (updates, trained=trained) → (updates, trained=trained, fixed=params.fixed)
-steps over an evaluation: training.eval_freq, *regular) → *regular)
+steps over an evaluation: loop.eval_freq, *regular) → *regular)
 [train_step.py | test_run_lib.py -k skipped]
 streak over a good step: jnp.where(row == len(skipped), sums["streak"], 0) → sums["streak"]
 
@@ -140,7 +140,7 @@ gain over a baseline: gain = report[f"nll_{name}"] → gain = -report[f"nll_{nam
 scores of other weights: "step", "weights_digest") → "step")
 [metrics/bits_per_dim.py | test_stacks.py -k padding]
 padding not counted: value * whole → value
-baseline's padding not counted: bits * (dims / math.prod(array_shape(config))) → bits
+baseline's padding not counted: bits * (dims / math.prod(setup.shape)) → bits
 [metrics/bits_per_dim.py | test_evaluation.py -k "table or row"]
 error of one draw: ddof=1) / len(of_draws) ** 0.5 → ddof=1)
 
@@ -172,7 +172,7 @@ moments exchanged: moment("exp_avg"), → moment("exp_avg_sq"),
 kernel transposed: value.transpose(2, 3, 1, 0) → value.transpose(3, 2, 1, 0)
 [official/export_checkpoint.py | test_import_checkpoint.py -k exported]
 EMA of frequencies: if one] → if one is not None]
-[session.py | test_labels.py -k of_samples]
+[labels.py | test_labels.py -k of_samples]
 labels of the first batch: chosen[np.arange(start, start + count) → chosen[np.arange(count)
 [models/networks.py | test_run_lib.py -k "refused or cannot_work"]
 frequencies divided by 0: or embedding_dim == 2: → or False:

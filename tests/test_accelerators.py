@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import build
 import evaluation
+import memory_advice
 import run_lib
-import session
 import train_step
 import training_log
 from benchmarks.memory import compiled_bytes
 from configs import saved
 from configs.rve import celebahq_256_uncsn, church_uncsn, ffhq_1024_uncsn
+from configs.saved import as_recorded
 from errors import UserError
 from metrics import in_training
 from models import layers, ncsnpp, norm_kernels
@@ -119,7 +121,7 @@ def test_a_large_state_is_shared_in_parts(monkeypatch, size):
 def test_a_tree_is_shared_without_pickle(monkeypatch):
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
     monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda x: x)
-    setup = session.set_up(tiny_config())
+    setup = build.set_up(tiny_config())
     state = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), setup.state_shape)
     received = hosts.share(state, like=setup.state_shape)
     assert jax.tree.structure(received) == jax.tree.structure(state)
@@ -147,9 +149,9 @@ def test_paths_may_differ_between_processes_and_nothing_else(monkeypatch):
     told, config = [], tiny_config()
     monkeypatch.setattr(hosts, "check_equal", told.append)
     for field, value in {"data.path": "/b", "training.n_iters": 7, "seed": 3}.items():
-        workdir.check_processes(config, {"data": "a"})
+        workdir.check_processes(as_recorded(config), {"data": "a"})
         config.update_from_flattened_dict({field: value})
-        workdir.check_processes(config, {"data": "a"})
+        workdir.check_processes(as_recorded(config), {"data": "a"})
         same = told[-1] == told[-2]
         assert same == (field == "data.path")
 
@@ -208,8 +210,8 @@ def test_bfloat16_keeps_the_noise_of_small_times(t):
     """The first convolution sees x(t) in float32; bfloat16 would lose a third of the noise."""
     config = tiny_config()
     config.model.dtype = "bfloat16"
-    setup = session.set_up(config)
-    params = session.init_state(config, setup.model, setup.optimizer).params
+    setup = build.set_up(config)
+    params = setup.init_state().params
     seen = {}
 
     def watch(next_fn, args, kwargs, context):
@@ -275,8 +277,8 @@ def test_the_logged_rate_does_not_leave_out_queued_steps(tmp_path, monkeypatch):
 
 def test_the_test_loss_is_computed_by_all_devices(monkeypatch):
     config = tiny_config()
-    setup, data = session.set_up(config), run_lib.load_data(config)
-    state, seen = session.init_state(config, setup.model, setup.optimizer), []
+    setup, data = build.set_up(config), run_lib.load_data(config)
+    state, seen = setup.init_state(), []
     place = in_training.to_devices
 
     def to_devices(tree, sharding):
@@ -285,13 +287,13 @@ def test_the_test_loss_is_computed_by_all_devices(monkeypatch):
         return placed
 
     monkeypatch.setattr(in_training, "to_devices", to_devices)
-    value = in_training.get_test_loss(config, setup, data.test)(state.ema_params)
+    value = in_training.get_test_loss(setup, data.test)(state.ema_params)
     size, devices = config.training.batch_size, jax.device_count()
     assert devices > 1 and (size // devices, 8, 8, 1) in seen and (size, 8, 8, 1) not in seen
     # The same number on one device.
     monkeypatch.setattr(in_training, "to_devices", lambda tree, _: tree)
     np.testing.assert_allclose(
-        in_training.get_test_loss(config, setup, data.test)(state.ema_params), value, rtol=1e-5
+        in_training.get_test_loss(setup, data.test)(state.ema_params), value, rtol=1e-5
     )
 
 
@@ -508,7 +510,7 @@ def test_the_estimate_of_memory_is_near_what_xla_says():
     config = tiny_config()
     config.model.update(nf=16, ch_mult=(1, 2))
     config.training.batch_size = 512 * jax.device_count()
-    program, shapes = session.train_program(config)
+    program, shapes = memory_advice.train_program(build.set_up(config))
     estimate = memory.needed_bytes(program, *shapes, donate=1)
     size = compiled_bytes(jax.devices()[0], program, shapes, donate=True)
     assert 0.6 < estimate / size < 1.6
@@ -540,11 +542,11 @@ def test_a_recipe_that_does_not_fit_says_what_to_set(monkeypatch, caplog, fields
     if fields is not None:
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(fields)
-        program, shapes = session.train_program(changed)
+        program, shapes = memory_advice.train_program(build.set_up(changed))
         enough = memory.needed_bytes(program, *shapes, donate=1, devices=4) / memory._MARGIN + 1
     monkeypatch.setattr(memory, "limit_bytes", lambda: enough)
     with caplog.at_level("INFO", "soft_truncation"):
-        session.advise_on_training(config)
+        memory_advice.advise_on_training(build.set_up(config))
     assert len(caplog.records) == 1 and line in caplog.text
     assert (caplog.records[0].levelname == "INFO") == (fields == {})
 
@@ -552,8 +554,8 @@ def test_a_recipe_that_does_not_fit_says_what_to_set(monkeypatch, caplog, fields
 def test_a_batch_that_does_not_fit_says_which_does(monkeypatch, caplog):
     config = tiny_config()
     config.sampling.update(method="dpm_solver", num_steps=3)
-    program, shapes = session.sample_program(config, 512)
-    needed = session._OF_ODE * memory.needed_bytes(program, *shapes)
+    program, shapes = memory_advice.sample_program(build.set_up(config), 512)
+    needed = memory_advice._OF_ODE * memory.needed_bytes(program, *shapes)
     monkeypatch.setattr(memory, "limit_bytes", lambda: needed / memory._MARGIN + 1)
-    session.advise_on_sampling(config, "eval.sampling_batch_size", 2048)
+    memory_advice.advise_on_sampling(build.set_up(config), "eval.sampling_batch_size", 2048)
     assert "set --config.eval.sampling_batch_size=512 (about" in caplog.text

@@ -19,13 +19,13 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import datasets
+from build import with_data_facts
 from configs.default import get_default_config
 from configs.vp import array_st
 from errors import UserError
 from readers import arrays, decode, idx, samples, tfds, tfrecords
 from readers.decode import Fit
 from runtime import environment
-from session import with_data_facts
 from tests import make_datasets
 from tests.make_datasets import encoded
 

@@ -11,11 +11,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+import build
 import datasets
 import run_lib
-import session
 from configs import saved
 from errors import UserError
+from labels import check_labels
 from modes import sample as sample_mode
 from readers.source import ArraySource
 from runtime import checkpointing
@@ -89,7 +90,7 @@ def test_l2_decay_adds_the_parameters_to_the_gradient_and_spares_frequencies():
 
 
 def test_checkpoints_of_runs_without_warmup_as_they_used_to_be_open(tmp_path):
-    shape = session.set_up(config_of()).state_shape
+    shape = build.set_up(config_of()).state_shape
     state = jax.tree.map(lambda s: np.full(s.shape, 3, s.dtype), shape)
     without = optax.EmptyState()
     old = dataclasses.replace(state, opt_state=(*state.opt_state[:3], without))
@@ -101,7 +102,7 @@ def test_checkpoints_of_runs_without_warmup_as_they_used_to_be_open(tmp_path):
 
 
 def test_a_checkpoint_of_another_network_is_told_by_its_arrays(run):
-    other = session.set_up(config_of(nf=12)).state_shape
+    other = build.set_up(config_of(nf=12)).state_shape
     with pytest.raises(UserError) as raised:
         checkpointing.restore(run / "checkpoints", other, 2)
     line = str(raised.value)
@@ -222,7 +223,7 @@ def test_units_come_from_the_new_file_though_the_recipe_is_the_runs(tmp_path, ch
     np.savez(tmp_path / "b.npz", images=rng.standard_normal((40, 8, 8)).astype(np.float32) * 50)
     config = config_of()
     config.data.update(dataset="array", path=str(tmp_path / "a.npz"), num_channels=1)
-    own = session.with_data_facts(config, tmp_path / "run")
+    own = build.with_data_facts(config, tmp_path / "run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(own.to_json_best_effort())
     recipe = saved.get_config(tmp_path / "run")
@@ -230,9 +231,9 @@ def test_units_come_from_the_new_file_though_the_recipe_is_the_runs(tmp_path, ch
     assert recipe.data.num_levels == 17
     run = tmp_path / "run"
     if change == "override":
-        read = session.with_data_facts(recipe, run, override=True)
+        read = build.with_data_facts(recipe, run, override=True)
     else:
-        read = session.with_data_facts(recipe, tmp_path / "new", init_from=str(run))
+        read = build.with_data_facts(recipe, tmp_path / "new", init_from=str(run))
     assert read.data.num_levels == 0 and read.data.scale[1] > 100
 
 
@@ -247,4 +248,4 @@ def test_labels_of_other_names_are_told(tmp_path):
         config.data.classes = known
         data = datasets.Dataset("x", ArraySource(images, np.zeros(20, int)), 17, has)
         with pytest.raises(UserError, match=line):
-            session.check_labels(config, data)
+            check_labels(config.model.num_classes, config.data.classes, data)

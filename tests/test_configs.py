@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import pathlib
+import re
 
 import flax.linen as nn
 import jax
@@ -17,10 +18,10 @@ import datasets
 import losses
 import sde_lib
 import train_step
+from build import REGISTRIES
 from configs.default import get_default_config
 from configs.validate import validate
 from models import utils as mutils
-from session import REGISTRIES
 from tests.helpers import GOLDEN, random_params, step_fn_of
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -362,3 +363,16 @@ def test_recipe_takes_a_training_step(name):
     for path, value in jax.tree_util.tree_leaves_with_path(change):
         fixed = "GaussianFourierProjection" in str(path[0])
         assert (value == 0) if fixed else (0 < value < 1.1 * config.optim.lr), path
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_one_hop_from_a_file_of_defaults(name):
+    def base(name):
+        found = re.search(
+            r"^from configs\.(\w+) import (\w+)",
+            (ROOT / "configs" / f"{name}.py").read_text(),
+            re.M,
+        )
+        return None if found[1] == "default" else f"{found[1]}/{found[2]}"
+
+    assert base(name) is None or base(base(name)) is None

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import build
 import datasets
 import evaluation
 import run_lib
@@ -70,10 +71,10 @@ def test_features_of_the_data_are_computed_once(tmp_path, monkeypatch):
 
     extractor = Extractor("classifier", "abc", fn, 500)
     monkeypatch.setattr(scorers, "get_classifier", lambda *_: (extractor, 0.5))
-    data = datasets.load_data(config)
-    (first,) = scorers.get_scorers(config, data)
+    setup, data = build.set_up(config), datasets.load_data(config)
+    (first,) = scorers.get_scorers(setup, data)
     assert sum(computed) == len(data.train) + len(data.test)
-    (again,) = scorers.get_scorers(config, data)
+    (again,) = scorers.get_scorers(setup, data)
     assert sum(computed) == len(data.train) + len(data.test)
     assert first.facts == again.facts
     np.testing.assert_array_equal(first.reference.mean, again.reference.mean)
@@ -390,7 +391,7 @@ def test_the_table_of_images_has_the_error_of_the_mean_over_draws():
     config = tiny_config()
     config.eval.num_draws = 4
     nll = np.random.default_rng(0).standard_normal((4, 3))
-    evaluated = bits_per_dim.BitsEvaluation(config, None, None, None, None)
+    evaluated = bits_per_dim.BitsEvaluation(build.set_up(config), None, None, None)
     table = bits_per_dim.table_of_images(evaluated, {"nll": nll, "nfe": nll})
     assert set(table) == {"nll", "nll_stderr"}
     np.testing.assert_allclose(table["nll"], nll.mean(axis=0))
@@ -439,7 +440,8 @@ def test_labels_of_given_images_are_those_of_the_networks_classes(tmp_path, capl
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(tmp_path / label / f"{i}.png")
 
     def labels(classes):
-        chosen, _ = evaluation._images_to_score(config, 17, classes)
+        config.data.classes = classes
+        chosen, _ = evaluation._images_to_score(build.set_up(config), None)
         return chosen.source.fetch(np.arange(3))["label"].tolist() if chosen.classes else None
 
     assert labels(("ant", "cat", "dog")) == [1, 1, 2]
@@ -457,6 +459,7 @@ def test_labels_of_given_arrays_are_those_of_the_networks_classes(tmp_path):
     config.eval.images = str(tmp_path / "own.npz")
     images = np.random.default_rng(0).integers(0, 17, (3, 8, 8), np.uint8)
     np.savez(tmp_path / "own.npz", images=images, labels=[7, 2, 7])
-    chosen, names = evaluation._images_to_score(config, 17, ("2", "7"))
+    config.data.classes = ("2", "7")
+    chosen, names = evaluation._images_to_score(build.set_up(config), None)
     assert chosen.source.fetch(np.arange(3))["label"].tolist() == [1, 0, 1]
     assert chosen.num_levels == 17 and list(names) == ["0", "1", "2"]

@@ -11,6 +11,7 @@ from PIL import Image
 import evaluation
 import run_lib
 import sde_lib
+from build import REGISTRIES
 from configs.validate import validate
 from errors import UserError
 from experiments import (
@@ -30,7 +31,6 @@ from experiments.grid import TABLES
 from experiments.sweep import load_sweep, parse_machine_paths, select
 from metrics.report import write_bits
 from runtime import environment
-from session import REGISTRIES
 from tests.helpers import times_of_step
 
 ROOT = pathlib.Path(__file__).parent.parent

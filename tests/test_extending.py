@@ -14,11 +14,12 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
+import build
 import likelihood
 import losses
 import sampling
 import sde_lib
-import session
+from configs.saved import as_recorded
 from configs.shapes import size_factor
 from configs.validate import validate
 from errors import UserError
@@ -51,9 +52,9 @@ def get_config():
 @pytest.fixture(scope="module", autouse=True)
 def registries():
     """As they were, afterwards."""
-    kept = {name: dict(entries) for name, entries in session.REGISTRIES.items()}
+    kept = {name: dict(entries) for name, entries in build.REGISTRIES.items()}
     yield
-    for name, entries in session.REGISTRIES.items():
+    for name, entries in build.REGISTRIES.items():
         entries.clear()
         entries.update(kept[name])
 
@@ -88,7 +89,7 @@ def test_each_block_stands_alone(block):
 
 
 def test_the_config_is_valid(mine):
-    setup = session.set_up(mine.get_config())
+    setup = build.set_up(mine.get_config())
     assert type(setup.sde).__name__ == "CosineSDE"
 
 
@@ -150,7 +151,7 @@ def test_the_base_class_gives_an_sde_the_unbounded_time(sde):
         generic(TIMES, 1e-3), vp._stabilized_gamma(TIMES, 1e-3), rtol=1e-5, atol=1e-6
     )
     config = tiny_config(sde="cosine", unbounded_parametrization=True)
-    validate(config, 1, session.REGISTRIES)
+    validate(config, 1, build.REGISTRIES)
     time_cond = score_model(config, sde, None).time_cond(TIMES)
     np.testing.assert_allclose(time_cond, 999 * time, rtol=1e-6)
 
@@ -177,14 +178,14 @@ def test_an_sde_says_itself_whether_it_is_of_ves_kind(monkeypatch):
     config = tiny_config(sde="mine")
     config.data.centered = False
     config.model.update(parametrization="noise", scale_by_sigma=True, embedding_type="fourier")
-    validate(config, 1, session.REGISTRIES)
+    validate(config, 1, build.REGISTRIES)
     t = jnp.array([0.2, 0.7])
     sde = Exploding(0.01, 5.0)
     score_of = score_model(config, sde, mutils.create_model(config))
     np.testing.assert_array_equal(score_of.time_cond(t), sde.std(t))
     config.training.sde = "cosine"
     with pytest.raises(UserError, match="scale_by_sigma is for VE"):
-        validate(config, 1, session.REGISTRIES)
+        validate(config, 1, build.REGISTRIES)
 
 
 # The weighting
@@ -295,7 +296,7 @@ def test_a_network_that_is_told_no_labels_says_so(mine):
     config = mine.get_config()
     config.model.num_classes = 10
     with pytest.raises(UserError, match=r"model\.name=conv_stack takes no labels"):
-        session.set_up(config)
+        build.set_up(config)
 
 
 # The samplers
@@ -306,7 +307,7 @@ def sample_with(sde, churn=None, **options):
     config.model.num_scales = 200
     with config.unlocked():
         config.sampling.churn = churn
-    sample_fn = session.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
+    sample_fn = build.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
     return sample_fn(None, jax.random.key(0))
 
 
@@ -350,7 +351,7 @@ def test_a_sweep_has_the_new_names(folder):
     sweep = load_sweep(str(folder / "mine" / "my_sweep.py"))
     assert len({run.config_hash for run in sweep.runs}) == len(sweep.runs) == 9
     for run in sweep.runs[:3]:
-        session.set_up(run.config())
+        build.set_up(run.config())
     assert sweep.runs[1].config().training.log_mean == -6.0
 
 
@@ -359,7 +360,7 @@ def test_a_sweep_file_can_define_things_itself(folder):
     path.write_text("from __future__ import annotations\n" + "\n".join(BLOCKS[:-2]) + BLOCKS[-1])
     for _ in range(2):
         sweep = load_sweep(str(path))
-    assert type(session.set_up(sweep.runs[0].config()).sde).__module__ == "sweep_file"
+    assert type(build.set_up(sweep.runs[0].config()).sde).__module__ == "sweep_file"
 
 
 def main(*args, cwd):
@@ -389,16 +390,16 @@ def test_main_trains_and_samples(folder):
 
 def test_a_field_of_ones_own_is_compared_when_a_run_goes_on(tmp_path):
     config = tiny_config()
-    claim_workdir(config, tmp_path / "without", record=True)
+    claim_workdir(as_recorded(config), tmp_path / "without", record=True)
     with config.unlocked():
         config.training.log_std = 1.5
-    claim_workdir(config, tmp_path / "with", record=True)
-    claim_workdir(config, tmp_path / "with", record=False)
+    claim_workdir(as_recorded(config), tmp_path / "with", record=True)
+    claim_workdir(as_recorded(config), tmp_path / "with", record=False)
     with pytest.raises(UserError, match=r"training\.log_std is None there and 1\.5 here"):
-        claim_workdir(config, tmp_path / "without", record=False)
+        claim_workdir(as_recorded(config), tmp_path / "without", record=False)
     config.training.log_std = 2.0
     with pytest.raises(UserError, match=r"training\.log_std is 1\.5 there and 2\.0 here"):
-        claim_workdir(config, tmp_path / "with", record=False)
+        claim_workdir(as_recorded(config), tmp_path / "with", record=False)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +418,7 @@ def test_a_misspelt_name_is_refused_with_those_there_are(mine, flag, line):
     section, name = field.split(".")
     config[section][name] = value
     with pytest.raises(UserError) as error:
-        validate(config, 1, session.REGISTRIES)
+        validate(config, 1, build.REGISTRIES)
     assert f"{field} is {value!r}; it must be one of" in str(error.value)
     assert line in str(error.value)
 

@@ -30,10 +30,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tensorboardX.proto.event_pb2 import Event
 
+import build
 import datasets
 import losses
 import run_lib
-import session
 import train_step
 import training_log
 from benchmarks import bit_flips, fuzz
@@ -223,7 +223,7 @@ def test_a_save_that_fails_leaves_no_thread_that_waits(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         make(path, *args, **kwargs)
 
-    with checkpointing.checkpoints(tiny_config(), tmp_path) as manager:
+    with checkpointing.checkpoints(tmp_path, 6) as manager:
         saver = checkpointing.Saver(manager, max_failures=2)
         monkeypatch.setattr(os, "mkdir", mkdir)
         saver.save(1, {"x": np.ones(3)})
@@ -240,9 +240,9 @@ def test_a_save_that_fails_leaves_no_thread_that_waits(tmp_path, monkeypatch):
 
 def test_what_is_not_finite_first_is_told(tmp_path):
     config = tiny_config()
-    setup, data = session.set_up(config), datasets.load_data(config)
-    state = session.init_state(config, setup.model, setup.optimizer)
-    training = training_log.TrainingLog(config, setup, data.train, None, tmp_path)
+    setup, data = build.set_up(config), datasets.load_data(config)
+    state = setup.init_state()
+    training = training_log.TrainingLog(setup, data.train, None, tmp_path)
 
     def fault(state, loss):
         packed = train_step.replicate(train_step.pack_state(state), 1)
@@ -296,7 +296,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(trained, tmp_path, mon
 @pytest.mark.parametrize("mixed", [False, True])
 def test_the_times_of_a_step_are_those_it_trains_at(mixed):
     config, seen = tiny_config(mixed=mixed), []
-    setup = session.set_up(config)
+    setup = build.set_up(config)
 
     def score_fn(x, t, dropout_keys):
         seen.append(t)
@@ -595,7 +595,7 @@ def test_without_a_home_directory_a_run_goes_on_and_a_cache_is_asked_for(monkeyp
 
 def test_a_workdir_that_is_moved_is_told_of_and_not_made_anew(tmp_path, caplog):
     (tmp_path / "run").mkdir()
-    with checkpointing.checkpoints(tiny_config(), tmp_path / "run") as manager:
+    with checkpointing.checkpoints(tmp_path / "run", 6) as manager:
         saver = checkpointing.Saver(manager, max_failures=2)
         saver.save(0, {"x": np.ones(3)})
         assert saver.settle()
@@ -832,9 +832,7 @@ def test_the_newest_checkpoint_that_can_be_read_is_taken(tmp_path, monkeypatch):
 
 
 def test_checkpoints_to_evaluate_are_those_between_both_ends(tmp_path):
-    config = tiny_config(snapshot_freq=2)
     for step in (2, 4, 6, 8):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
-    assert checkpointing.steps_to_evaluate(config, tmp_path) == [8]
-    config.eval.update(begin_ckpt=2, end_ckpt=3)
-    assert checkpointing.steps_to_evaluate(config, tmp_path) == [4, 6]
+    assert checkpointing.steps_to_evaluate(tmp_path) == [8]
+    assert checkpointing.steps_to_evaluate(tmp_path, 2, 3, period=2) == [4, 6]

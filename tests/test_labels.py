@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import build
 import datasets
 import evaluation
 import losses
 import run_lib
 import sampling
 import sde_lib
-import session
 import train_step
 from configs.vp import digits_st
 from errors import UserError
+from labels import sample_labels
 from metrics import bits_per_dim
 from models import utils as mutils
 from modes import sample as sample_mode
@@ -45,7 +46,7 @@ def test_a_network_without_labels_has_no_embedding_of_them():
 
 def test_the_label_changes_the_score_and_no_label_is_one_of_them():
     config = labelled()
-    setup, params = session.set_up(config), random_params(config)
+    setup, params = build.set_up(config), random_params(config)
     x, t = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.full(4, 0.3)
 
     def score(classes, guidance=0.0):
@@ -114,11 +115,8 @@ def test_guidance_on_a_mixture_whose_conditional_scores_are_known(guidance):
 
 
 def test_labels_of_samples(tmp_path):
-    config = labelled()
-
     def labels(text, start=0, count=6):
-        config.sampling.labels = text
-        return session.sample_labels(config, start, count).tolist()
+        return sample_labels(text, 10, start, count).tolist()
 
     assert labels("all", 8) == [8, 9, 0, 1, 2, 3]
     assert labels("none") == [10] * 6 and labels("3") == [3] * 6
@@ -147,24 +145,26 @@ def test_what_a_config_cannot_ask_for(section, fields, problem):
     config = digits_st.get_config()
     config[section].update(fields)
     with pytest.raises(UserError, match=f"^config: {problem}"):
-        session.set_up(config)
+        build.set_up(config)
 
 
 @pytest.mark.parametrize("fields", [{"guidance": 1.0}, {"labels": "none"}])
 def test_without_labels_needs_training_without_them(fields):
     config = labelled(label_dropout=0.0)
-    session.set_up(config)
+    build.set_up(config)
     config.sampling.update(fields)
     with pytest.raises(UserError, match="needs a network that was trained without labels, too"):
-        session.set_up(config)
+        build.set_up(config)
 
 
 def test_images_without_labels_need_training_without_them(tmp_path):
     config = labelled(label_dropout=0.0)
     np.savez(tmp_path / "some.npz", samples=np.zeros((3, 8, 8, 1), np.uint8))
     config.eval.images = str(tmp_path / "some.npz")
+    setup = build.set_up(config)
+    brought = evaluation._images_to_score(setup, None)
     with pytest.raises(UserError, match=r"^eval\.images have no labels"):
-        evaluation._evaluate_images(config, session.set_up(config), tmp_path, [1])
+        evaluation._evaluate_images(setup, tmp_path, [1], *brought)
 
 
 def test_labels_of_samples_are_read_before_training():
@@ -195,9 +195,9 @@ def test_bits_are_of_an_image_given_its_label(tmp_path, told):
         return {name: jnp.zeros(len(x)) for name in ("nll", "nelbo", "nfe")}
 
     results = PartialResults(tmp_path)
-    setup = session.set_up(config)
+    setup = build.set_up(config)
     bits_per_dim.bits_of_images(
-        bits_per_dim.BitsEvaluation(config, setup, data, results, bits), {"a": np.zeros(1)}
+        bits_per_dim.BitsEvaluation(setup, data, results, bits), {"a": np.zeros(1)}
     )
     labels = datasets.in_order(data.test, 6)["label"]
     expected = labels if told else np.full(6, 10)
@@ -217,7 +217,7 @@ def test_a_run_with_labels_from_training_to_its_scores(tmp_path, monkeypatch):
     config.eval.cache_dir = str(tmp_path)
 
     def ema(run):
-        shape = session.set_up(labelled()).state_shape
+        shape = build.set_up(labelled()).state_shape
         return checkpointing.restore_latest(labelled(), tmp_path / run, shape).ema_params
 
     # Several steps a call, with images and labels on the device, as on an accelerator.

@@ -8,10 +8,10 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
+import build
 import datasets
 import losses
 import sde_lib
-import session
 import train_step
 from models import utils as mutils
 from official import import_checkpoint
@@ -188,10 +188,10 @@ def test_soft_truncation_equals_the_equivalent_weight_in_expectation(k, importan
 
 
 def pmapped_step(config, num_devices):
-    setup, data = session.set_up(config), datasets.load_data(config)
+    setup, data = build.set_up(config), datasets.load_data(config)
     step_fn = step_fn_of(config, setup.sde, setup.model, setup.optimizer, 17)
     devices = jax.devices()[:num_devices]
-    state = train_step.pack_state(session.init_state(config, setup.model, setup.optimizer))
+    state = train_step.pack_state(setup.init_state())
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), state)
     batches = datasets.train_batches(data.train, config.training.batch_size, config.seed)
     return state, jax.pmap(step_fn, axis_name="batch", devices=devices), batches
@@ -438,8 +438,8 @@ def test_reconstruction_loss_is_added_at_tau(dequantization):
 def test_a_packed_state_comes_back():
     config = tiny_config()
     config.model.update(embedding_type="fourier")
-    setup = session.set_up(config)
-    state = session.init_state(config, setup.model, setup.optimizer)
+    setup = build.set_up(config)
+    state = setup.init_state()
     packed = train_step.pack_state(state)
     assert len(jax.tree.leaves(packed)) < 16
     assert packed.params.fixed.size == config.model.nf  # the Fourier frequencies alone
@@ -552,9 +552,9 @@ def test_training_steps_of_a_call_end_where_something_is_due(field, monkeypatch)
     monkeypatch.setattr(train_step, "_on_accelerator", lambda: True)
     every = ("n_jitted_steps", "log_freq", "eval_freq", "snapshot_freq")
     config = tiny_config(**dict.fromkeys(every, 12), snapshot_freq_for_preemption=12)
-    assert train_step.steps_a_call(config) == 12
+    assert train_step.steps_a_call(build.set_up(config).loop) == 12
     config.training[field] = 4
-    assert train_step.steps_a_call(config) == 4
+    assert train_step.steps_a_call(build.set_up(config).loop) == 4
 
 
 def test_the_residual_is_the_logarithm_of_two_normal_densities():

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-import session
+import build
 from configs import saved
 from runtime import checkpointing, exported
 
@@ -20,7 +20,7 @@ def test_there_are_two():
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_a_trained_model_is_read_and_is_small(model):
     config = saved.get_config(model)
-    setup = session.set_up(config)
+    setup = build.set_up(config)
     state = checkpointing.restore_latest(config, model, setup.state_shape)
     assert int(state.step) >= 3000
     weights = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.ema_params)])

@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import batched_sampling
+import build
 import evaluation
 import main
 import run_lib
-import session
 import train_step
+from build import REGISTRIES
 from configs import saved
 from configs.default import get_default_config
+from configs.saved import as_recorded
 from configs.validate import validate
 from errors import UserError
 from metrics import scorers
@@ -30,7 +33,6 @@ from modes import sample as sample_mode
 from modes import transfer
 from runtime import checkpointing, exported, locking, workdir
 from runtime.workdir import check_network, claim_workdir
-from session import REGISTRIES
 from tests.helpers import GOLDEN, environment_of, tiny_config
 from tests.make_folder import make_folder
 
@@ -69,7 +71,7 @@ def losses_of(workdir):
 
 
 def state_of(config, workdir):
-    setup = session.set_up(config)
+    setup = build.set_up(config)
     return checkpointing.restore_latest(config, workdir, setup.state_shape)
 
 
@@ -160,7 +162,7 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path):
 def test_without_a_config_it_is_that_of_the_workdir(tmp_path):
     config = tiny_config(k=float("inf"))
     workdir.make_folder(tmp_path / "run", "--workdir")
-    claim_workdir(config, tmp_path / "run", record=True)
+    claim_workdir(as_recorded(config), tmp_path / "run", record=True)
     assert saved.get_config(str(tmp_path / "run")) == config
     given = ["main.py", "--workdir", f"{tmp_path}/run", "--config.seed=1"]
     recipe, *rest = main._with_saved_config(given)[1:]
@@ -185,7 +187,7 @@ def test_without_a_config_it_is_that_of_the_workdir(tmp_path):
 def test_a_workdir_names_the_file_that_registered_what_its_config_names(tmp_path, file):
     config, run = tiny_config(), tmp_path / "a:run"
     config.training.prior = "mine\x1b[2J"  # which would clear the terminal
-    claim_workdir(config, run, record=True, config_file=file)
+    claim_workdir(as_recorded(config), run, record=True, config_file=file)
     assert saved.get_config(run) == config
     command = [sys.executable, "main.py", f"--workdir={run}", "--mode=sample"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -210,10 +212,10 @@ logging.getLogger("soft_truncation").warning("left out: %s", name)
 
 
 def test_a_workdir_within_another_runs_is_refused(tmp_path):
-    claim_workdir(tiny_config(), tmp_path / "run", record=True)
+    claim_workdir(as_recorded(tiny_config()), tmp_path / "run", record=True)
     (tmp_path / "run" / "checkpoints").mkdir()
     with pytest.raises(UserError, match=r"lies within .*run, the workdir of another run"):
-        claim_workdir(tiny_config(), tmp_path / "run" / "p2", record=True)
+        claim_workdir(as_recorded(tiny_config()), tmp_path / "run" / "p2", record=True)
 
 
 @pytest.mark.slow
@@ -250,17 +252,17 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     ],
 )
 def test_what_may_differ_from_the_workdirs_config(tmp_path, field, value, modes):
-    claim_workdir(tiny_config(), tmp_path, record=True)
+    claim_workdir(as_recorded(tiny_config()), tmp_path, record=True)
     other = tiny_config()
     section, _, name = field.rpartition(".")
     with (other[section] if section else other).unlocked():
         (other[section] if section else other)[name] = value
 
     def train():
-        claim_workdir(other, tmp_path, record=False)
+        claim_workdir(as_recorded(other), tmp_path, record=False)
 
     def evaluate():
-        check_network(other, tmp_path)
+        check_network(as_recorded(other), tmp_path)
 
     for mode, check in (("train", train), ("eval", evaluate)):
         if mode in modes:
@@ -533,7 +535,9 @@ def test_several_steps_a_call_with_the_data_on_the_device_are_the_same_run(tmp_p
     config = tiny_config(n_iters=13, n_jitted_steps=6, log_freq=3, eval_freq=6)
     one = run_lib.train(config, tmp_path / "one")
     monkeypatch.setattr(train_step, "_on_accelerator", lambda: True)
-    assert train_step.steps_a_call(config) == 3  # never past a step that logs or saves
+    assert (
+        train_step.steps_a_call(build.set_up(config).loop) == 3
+    )  # never past a step that logs or saves
     several = run_lib.train(config, tmp_path / "several")
     # Resumed at a step that no call of three begins at: single ones up to the next that does.
     part = config.copy_and_resolve_references()
@@ -580,7 +584,7 @@ def exported_run(tmp_path_factory):
 def test_an_exported_model_samples_as_its_run_does(exported_run):
     config, run, model = exported_run
     assert {path.name for path in model.iterdir()} == {exported.WEIGHTS, "config.json", "README.md"}
-    shape = session.set_up(config).state_shape
+    shape = build.set_up(config).state_shape
     state = checkpointing.restore_latest(config, model, shape)
     assert int(state.step) == 3
     assert_identical(state.ema_params, checkpointing.restore_latest(config, run, shape).ema_params)
@@ -609,7 +613,7 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
 
     def cut_after(count):
         def get(*args):
-            sampler = session.get_sampler(*args)
+            sampler = batched_sampling.get_sampler(*args)
 
             def draw(params, key, start):
                 if len(drawn) == count:
@@ -619,7 +623,7 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
 
             return draw
 
-        monkeypatch.setattr(run_lib, "get_sampler", get)
+        monkeypatch.setattr(sample_mode, "get_sampler", get)
 
     cut_after(2)
     with pytest.raises(KeyboardInterrupt):
@@ -660,17 +664,17 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
 def test_samples_do_not_stop_where_noise_is_left():
     config = tiny_config(sde="reciprocal_vesde", truncation_time=1e-6)
     config.sampling.truncation_time = 1e-6
-    session.set_up(config)
+    build.set_up(config)
     config.sampling.truncation_time = 1e-5
     with pytest.raises(UserError, match=r"truncation_time is 1e-05, where .* has σ/α = 21\.3"):
-        session.set_up(config)
+        build.set_up(config)
 
 
 def test_a_batch_need_only_be_shared_in_training():
     config = tiny_config(batch_size=12)
-    session.set_up(config)
+    build.set_up(config)
     with pytest.raises(UserError, match=r"batch_size is 12; .* the number of devices \(8\)"):
-        session.set_up(config, 8)
+        build.set_up(config, 8)
 
 
 def test_an_exported_model_is_not_trained_in_or_written_over(exported_run):
@@ -685,7 +689,7 @@ def test_an_exported_model_is_not_trained_in_or_written_over(exported_run):
 
 def test_a_models_card_has_the_report_of_its_own_weights(exported_run, tmp_path):
     config, run, model = exported_run
-    params = checkpointing.restore_latest(config, model, session.set_up(config).state_shape).params
+    params = checkpointing.restore_latest(config, model, build.set_up(config).state_shape).params
     shutil.copytree(run, tmp_path / "run")
     report = {"fd_classifier": 0.125, "classifier_accuracy": 0.5, "classifier_weights": "a"}
     report |= {"num_reference_classifier": 9, "num_test_images_for_scale": 3}
@@ -712,7 +716,7 @@ def test_a_folders_name_is_all_that_is_left_of_its_path(tmp_path):
     config.sampling.mask = "/mine/mask.png"
     for dataset, name in (("folder", "pictures"), ("CIFAR10", "")):
         config.data.update(dataset=dataset, path="/mine/pictures/")
-        own = workdir.portable_config(config, tmp_path)
+        own = workdir.portable_config(as_recorded(config), tmp_path)
         assert own.data.path == name and "/mine" not in own.to_json_best_effort()
 
 
@@ -725,8 +729,8 @@ def test_weights_that_do_not_belong_to_the_config_are_one_line(exported_run, tmp
     with pytest.raises(
         UserError, match=r"of another network: AttnBlock_0/Dense_0/bias is \[8\] there, and"
     ):
-        checkpointing.restore_latest(other, tmp_path, session.set_up(other).state_shape)
-    shape = session.set_up(config).state_shape
+        checkpointing.restore_latest(other, tmp_path, build.set_up(other).state_shape)
+    shape = build.set_up(config).state_shape
     for damaged in (path.read_bytes()[:-100], (10**12).to_bytes(8, "little") + b"{}", b""):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="can't be read"):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import build
 import controllable_generation
 import datasets
 import losses
 import sampling
 import sde_lib
-import session
 from errors import UserError
 from models import utils as mutils
 from official import import_checkpoint
@@ -81,7 +81,7 @@ def test_predictor_corrector_samples_a_gaussian(name, predictor, corrector):
     config = sampling_config("pc", predictor=predictor, corrector=corrector, snr=0.05)
     config.sampling.truncation_time = 1e-3 if name != "rve" else 1e-5
     config.model.num_scales = 500
-    sample_fn = session.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), 8000)
+    sample_fn = build.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), 8000)
     x, nfe = sample_fn(None, jax.random.key(0))
     assert nfe == (500 if corrector == "none" else 999)
     check_moments(x, slack=0.03)
@@ -105,7 +105,7 @@ def test_a_sample_depends_on_its_key_and_not_on_its_batch(method, options, most)
     def draw(start, count):
         keys = sampling.sample_keys(jax.random.key(5), start, count)
         score_fn = DATA.score_fn(SDE)
-        return session.get_sampling_fn(config, SDE, lambda _: score_fn, count)(None, keys)[0]
+        return build.get_sampling_fn(config, SDE, lambda _: score_fn, count)(None, keys)[0]
 
     x = draw(0, 10)
     assert np.abs(x[6:9] - draw(6, 3)).max() < most
@@ -217,7 +217,7 @@ def test_samplers_along_the_ode_sample_a_gaussian(name, method):
     sde = SDES[name]
     config = sampling_config(method, num_steps=100, rtol=1e-5, atol=1e-5)
     config.sampling.truncation_time = 1e-4 if name == "ve" else 1e-5
-    sample_fn = session.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
+    sample_fn = build.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
     x, nfe = sample_fn(None, jax.random.key(0))
     assert {"heun": nfe == 201, "dpm_solver": nfe == 101, "ode": 30 < nfe < 1000}[method]
     check_moments(x, slack=0.015)  # of N(0, σ_max²) as the prior of VE
@@ -283,7 +283,7 @@ def test_inpainting_draws_from_the_conditional_distribution(predictor):
     config.sampling.update(snr=0.1, n_steps_each=3, truncation_time=1e-3)
     config.model.num_scales = 500
     complete = controllable_generation.get_completion_fn(
-        session.sampling_method(config), SDE, lambda _: DATA.score_fn(SDE)
+        build.sampling_method(config), SDE, lambda _: DATA.score_fn(SDE)
     )
     x = np.asarray(complete(None, jax.random.key(0), images, mask)).reshape(4000, 4)
     np.testing.assert_array_equal(x[:, [0, 2]], np.asarray(images).reshape(4000, 4)[:, [0, 2]])
@@ -302,7 +302,7 @@ def test_colorization_keeps_the_grey():
     config.sampling.truncation_time = 1e-3
     config.model.num_scales = 100
     complete = controllable_generation.get_completion_fn(
-        session.sampling_method(config), SDE, lambda _: data.score_fn(SDE), colors=True
+        build.sampling_method(config), SDE, lambda _: data.score_fn(SDE), colors=True
     )
     x = complete(None, jax.random.key(0), images, jnp.zeros(()))
     np.testing.assert_allclose(x.mean(-1), images.mean(-1), atol=1e-5)

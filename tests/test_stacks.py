@@ -3,15 +3,16 @@
 import json
 import math
 import tracemalloc
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
 from PIL import Image
 
+import build
 import datasets
 import run_lib
+from build import with_data_facts
 from configs.shapes import image_shape
 from configs.vp import array_st
 from controllable_generation import _read_mask
@@ -22,7 +23,6 @@ from metrics.report import channel_moments
 from modes import sample as sample_mode
 from runtime.pictures import save_grid
 from runtime.workdir import PartialResults
-from session import with_data_facts
 
 
 def array_config(path, **data):
@@ -375,20 +375,20 @@ def test_bits_with_their_padding_are_no_fewer_than_the_images_have(tmp_path):
     config = with_data_facts(config, tmp_path / "no run")
     data = datasets.load_data(config)
     assert image_shape(config) == (4, 4, 1)
-    assert bits_per_dim._gaussian_baseline(config, data, 20).mean() > 4
+    assert bits_per_dim._gaussian_baseline(build.set_up(config), data, 20).mean() > 4
     # What a network says of each dimension counts 16/9 times.
 
     def two_bits(*given):
         return {name: np.full(len(given[-1]), 2.0) for name in ("nll", "nelbo", "nfe")}
 
-    setup = SimpleNamespace(preprocessing=datasets.get_preprocessing(config))
+    setup = build.set_up(config)
     results = PartialResults(tmp_path / "parts")
-    evaluated = bits_per_dim.BitsEvaluation(config, setup, data, results, two_bits)
+    evaluated = bits_per_dim.BitsEvaluation(setup, data, results, two_bits)
     values = bits_per_dim.bits_of_images(evaluated, {"w": np.zeros(1)})
     assert np.allclose(values["nll"], 2 * 16 / 9) and np.allclose(values["nelbo"], 2 * 16 / 9)
     assert (values["nfe"] == 2).all()
     # The bound of several draws is of the whole padded image, 16 dimensions, in bits per each of 9.
     draws = np.array([[2.0], [3.0]]) * 16 / 9
-    weighted = bits_per_dim.weighted_draws(config, {"nll_truncated_normal": draws})
+    weighted = bits_per_dim.weighted_draws(setup, {"nll_truncated_normal": draws})
     likelihoods = 2.0 ** -np.array([2 * 16, 3 * 16])
     np.testing.assert_allclose(weighted, -np.log2(likelihoods.mean()) / 9, rtol=1e-12)

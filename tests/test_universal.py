@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
+import build
 import likelihood
 import losses
 import sde_lib
-import session
 from configs.validate import validate
 from errors import UserError
 from models import utils as mutils
@@ -150,9 +150,7 @@ def test_both_parametrisations_of_a_score_are_the_same_model(name):
         of_model.eval.nll_steps = 32
         nll_fn = likelihood.get_nll_fn(of_model, sde, make_score_fn, 17)
         nll = nll_fn(None, jax.random.key(1), images / 8.0 - 1)["nll"]
-        samples, _ = session.get_sampling_fn(of_model, sde, make_score_fn, 8)(
-            None, jax.random.key(2)
-        )
+        samples, _ = build.get_sampling_fn(of_model, sde, make_score_fn, 8)(None, jax.random.key(2))
         results.append((loss, nll, samples))
     for one, other, within in zip(*results, (1e-3, 1e-3, 1e-3), strict=True):
         np.testing.assert_allclose(one, other, rtol=within, atol=within)
@@ -162,11 +160,11 @@ def test_what_has_no_velocity_is_refused():
     config = velocity_config("vesde")
     config.model.scale_by_sigma = True
     with pytest.raises(UserError, match="scale_by_sigma must be False"):
-        validate(config, 1, session.REGISTRIES)
+        validate(config, 1, build.REGISTRIES)
     config = velocity_config("vesde")
     config.model.name = "ncsnv2_64"
     with pytest.raises(UserError, match="parametrization must be noise"):
-        validate(config, 1, session.REGISTRIES)
+        validate(config, 1, build.REGISTRIES)
     with pytest.raises(UserError, match="official networks predict the noise"):
         import_checkpoint.load("none.pth", velocity_config("vpsde"))
 
@@ -252,7 +250,7 @@ def test_what_is_no_prior_is_refused_at_the_start(monkeypatch):
     refused(falls, r"falls between t = .* and .*training\.weighting")
     monkeypatch.setitem(losses.PRIORS, "mine", lambda config: WithoutCdf())
     with pytest.raises(UserError, match=r"training\.prior=mine: it has no cdf"):
-        session.set_up(tiny_config(prior="mine"))
+        build.set_up(tiny_config(prior="mine"))
 
 
 @pytest.mark.parametrize("mixed", [False, True])

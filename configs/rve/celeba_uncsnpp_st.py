@@ -2,15 +2,17 @@
 
 from ml_collections import ConfigDict
 
-from configs.ve import celeba_ncsnpp_st
+from configs.rve import cifar10_uncsnpp_st
 
 
 def get_config() -> ConfigDict:
     """The recipe."""
-    config = celeba_ncsnpp_st.get_config()
-    config.model.sigma_min = 0.001
-    # Uniform 1/t, which is how the release draws t here, is importance sampling of λ = g².
+    config = cifar10_uncsnpp_st.get_config()
+    config.data.update(dataset="CELEBA", image_size=64)
+    config.model.sigma_max = 90.0
     config.training.update(
-        sde="reciprocal_vesde", likelihood_weighting=True, importance_sampling=True
+        n_iters=1_300_001, log_freq=50, snapshot_freq=50_000, snapshot_sampling=True
     )
+    config.sampling.update(snr=0.17, batch_size=512)
+    config.eval.update(batch_size=1024, num_test_data=19_962)
     return config

@@ -2,11 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from configs.rve import cifar10_uncsn_1e_3
+from configs.rve import cifar10_uncsnpp_st
 
 
 def get_config() -> ConfigDict:
     """The recipe."""
-    config = cifar10_uncsn_1e_3.get_config()
+    config = cifar10_uncsnpp_st.get_config()
     config.model.num_res_blocks = 8
+    config.training.truncation = "fixed"
     return config

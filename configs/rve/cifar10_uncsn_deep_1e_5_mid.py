@@ -5,10 +5,12 @@ Equal to cifar10_uncsn_deep_1e_5: what the official file's `threshold` did was n
 
 from ml_collections import ConfigDict
 
-from configs.rve import cifar10_uncsn_deep_1e_5
+from configs.rve import cifar10_uncsnpp_st
 
 
 def get_config() -> ConfigDict:
     """The recipe."""
-    config = cifar10_uncsn_deep_1e_5.get_config()
+    config = cifar10_uncsnpp_st.get_config()
+    config.model.update(num_res_blocks=8, sigma_min=1e-5)
+    config.training.truncation = "fixed"
     return config

@@ -2,11 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from configs.rve import celebahq_256_uncsn
+from configs.rve import church_uncsn
 
 
 def get_config() -> ConfigDict:
     """The recipe."""
-    config = celebahq_256_uncsn.get_config()
-    config.data.update(dataset="FFHQ", tfrecords_path="ffhq-r08.tfrecords")
+    config = church_uncsn.get_config()
+    config.data.update(dataset="FFHQ", category="", tfrecords_path="ffhq-r08.tfrecords")
+    config.model.sigma_max = 348.0
     return config

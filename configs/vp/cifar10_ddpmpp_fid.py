@@ -2,11 +2,13 @@
 
 from ml_collections import ConfigDict
 
-from configs.vp import cifar10_ddpmpp_nll
+from configs.vp import cifar10_st
 
 
 def get_config() -> ConfigDict:
     """The recipe."""
-    config = cifar10_ddpmpp_nll.get_config()
-    config.training.update(likelihood_weighting=False, importance_sampling=False)
+    config = cifar10_st.get_config()
+    config.training.update(
+        truncation="fixed", likelihood_weighting=False, importance_sampling=False
+    )
     return config

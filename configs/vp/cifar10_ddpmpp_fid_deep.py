@@ -2,11 +2,16 @@
 
 from ml_collections import ConfigDict
 
-from configs.vp import cifar10_ddpmpp_nll_deep
+from configs.vp import cifar10_st
 
 
 def get_config() -> ConfigDict:
     """The recipe."""
-    config = cifar10_ddpmpp_nll_deep.get_config()
-    config.training.update(likelihood_weighting=False, importance_sampling=False)
+    config = cifar10_st.get_config()
+    config.model.num_res_blocks = 8
+    config.training.update(
+        truncation="fixed", likelihood_weighting=False, importance_sampling=False
+    )
+    config.sampling.batch_size = 512
+    config.eval.batch_size = 100
     return config

@@ -1,0 +1,345 @@
+"""Building the parts of a run from its config: SDE, network, optimiser, training step, sampler."""
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from ml_collections import ConfigDict
+
+import datasets
+import likelihood
+import losses
+import parts
+import sampling
+import sde_lib
+from configs import fields
+from configs.default import get_default_config
+from configs.saved import as_recorded
+from configs.shapes import array_shape, image_shape
+from configs.validate import check_array_fields, validate
+from errors import UserError
+from labels import check_labels, sample_labels
+from models import utils as mutils
+from models.networks import NETWORKS
+from models.score import ScoreModel
+from runtime.devices import batch_and_replicated_shardings, to_devices
+from runtime.workdir import recorded_config
+from train_step import (
+    StepFn,
+    TrainCall,
+    TrainState,
+    get_optimizer,
+    get_step_fn,
+    make_train_call,
+)
+
+log = logging.getLogger("soft_truncation")
+
+
+# The values that these fields can name; a config file can register more (docs/extending.md).
+REGISTRIES: dict[str, dict[str, Any]] = {
+    "model.name": NETWORKS,
+    "training.sde": sde_lib.SDES,
+    "training.prior": losses.PRIORS,
+    "training.weighting": losses.WEIGHTINGS,
+    "sampling.method": sampling.SAMPLERS,
+    "sampling.predictor": sampling.PREDICTORS,
+    "sampling.corrector": sampling.CORRECTORS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run that a config names, without the data; nothing is compiled yet."""
+
+    sde: sde_lib.SDE
+    model: mutils.Model
+    optimizer: optax.GradientTransformation
+    objective: losses.Objective
+    preprocessing: datasets.Preprocessing
+    units: datasets.Units
+    make_score_fn: sampling.MakeScoreFn  # (params, labels, guidance) → (x, t) → score
+    make_train_score_fn: Callable[..., losses.ScoreFn]  # … → (x, t, dropout keys) → score
+    state_shape: TrainState  # of jax.ShapeDtypeStruct
+    init_params: Callable[[], Any]  # the first parameters, a function of the seed
+    make_step_fn: Callable[[], StepFn]
+    sampler: sampling.SamplerFn
+    make_sample_fn: Callable[[int], Any]  # number of samples → (params, keys, labels) → (x, nfe)
+    read_arrays: Callable[..., tuple[datasets.Dataset, list[str] | None]]  # of a user's own file
+    make_nll_fn: Callable[[], Callable[..., dict[str, Array]]]
+    make_nelbo_fn: Callable[[], Callable[..., dict[str, Array]]]
+    seed: int
+    dtype: str  # that the network computes in
+    network: str  # its name
+    shape: tuple[int, int, int]  # of an image of the data
+    padded_shape: tuple[int, int, int]  # of an image as the network gets it
+    dequantization: str
+    centered: bool  # whether the network's images are from -1 to 1
+    num_classes: int  # of labels that the network is told; 0: none
+    classes: tuple[str, ...]  # their names, as far as they are known
+    label_dropout: float
+    eps: float  # the smallest time of training
+    objective_text: str
+    loop: parts.Loop
+    sampling: parts.Sampling
+    evaluation: parts.Evaluation
+    fields: dict[str, Any]  # the whole config, as config.json has it
+    rebuild: Callable[[Mapping[str, Any]], "Setup"]  # with other values of some fields
+
+    @property
+    def num_levels(self) -> int:
+        """The number of values of a pixel of the data; 0: floats."""
+        return self.preprocessing.num_levels
+
+    def init_state(self) -> TrainState:
+        """The state before the first step, a function of the seed."""
+        return _first_state(self.optimizer, self.init_params())
+
+
+def _first_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
+
+
+# The fields of an array data set that are read from its file.
+_OF_ARRAYS = ("image_size", "image_width", "num_channels", "num_levels", "scale", "dequantization")
+
+
+def with_data_facts(
+    config: ConfigDict,
+    workdir: str | os.PathLike[str],
+    override: bool = False,
+    init_from: str = "",
+) -> ConfigDict:
+    """The config with what the data set says in place of what the recipe leaves to it.
+
+    That is the number of labels for `model.num_classes` = -1, and the shape and units of an array
+    data set. A run keeps what was found at its start, and the names of its labels, unless it goes
+    on with other data by `override`.
+
+    Args:
+      config: the config.
+      workdir: the run's folder, or that of a new one.
+      override: whether the run may go on with another config.
+      init_from: the run or model that a new run starts from; the config may be its own.
+
+    Raises:
+      UserError: the data set has no labels, or can't be read.
+    """
+    is_array = config.data.dataset == "array"
+    if not (is_array or config.model.num_classes):
+        return config
+    config, run = config.copy_and_resolve_references(), recorded_config(workdir)
+    before = run or (recorded_config(init_from) if init_from else None)
+    same = before and all(before.data[name] == config.data[name] for name in ("dataset", "path"))
+    if is_array and before and not same and (override or not run):
+        # Units that the recipe has from there are of other data.
+        for name in ("scale", "num_levels"):
+            if config.data[name] == before.data[name]:
+                config.data[name] = get_default_config().data[name]
+    if run and (run.data.dataset != config.data.dataset or (override and not same)):
+        run = None
+    if run and not config.data.classes:
+        config.data.classes = run.data.classes
+    if is_array:
+        check_array_fields(config)
+        facts = dict(run.data) if run else datasets.array_facts(config)
+        own = {name: config.data[name] for name in ("scale", "num_levels") if config.data[name]}
+        config.data.update({name: facts[name] for name in _OF_ARRAYS if name in facts} | own)
+    if config.model.num_classes != -1:
+        return config
+    if run:
+        config.model.num_classes = run.model.num_classes
+        return config
+    train = datasets.get_dataset(config, "train")
+    if not train.num_classes:
+        raise UserError(f"model.num_classes is -1, and {train.name} has no labels")
+    config.model.num_classes = train.num_classes
+    return config
+
+
+def with_classes(setup: Setup, train: datasets.Dataset, anew: bool = False) -> Setup:
+    """The parts of a run with the names of the labels that its network is told.
+
+    They must be those of the training images, unless the run starts `anew` with these.
+    """
+    check_labels(setup.num_classes, () if anew else setup.classes, train)
+    if not setup.num_classes:
+        return setup
+    data = {**setup.fields["data"], "classes": list(train.classes)}
+    return dataclasses.replace(setup, classes=train.classes, fields={**setup.fields, "data": data})
+
+
+def _check_sampling_time(config: ConfigDict, sde: sde_lib.SDE) -> None:
+    """Raise a UserError if samples would stop so early that they are means of many images."""
+    end, least = config.sampling.truncation_time, config.training.truncation_time
+    noise = float(sde.std(jnp.array(end)) / sde.mean_coeff(jnp.array(end)))
+    if noise > 0.5 and end > least:
+        raise UserError(
+            f"config: sampling.truncation_time is {end:g}, where {config.training.sde} has "
+            f"σ/α = {noise:.3g}, too much noise for samples to stop at; training has {least:g}"
+        )
+
+
+def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
+    """Check a config and build the parts that it names.
+
+    Args:
+      config: the config.
+      num_devices: the number of devices that share a training batch.
+
+    Raises:
+      UserError: the config is wrong; the message is one line that says why.
+    """
+    validate(config, num_devices, REGISTRIES)
+    sde, model = sde_lib.get_sde(config), mutils.create_model(config)
+    _check_sampling_time(config, sde)
+    if config.model.num_classes > 0:
+        sample_labels(config.sampling.labels, config.model.num_classes, 0, 1)
+    training = config.training
+    if training.truncation != "fixed" and training.prior != "power":
+        prior = losses.get_prior(config)
+        losses.check_prior(prior, sde, training.truncation_time, training.prior)
+    optimizer = get_optimizer(config)
+    try:
+        params = mutils.params_shape(model, image_shape(config))
+        shape = jax.eval_shape(functools.partial(_first_state, optimizer), params)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"config.model: no network can be built: {error}") from error
+    score_model = fields.call(ScoreModel, config, "model", "training", sde=sde, network=model)
+    sampler = sampling_method(config)
+    objective = losses.get_objective(config, sde)
+    preprocessing = datasets.get_preprocessing(config)
+    levels = preprocessing.num_levels
+    return Setup(
+        sde=sde,
+        model=model,
+        optimizer=optimizer,
+        objective=objective,
+        preprocessing=preprocessing,
+        units=datasets.get_units(config),
+        make_score_fn=score_model,
+        make_train_score_fn=score_model.for_training,
+        state_shape=shape,
+        init_params=lambda: mutils.init_params(
+            model, image_shape(config), jax.random.key(config.seed)
+        ),
+        make_step_fn=functools.partial(
+            get_step_fn,
+            objective,
+            score_model.for_training,
+            optimizer,
+            seed=config.seed,
+            ema_rate=config.model.ema_rate,
+            num_micro_batch=config.optim.num_micro_batch,
+            num_classes=config.model.num_classes,
+            label_dropout=training.label_dropout,
+        ),
+        sampler=sampler,
+        make_sample_fn=functools.partial(get_sampling_fn, config, sde, score_model),
+        read_arrays=functools.partial(datasets.array_of_images, config),
+        make_nll_fn=functools.partial(likelihood.get_nll_fn, config, sde, score_model, levels),
+        make_nelbo_fn=functools.partial(likelihood.get_nelbo_fn, config, sde, score_model, levels),
+        seed=config.seed,
+        dtype=config.model.dtype,
+        network=config.model.name,
+        shape=array_shape(config),
+        padded_shape=image_shape(config),
+        dequantization=config.data.dequantization,
+        centered=config.data.centered,
+        num_classes=config.model.num_classes,
+        classes=tuple(config.data.classes),
+        label_dropout=training.label_dropout,
+        eps=training.truncation_time,
+        objective_text=objective_in_words(config),
+        loop=fields.call(parts.Loop, config, "training"),
+        sampling=fields.call(parts.Sampling, config, "sampling"),
+        evaluation=fields.call(parts.Evaluation, config, "eval"),
+        fields=as_recorded(config),
+        rebuild=lambda changes: set_up(_changed(config, changes), num_devices),
+    )
+
+
+def sampling_method(config: ConfigDict) -> sampling.SamplerFn:
+    """The sampling method of a config, with its predictor and corrector."""
+    chosen, sections = config.sampling, ("sampling", "model")
+
+    def step_fn(make: Callable[..., sampling.StepFn] | None) -> sampling.StepFn | None:
+        return None if make is None else fields.call(make, config, *sections)
+
+    return fields.call(
+        sampling.SAMPLERS[chosen.method],
+        config,
+        *sections,
+        predictor=step_fn(sampling.PREDICTORS[chosen.predictor]),
+        corrector=step_fn(sampling.CORRECTORS[chosen.corrector]),
+    )
+
+
+def get_sampling_fn(
+    config: ConfigDict, sde: sde_lib.SDE, make_score_fn: sampling.MakeScoreFn, count: int
+) -> Callable[..., tuple[Array, Array]]:
+    """The compiled function (params, key, labels=None) → (x, nfe) of `count` samples."""
+    shape, guidance = (count, *image_shape(config)), config.sampling.guidance
+    return sampling.get_sampling_fn(sampling_method(config), sde, make_score_fn, shape, guidance)
+
+
+def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(dict(changes))
+    return changed
+
+
+def get_train_call(setup: Setup, train: datasets.Dataset, first_step: int) -> TrainCall:
+    """The training function (`make_train_call`) of a run, whose first call is `first_step`."""
+    size, labelled = setup.loop.batch_size, setup.num_classes > 0
+    return make_train_call(setup.make_step_fn(), train, size, setup.seed, first_step, labelled)
+
+
+def objective_in_words(config: ConfigDict) -> str:
+    """What a config trains by: SDE, weighting, times, truncation and prior."""
+    training = config.training
+    flag = "likelihood (g²)" if training.likelihood_weighting else "variance (σ²)"
+    drawn = "importance-sampled" if training.importance_sampling else "uniform"
+    prior = f", k = {training.k:g}" if training.prior == "power" else f", {training.prior} prior"
+    mixed = residual = ""
+    if training.mixed:
+        ratio = " times the ratio of the halves' losses" if training.balanced else ""
+        mixed = (
+            "; half of a batch has variance weighting and uniform time, with weight "
+            f"{training.ddpm_weight:g}{ratio}"
+        )
+    if training.reconstruction_loss:
+        residual = f"; with the reconstruction loss, {config.data.dequantization} data"
+    return (
+        f"{training.sde}, {training.weighting or flag} weighting, {drawn} time, "
+        f"{training.truncation.replace('_', ' ')} truncation"
+        f"{'' if training.truncation == 'fixed' else prior}, ε = {training.truncation_time:g}"
+        f"{mixed}{residual}"
+    )
+
+
+def labels_on_devices(labels: np.ndarray, num_classes: int, whole: bool = False) -> Array | None:
+    """The labels of a batch of images, of which each device has its share.
+
+    Args:
+      labels: of the images, (N,); the devices must divide N.
+      num_classes: of the network; 0: the result is None.
+      whole: each device has the whole batch instead.
+    """
+    if not num_classes:
+        return None
+    rows, everywhere = batch_and_replicated_shardings()
+    return to_devices(np.asarray(labels, np.int32), everywhere if whole else rows)
