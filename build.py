@@ -204,7 +204,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
       UserError: the config is wrong; the message is one line that says why.
     """
     validate(config, num_devices, REGISTRIES)
-    sde, model = sde_lib.get_sde(config), mutils.create_model(config)
+    sde = sde_lib.get_sde(config)
     _check_sampling_time(config, sde)
     if config.model.num_classes > 0:
         sample_labels(config.sampling.labels, config.model.num_classes, 0, 1)
@@ -214,6 +214,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         losses.check_prior(prior, sde, training.truncation_time, training.prior)
     optimizer = get_optimizer(config)
     try:
+        model = mutils.create_model(config)
         params = mutils.params_shape(model, image_shape(config))
         shape = jax.eval_shape(functools.partial(_first_state, optimizer), params)
     except (ValueError, TypeError, ZeroDivisionError) as error:
@@ -273,19 +274,26 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
 
 
 def sampling_method(config: ConfigDict) -> sampling.SamplerFn:
-    """The sampling method of a config, with its predictor and corrector."""
+    """The sampling method of a config, with its predictor and corrector.
+
+    Raises:
+      UserError: it takes a field that the config does not have.
+    """
     chosen, sections = config.sampling, ("sampling", "model")
 
     def step_fn(make: Callable[..., sampling.StepFn] | None) -> sampling.StepFn | None:
         return None if make is None else fields.call(make, config, *sections)
 
-    return fields.call(
-        sampling.SAMPLERS[chosen.method],
-        config,
-        *sections,
-        predictor=step_fn(sampling.PREDICTORS[chosen.predictor]),
-        corrector=step_fn(sampling.CORRECTORS[chosen.corrector]),
-    )
+    try:
+        return fields.call(
+            sampling.SAMPLERS[chosen.method],
+            config,
+            *sections,
+            predictor=step_fn(sampling.PREDICTORS[chosen.predictor]),
+            corrector=step_fn(sampling.CORRECTORS[chosen.corrector]),
+        )
+    except TypeError as error:  # a parameter that is no field
+        raise UserError(f"config.sampling: no sampler can be built: {error}") from error
 
 
 def get_sampling_fn(

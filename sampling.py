@@ -474,22 +474,16 @@ def _along_the_ode(solve: Callable[..., tuple[Array, ArrayLike]], **options: Any
     return sample
 
 
-def ode(truncation_time: float, rtol: float, atol: float, noise_removal: bool) -> SamplerFn:
-    """`ode_sample` as a sampling method."""
+def _adaptive(truncation_time: float, rtol: float, atol: float, noise_removal: bool) -> SamplerFn:
     options = {"rtol": rtol, "atol": atol, "noise_removal": noise_removal}
     return _along_the_ode(ode_sample, eps=truncation_time, **options)
 
 
-def heun(truncation_time: float, num_steps: int, noise_removal: bool) -> SamplerFn:
-    """`heun_sample` as a sampling method."""
+def _in_steps(
+    solve: Callable[..., Any], truncation_time: float, num_steps: int, noise_removal: bool
+) -> SamplerFn:
     options = {"num_steps": num_steps, "noise_removal": noise_removal}
-    return _along_the_ode(heun_sample, eps=truncation_time, **options)
-
-
-def dpm_solver(truncation_time: float, num_steps: int, noise_removal: bool) -> SamplerFn:
-    """`dpm_solver_sample` as a sampling method."""
-    options = {"num_steps": num_steps, "noise_removal": noise_removal}
-    return _along_the_ode(dpm_solver_sample, eps=truncation_time, **options)
+    return _along_the_ode(solve, eps=truncation_time, **options)
 
 
 # What `sampling.method` can name: functions whose parameters are fields of `config.sampling` and
@@ -497,9 +491,9 @@ def dpm_solver(truncation_time: float, num_steps: int, noise_removal: bool) -> S
 # method.
 SAMPLERS: dict[str, Callable[..., SamplerFn]] = {
     "pc": pc,
-    "ode": ode,
-    "heun": heun,
-    "dpm_solver": dpm_solver,
+    "ode": _adaptive,
+    "heun": functools.partial(_in_steps, heun_sample),
+    "dpm_solver": functools.partial(_in_steps, dpm_solver_sample),
 }
 
 

@@ -299,6 +299,18 @@ def test_a_network_that_is_told_no_labels_says_so(mine):
         build.set_up(config)
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "told"),
+    [("model", "depth", "no network can be"), ("sampling", "churn", "no sampler can be")],
+)
+def test_a_field_that_is_missing_is_named(mine, section, field, told):
+    config = mine.get_config()
+    with config.unlocked():
+        del config[section][field]
+    with pytest.raises(UserError, match=rf"^config\.{section}: {told} built: .*'{field}'"):
+        build.set_up(config)
+
+
 # The samplers
 
 
