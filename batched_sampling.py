@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 import seeds
-from build import Setup, with_labels
+from build import Setup, labels_on_devices
 from labels import sample_labels
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from sampling import sample_keys
@@ -35,8 +35,8 @@ def get_sampler(setup: Setup, batch_size: int) -> Any:
     rows, everywhere = batch_and_replicated_shardings()
     sample_fn = setup.make_sample_fn(full)
 
-    def sample_levels(params: Any, keys: Array) -> tuple[Array, Array, Array]:
-        x, nfe = sample_fn(params, keys)
+    def sample_levels(params: Any, keys: Array, labels: Array | None) -> tuple[Array, Array, Array]:
+        x, nfe = sample_fn(params, keys, labels)
         broken = ~jnp.isfinite(x).all(axis=(1, 2, 3))
         return setup.preprocessing.to_levels(x), nfe, broken
 
@@ -45,11 +45,11 @@ def get_sampler(setup: Setup, batch_size: int) -> Any:
     def sample(params: Any, key: Array, start: int = 0) -> Samples:
         params = to_devices(params, everywhere)
         keys = to_devices(sample_keys(key, start, full), rows)
+        labels = None
         if setup.num_classes:
-            options = setup.sampling
-            labels = sample_labels(options.labels, setup.num_classes, start, full)
-            params = with_labels(setup.num_classes, params, labels, options.guidance)
-        levels, nfe, broken = compiled(params, keys)
+            chosen = sample_labels(setup.sampling.labels, setup.num_classes, start, full)
+            labels = labels_on_devices(chosen, setup.num_classes)
+        levels, nfe, broken = compiled(params, keys, labels)
         broken = to_host(broken)[:batch_size].sum()
         if broken:
             log.warning(

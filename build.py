@@ -28,6 +28,8 @@ from configs.validate import check_array_fields, validate
 from errors import UserError
 from labels import check_labels, sample_labels
 from models import utils as mutils
+from models.networks import NETWORKS
+from models.score import ScoreModel
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.workdir import recorded_config
 from train_step import (
@@ -44,6 +46,7 @@ log = logging.getLogger("soft_truncation")
 
 # The values that these fields can name; a config file can register more (docs/extending.md).
 REGISTRIES: dict[str, dict[str, Any]] = {
+    "model.name": NETWORKS,
     "training.sde": sde_lib.SDES,
     "training.prior": losses.PRIORS,
     "training.weighting": losses.WEIGHTINGS,
@@ -63,12 +66,13 @@ class Setup:
     objective: losses.Objective
     preprocessing: datasets.Preprocessing
     units: datasets.Units
-    make_score_fn: sampling.MakeScoreFn  # parameters → (x, t) → score
-    make_train_score_fn: Callable[[Any], losses.ScoreFn]  # … → (x, t, dropout keys) → score
+    make_score_fn: sampling.MakeScoreFn  # (params, labels, guidance) → (x, t) → score
+    make_train_score_fn: Callable[..., losses.ScoreFn]  # … → (x, t, dropout keys) → score
     state_shape: TrainState  # of jax.ShapeDtypeStruct
     init_params: Callable[[], Any]  # the first parameters, a function of the seed
     make_step_fn: Callable[[], StepFn]
-    make_sample_fn: Callable[[int], Any]  # number of samples → (parameters, keys) → samples, nfe
+    sampler: sampling.SamplerFn
+    make_sample_fn: Callable[[int], Any]  # number of samples → (params, keys, labels) → (x, nfe)
     read_arrays: Callable[..., tuple[datasets.Dataset, list[str] | None]]  # of a user's own file
     make_nll_fn: Callable[[], Callable[..., dict[str, Array]]]
     make_nelbo_fn: Callable[[], Callable[..., dict[str, Array]]]
@@ -200,7 +204,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
       UserError: the config is wrong; the message is one line that says why.
     """
     validate(config, num_devices, REGISTRIES)
-    sde, model = sde_lib.get_sde(config), mutils.create_model(config)
+    sde = sde_lib.get_sde(config)
     _check_sampling_time(config, sde)
     if config.model.num_classes > 0:
         sample_labels(config.sampling.labels, config.model.num_classes, 0, 1)
@@ -210,12 +214,13 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         losses.check_prior(prior, sde, training.truncation_time, training.prior)
     optimizer = get_optimizer(config)
     try:
-        params = mutils.params_shape(config, model)
+        model = mutils.create_model(config)
+        params = mutils.params_shape(model, image_shape(config))
         shape = jax.eval_shape(functools.partial(_first_state, optimizer), params)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"config.model: no network can be built: {error}") from error
-    make_score_fn = functools.partial(mutils.get_score_fn, config, sde, model)
-    make_train_score_fn = functools.partial(make_score_fn, train=True)
+    score_model = fields.call(ScoreModel, config, "model", "training", sde=sde, network=model)
+    sampler = sampling_method(config)
     objective = losses.get_objective(config, sde)
     preprocessing = datasets.get_preprocessing(config)
     levels = preprocessing.num_levels
@@ -226,14 +231,16 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         objective=objective,
         preprocessing=preprocessing,
         units=datasets.get_units(config),
-        make_score_fn=make_score_fn,
-        make_train_score_fn=make_train_score_fn,
+        make_score_fn=score_model,
+        make_train_score_fn=score_model.for_training,
         state_shape=shape,
-        init_params=lambda: mutils.init_params(config, model, jax.random.key(config.seed)),
+        init_params=lambda: mutils.init_params(
+            model, image_shape(config), jax.random.key(config.seed)
+        ),
         make_step_fn=functools.partial(
             get_step_fn,
             objective,
-            make_train_score_fn,
+            score_model.for_training,
             optimizer,
             seed=config.seed,
             ema_rate=config.model.ema_rate,
@@ -241,12 +248,11 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
             num_classes=config.model.num_classes,
             label_dropout=training.label_dropout,
         ),
-        make_sample_fn=functools.partial(sampling.get_sampling_fn, config, sde, make_score_fn),
+        sampler=sampler,
+        make_sample_fn=functools.partial(get_sampling_fn, config, sde, score_model),
         read_arrays=functools.partial(datasets.array_of_images, config),
-        make_nll_fn=functools.partial(likelihood.get_nll_fn, config, sde, make_score_fn, levels),
-        make_nelbo_fn=functools.partial(
-            likelihood.get_nelbo_fn, config, sde, make_score_fn, levels
-        ),
+        make_nll_fn=functools.partial(likelihood.get_nll_fn, config, sde, score_model, levels),
+        make_nelbo_fn=functools.partial(likelihood.get_nelbo_fn, config, sde, score_model, levels),
         seed=config.seed,
         dtype=config.model.dtype,
         network=config.model.name,
@@ -265,6 +271,37 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         fields=as_recorded(config),
         rebuild=lambda changes: set_up(_changed(config, changes), num_devices),
     )
+
+
+def sampling_method(config: ConfigDict) -> sampling.SamplerFn:
+    """The sampling method of a config, with its predictor and corrector.
+
+    Raises:
+      UserError: it takes a field that the config does not have.
+    """
+    chosen, sections = config.sampling, ("sampling", "model")
+
+    def step_fn(make: Callable[..., sampling.StepFn] | None) -> sampling.StepFn | None:
+        return None if make is None else fields.call(make, config, *sections)
+
+    try:
+        return fields.call(
+            sampling.SAMPLERS[chosen.method],
+            config,
+            *sections,
+            predictor=step_fn(sampling.PREDICTORS[chosen.predictor]),
+            corrector=step_fn(sampling.CORRECTORS[chosen.corrector]),
+        )
+    except TypeError as error:  # a parameter that is no field
+        raise UserError(f"config.sampling: no sampler can be built: {error}") from error
+
+
+def get_sampling_fn(
+    config: ConfigDict, sde: sde_lib.SDE, make_score_fn: sampling.MakeScoreFn, count: int
+) -> Callable[..., tuple[Array, Array]]:
+    """The compiled function (params, key, labels=None) → (x, nfe) of `count` samples."""
+    shape, guidance = (count, *image_shape(config)), config.sampling.guidance
+    return sampling.get_sampling_fn(sampling_method(config), sde, make_score_fn, shape, guidance)
 
 
 def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -302,24 +339,15 @@ def objective_in_words(config: ConfigDict) -> str:
     )
 
 
-def with_labels(
-    num_classes: int,
-    params: Any,
-    labels: np.ndarray,
-    guidance: float = 0.0,
-    whole: bool = False,
-) -> Any:
-    """Parameters for a batch of images of which each device has its share, with their labels.
+def labels_on_devices(labels: np.ndarray, num_classes: int, whole: bool = False) -> Array | None:
+    """The labels of a batch of images, of which each device has its share.
 
     Args:
-      num_classes: the number of labels that the network is told; 0: the result is `params`.
-      params: the network's parameters, on all devices.
       labels: of the images, (N,); the devices must divide N.
-      guidance: w of classifier-free guidance.
+      num_classes: of the network; 0: the result is None.
       whole: each device has the whole batch instead.
     """
     if not num_classes:
-        return params
+        return None
     rows, everywhere = batch_and_replicated_shardings()
-    classes = to_devices(np.asarray(labels, np.int32), everywhere if whole else rows)
-    return mutils.Conditioned(params, classes, guidance)
+    return to_devices(np.asarray(labels, np.int32), everywhere if whole else rows)

@@ -9,18 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from ml_collections import ConfigDict
 from PIL import Image
 
 import seeds
-from build import Setup, with_labels
-from configs.shapes import array_shape, image_shape
-from datasets import Dataset, highest
+from build import labels_on_devices
+from datasets import Dataset, Preprocessing, highest
 from errors import UserError
-from labels import check_labels
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
-from sampling import Constraint, MakeScoreFn, normal, pc_options, pc_sample, sample_keys
+from sampling import Constraint, MakeScoreFn, make_score, normal, sample_keys
 from sde_lib import SDE
 
 
@@ -70,23 +67,35 @@ def colorization(sde: SDE, images: Array) -> tuple[Constraint, Callable[[Array],
     )
 
 
-def get_completion_fn(
-    config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn
-) -> Callable[[Any, Array, Array, Array], Array]:
-    """The compiled function for `config.sampling.task`, inpaint or colorize.
+# (params, key or keys (N,), images, mask, labels=None) → x, with images and x (N, H, W, C) in the
+# model's range, and the mask as in `inpainting`.
+CompletionFn = Callable[..., Array]
 
-    Returns:
-      (params, key or keys (N,), images, mask) → x, with images and x (N, H, W, C) in the model's
-      range, and the mask as in `inpainting`; colorize ignores it.
+
+def get_completion_fn(
+    sampler: Callable[..., Any],
+    sde: SDE,
+    make_score_fn: MakeScoreFn,
+    colors: bool = False,
+    guidance: float = 0.0,
+) -> CompletionFn:
+    """The compiled function that inpaints images, or colours them and ignores the mask.
+
+    Args:
+      sampler: `pc_sample` with its options; see `sampling.pc`.
+      sde, make_score_fn, guidance: as of `sampling.get_sampling_fn`.
+      colors: whether to colour.
     """
 
-    def complete(params: Any, key: Array, images: Array, mask: Array) -> Array:
-        if config.sampling.task == "colorize":
+    def complete(
+        params: Any, key: Array, images: Array, mask: Array, labels: Array | None = None
+    ) -> Array:
+        if colors:
             constrain, finish = colorization(sde, images)
         else:
             constrain, finish = inpainting(sde, images, mask)
-        score_fn, options = make_score_fn(params), pc_options(config)
-        x, _ = pc_sample(sde, score_fn, key, images.shape, constrain=constrain, **options)
+        score_fn = make_score(make_score_fn, params, labels, guidance)
+        x, _ = sampler(sde, score_fn, key, images.shape, constrain=constrain)
         return finish(x)
 
     return jax.jit(complete)
@@ -95,95 +104,119 @@ def get_completion_fn(
 PER_IMAGE = 6  # number of completions of each image
 
 
-def _read_mask(config: ConfigDict) -> np.ndarray:
-    """The mask (H, W, 1) that `sampling.mask` names, 1 for pixels to fill in."""
-    (height, width, _), name = array_shape(config), config.sampling.mask
+def read_mask(name: str, size: tuple[int, int], padded: tuple[int, int]) -> np.ndarray:
+    """The mask of a region (left, right, top, bottom, center) or of an image file.
+
+    Args:
+      name: the region, or a file whose white pixels are to be filled in.
+      size: the height and width of the images.
+      padded: those as the network gets them. The padding repeats an image's edge, so it is not
+        known.
+
+    Returns:
+      (*padded, 1) float32, 1 for pixels to fill in.
+
+    Raises:
+      UserError: it is neither, or has transparency or no white pixel.
+    """
+    height, width = size
     mask = np.zeros((height, width, 1), np.float32)
-    inside = (np.s_[size // 4 : size - size // 4] for size in (height, width))
     regions: dict[str, Any] = {
         "left": np.s_[:, : width // 2],
         "right": np.s_[:, width // 2 :],
         "top": np.s_[: height // 2],
         "bottom": np.s_[height // 2 :],
-        "center": tuple(inside),
+        "center": np.s_[height // 4 : height - height // 4, width // 4 : width - width // 4],
     }
     if name in regions:
         mask[regions[name]] = 1
-        return _mask_padding(config, mask)
+    else:
+        mask[_white_pixels(name, size, list(regions))] = 1
+    more = (0, padded[0] - height), (0, padded[1] - width), (0, 0)
+    return np.pad(mask, more, constant_values=1)
+
+
+def _white_pixels(name: str, size: tuple[int, int], regions: list[str]) -> np.ndarray:
+    """Where an image file, resized, is white, (H, W) bool."""
     try:
         with Image.open(name) as image:
             opaque = np.asarray(image.convert("RGBA"))[..., 3].min() == 255
-            resized = image.convert("L").resize((width, height), Image.Resampling.NEAREST)
+            resized = image.convert("L").resize(size[::-1], Image.Resampling.NEAREST)
     except (OSError, ValueError) as error:
         raise UserError(
             f"sampling.mask is {name!r}: neither {', '.join(regions)} nor a readable image"
         ) from error
-    mask = (np.asarray(resized)[..., None] > 127).astype(np.float32)
+    white = np.asarray(resized) > 127
     if not opaque:  # it may be what is to be filled in, or what is known
         raise UserError(
             f"sampling.mask: {name} has transparency; save it without, white where to fill in and "
             "black elsewhere"
         )
-    if not mask.any():
+    if not white.any():
         raise UserError(f"sampling.mask: {name} has no white pixel: nothing would be filled in")
-    return _mask_padding(config, mask)
-
-
-def _mask_padding(config: ConfigDict, mask: np.ndarray) -> np.ndarray:
-    """The mask of the padded image: the padding repeats the image's edge, so it is not known."""
-    height, width, _ = image_shape(config)
-    more = (0, height - mask.shape[0]), (0, width - mask.shape[1]), (0, 0)
-    return np.pad(mask, more, constant_values=1)
+    return white
 
 
 def complete_test_images(
-    config: ConfigDict, setup: Setup, test: Dataset, params: Any
+    complete: CompletionFn,
+    params: Any,
+    test: Dataset,
+    preprocessing: Preprocessing,
+    mask: np.ndarray | None,
+    *,
+    count: int,
+    batch_size: int,
+    seed: int,
+    num_classes: int = 0,
 ) -> dict[str, np.ndarray]:
     """Inpaint or colour test images, each `PER_IMAGE` times.
+
+    Args:
+      complete: from `get_completion_fn`.
+      params: the network's parameters.
+      test: the test images.
+      preprocessing: from their levels to the model's range and back.
+      mask: from `read_mask`; None: images are coloured.
+      count, batch_size: the number of completions, and of those in a batch.
+      seed: chooses the images and their noise.
+      num_classes: of a network that is told the images' labels.
 
     Returns:
       `samples`, `originals` and `known` (the known part of the originals): levels, (N, H, W, C)
       each.
 
     Raises:
-      UserError: there are too few test images, or the mask can't be read.
+      UserError: there are too few test images.
     """
-    check_labels(setup.num_classes, setup.classes, test)
-    count, most = config.sampling.n_images, PER_IMAGE * len(test)
+    most = PER_IMAGE * len(test)
     if count > most:
         raise UserError(
             f"sampling.n_images is {count}; the test images completed {PER_IMAGE} times each are "
             f"{most}"
         )
-    chosen = np.random.default_rng(config.seed).permutation(len(test))[: -(-count // PER_IMAGE)]
+    chosen = np.random.default_rng(seed).permutation(len(test))[: -(-count // PER_IMAGE)]
     examples = test.source.fetch(np.sort(chosen))
     originals, labels = (
         examples[name].repeat(PER_IMAGE, axis=0)[:count] for name in ("image", "label")
     )
-    mask = np.zeros(1, np.float32) if config.sampling.task == "colorize" else _read_mask(config)
     rows, everywhere = batch_and_replicated_shardings()
-    complete = get_completion_fn(config, setup.sde, setup.make_score_fn)
-    size = min(config.sampling.batch_size, count)
-    size = -(-size // jax.device_count()) * jax.device_count()
+    size = -(-min(batch_size, count) // jax.device_count()) * jax.device_count()
     params, parts = to_devices(params, everywhere), []
-    progress = Progress(config.sampling.task, len(originals))
-    for i in range(0, len(originals), size):
-        batch = originals[i : i + size]
-        kept = len(batch)
-        batch = np.pad(batch, ((0, size - kept), (0, 0), (0, 0), (0, 0)), mode="wrap")
-        told = np.pad(labels[i : i + size], (0, size - kept), mode="wrap")
-        given = with_labels(setup.num_classes, params, told, config.sampling.guidance)
-        x = setup.preprocessing.to_x0_without_noise(batch)
-        keys = sample_keys(jax.random.key(config.seed + seeds.COMPLETIONS), i, size)
-        known_at = to_devices(jnp.asarray(mask), everywhere)
-        completed = complete(given, to_devices(keys, rows), to_devices(x, rows), known_at)
-        completed = jnp.asarray(to_host(completed))
-        parts.append(np.asarray(setup.preprocessing.to_levels(completed))[:kept])
-        progress.advance(kept)
-    if config.sampling.task == "colorize":
+    unknown = to_devices(jnp.asarray(np.zeros(1, np.float32) if mask is None else mask), everywhere)
+    progress = Progress("colorize" if mask is None else "inpaint", count)
+    for i in range(0, count, size):
+        batch = np.arange(i, i + size) % count  # the last one is filled up
+        x = preprocessing.to_x0_without_noise(originals[batch])
+        keys = sample_keys(jax.random.key(seed + seeds.COMPLETIONS), i, size)
+        told = labels_on_devices(labels[batch], num_classes)
+        completed = complete(params, to_devices(keys, rows), to_devices(x, rows), unknown, told)
+        levels = np.asarray(preprocessing.to_levels(jnp.asarray(to_host(completed))))
+        parts.append(levels[: count - i])
+        progress.advance(len(parts[-1]))
+    if mask is None:
         known = originals.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
     else:
-        known = np.where(mask > 0, highest(setup.num_levels) / 2, originals)
+        known = np.where(mask > 0, highest(preprocessing.num_levels) / 2, originals)
     known = known.astype(originals.dtype)
     return {"samples": np.concatenate(parts), "originals": originals, "known": known}
 

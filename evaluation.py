@@ -93,7 +93,7 @@ class _Run:
     setup: Setup
     results: PartialResults
     bits: BitsEvaluation
-    sample: Any  # from session.get_sampler
+    sample: Any  # from batched_sampling.get_sampler
     scorers: list[Scorer]
 
     @property

@@ -30,7 +30,15 @@ from ml_collections import ConfigDict
 
 import datasets
 import losses
-from sampling import MakeScoreFn, ScoreFn, fill_time, in_solver_time, probability_flow, solve_ode
+from sampling import (
+    MakeScoreFn,
+    ScoreFn,
+    fill_time,
+    in_solver_time,
+    make_score,
+    probability_flow,
+    solve_ode,
+)
 from sde_lib import RVESDE, SDE, expand
 
 
@@ -291,7 +299,8 @@ def get_nll_fn(
     """A compiled function that computes the NLL of a batch.
 
     Returns:
-      nll_fn(params, key, x), with one key or keys (N,), and x (N, H, W, C) dequantised and scaled →
+      nll_fn(params, key, x, labels=None), with one key or keys (N,), x (N, H, W, C) dequantised and
+      scaled, and the images' labels (N,), if the network is told them →
         `nll`: bits/dim with the residual, (N,);
         `nll_without_residual`: bits/dim without it, (N,);
         `nfe`: score evaluations of one solve, (N,);
@@ -311,12 +320,13 @@ def get_nll_fn(
         params: Any,
         key: Array,
         x: Array,
+        labels: Array | None = None,
         probe: Array | None = None,
         z_eps: Array | None = None,
         z_residual: Array | None = None,
         truncated_normal: bool = False,
     ) -> dict[str, Array]:
-        score_fn, dims = make_score_fn(params), int(np.prod(x.shape[1:]))
+        score_fn, dims = make_score(make_score_fn, params, labels), int(np.prod(x.shape[1:]))
         split = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)
         probe_keys, eps_keys, residual_keys = split(_keys_per_image(key, len(x)))
         rademacher = functools.partial(jax.random.rademacher, dtype=x.dtype)
@@ -348,8 +358,7 @@ def get_nelbo_fn(
     """A compiled function that computes the NELBO of a batch.
 
     Returns:
-      nelbo_fn(params, key, x), with one key or keys (N,), and x (N, H, W, C) dequantised and
-      scaled →
+      nelbo_fn(params, key, x, labels=None), with the arguments of `get_nll_fn`'s function →
         `nelbo`: bits/dim with the residual, (N,);
         `nelbo_without_residual`: bits/dim without it, (N,).
       With `lossless=True`, x is levels scaled without dequantisation, and the result is
@@ -364,9 +373,14 @@ def get_nelbo_fn(
     width = preprocessing.cell_width
 
     def nelbo_fn(
-        params: Any, key: Array, x: Array, lossless: bool = False, truncated_normal: bool = False
+        params: Any,
+        key: Array,
+        x: Array,
+        labels: Array | None = None,
+        lossless: bool = False,
+        truncated_normal: bool = False,
     ) -> dict[str, Array]:
-        score_fn, dims = make_score_fn(params), int(np.prod(x.shape[1:]))
+        score_fn, dims = make_score(make_score_fn, params, labels), int(np.prod(x.shape[1:]))
         split = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)
         u_keys, z_keys, prior_keys, residual_keys = split(_keys_per_image(key, len(x)))
         offsets = jax.vmap(jax.random.uniform)(u_keys)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from build import Setup
-from models import utils as mutils
+from models.networks import NETWORKS
 from runtime import memory
 from train_step import StepFn, pack_state
 
@@ -30,12 +30,9 @@ def train_program(setup: Setup) -> tuple[StepFn, tuple[Any, ...]]:
 def sample_program(setup: Setup, batch_size: int) -> tuple[Any, tuple[Any, ...]]:
     """A device's share of a batch of samples as a function, and the shapes of its arguments."""
     n = -(-batch_size // jax.device_count())
-    params: Any = setup.state_shape.ema_params
-    if setup.num_classes:
-        classes = jax.ShapeDtypeStruct((n,), jnp.int32)
-        params = mutils.Conditioned(params, classes, setup.sampling.guidance)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
-    return setup.make_sample_fn(n), (params, keys)
+    labels = [jax.ShapeDtypeStruct((n,), jnp.int32)] if setup.num_classes else []
+    return setup.make_sample_fn(n), (setup.state_shape.ema_params, keys, *labels)
 
 
 def advise_on_training(setup: Setup) -> None:
@@ -49,7 +46,7 @@ def advise_on_training(setup: Setup) -> None:
     remedies: list[dict[str, Any]] = []
     if setup.dtype != "bfloat16":
         remedies.append({"model.dtype": "bfloat16"})
-    can_remat = setup.network == "ncsnpp"
+    can_remat = NETWORKS[setup.network].takes("remat")
     if can_remat and not now["model"]["remat"]:
         remedies.append({"model.dtype": "bfloat16", "model.remat": True})
     images = setup.loop.batch_size // jax.device_count()

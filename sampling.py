@@ -1,10 +1,11 @@
 """Samplers: predictor-corrector (arXiv 2011.13456, §4), and three solvers of the ODE.
 
-A predictor or a corrector is a pure function of the state, the times and the noise. A sampler is a
-compiled function of (params, key). Where it takes a key for each sample instead, a sample does not
-depend on which others are drawn with it, but for what docs/samplers.md names.
+A predictor or a corrector is a pure function of a step, the state and the noise. A sampler is a
+compiled function of (params, key, labels). With a key for each sample, a sample does not depend on
+which others are drawn with it (exceptions: docs/samplers.md).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,19 +14,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from ml_collections import ConfigDict
 
-from configs.shapes import image_shape
 from sde_lib import SDE, expand, one_minus_exp
 
 ScoreFn = Callable[[Array, Array], Array]  # x (N, ...), t (N,) → ∇ log p_t(x)
-MakeScoreFn = Callable[[Any], ScoreFn]  # parameters → score function
+MakeScoreFn = Callable[..., ScoreFn]  # (parameters, labels=None, guidance=0.0) → score function
 Constraint = Callable[[Array, Array, Array], Array]  # (key, x, t) → x with its known part replaced
 
 
 def fill_time(t: ArrayLike, x: Array) -> Array:
     """The time t for each row of x, (N,) float32."""
     return jnp.full(x.shape[:1], t, jnp.float32)
+
+
+def make_score(
+    make_score_fn: MakeScoreFn, params: Any, labels: Array | None, guidance: float = 0.0
+) -> ScoreFn:
+    """The score function; without labels `make_score_fn` may be a function of `params` alone."""
+    return make_score_fn(params) if labels is None else make_score_fn(params, labels, guidance)
 
 
 def sample_keys(key: Array, start: ArrayLike, count: int) -> Array:
@@ -52,114 +58,116 @@ def normal(key: Array, shape: tuple[int, ...], *numbers: ArrayLike) -> Array:
     return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(keys)
 
 
-def euler_maruyama(
-    sde: SDE,
-    score_fn: ScoreFn,
-    x: Array,
-    t: Array,
-    t_next: Array,
-    z: Array,
-    probability_flow: bool = False,
-) -> tuple[Array, Array]:
-    """A step of Euler-Maruyama on the reverse SDE from t to t_next < t: (x, its mean)."""
-    dt = t - t_next
-    g, score = sde.diffusion(t), score_fn(x, fill_time(t, x))
-    if probability_flow:
-        x = x - (sde.drift_coeff(t) * x - 0.5 * g**2 * score) * dt
-        return x, x
-    mean = x - (sde.drift_coeff(t) * x - g**2 * score) * dt
-    return mean + g * jnp.sqrt(dt) * z, mean
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of a chain, from t to t_next < t, both scalars."""
+
+    sde: SDE
+    score_fn: ScoreFn
+    t: Array
+    t_next: Array
+
+    def score(self, x: Array) -> Array:
+        """The score of x (N, ...) at t."""
+        return self.score_fn(x, fill_time(self.t, x))
+
+    def transition(self) -> tuple[Array, Array]:
+        """(a, b) of the forward step x_t = a x_(t_next) + b z."""
+        return self.sde.transition(self.t_next, self.t)
 
 
-def reverse_diffusion(
-    sde: SDE,
-    score_fn: ScoreFn,
-    x: Array,
-    t: Array,
-    t_next: Array,
-    z: Array,
-    probability_flow: bool = False,
-) -> tuple[Array, Array]:
-    """The reverse of the forward chain x ← a x + b z (arXiv 2011.13456, eq. 46): (x, its mean)."""
-    a, b = sde.transition(t_next, t)
-    score = score_fn(x, fill_time(t, x))
-    if probability_flow:
-        x = (2 - a) * x + 0.5 * b**2 * score
-        return x, x
-    mean = (2 - a) * x + b**2 * score
-    return mean + b * z, mean
+# A predictor or a corrector: (step, x (N, ...), noise of x's shape) → (x, its mean).
+StepFn = Callable[[Step, Array, Array], tuple[Array, Array]]
 
 
-def ancestral_sampling(
-    sde: SDE,
-    score_fn: ScoreFn,
-    x: Array,
-    t: Array,
-    t_next: Array,
-    z: Array,
-    probability_flow: bool = False,
-) -> tuple[Array, Array]:
-    """A sample of p(x_s | x_t, x_0 = E[x_0 | x_t]) for s = t_next: (x, its mean).
+def euler_maruyama(probability_flow: bool = False) -> StepFn:
+    """Euler-Maruyama on the reverse SDE, or Euler on the probability-flow ODE."""
+
+    def predict(step: Step, x: Array, z: Array) -> tuple[Array, Array]:
+        dt = step.t - step.t_next
+        f, g, score = step.sde.drift_coeff(step.t), step.sde.diffusion(step.t), step.score(x)
+        if probability_flow:
+            x = x - (f * x - 0.5 * g**2 * score) * dt
+            return x, x
+        mean = x - (f * x - g**2 * score) * dt
+        return mean + g * jnp.sqrt(dt) * z, mean
+
+    return predict
+
+
+def reverse_diffusion(probability_flow: bool = False) -> StepFn:
+    """The reverse of the forward chain x ← a x + b z (arXiv 2011.13456, eq. 46), or of its ODE."""
+
+    def predict(step: Step, x: Array, z: Array) -> tuple[Array, Array]:
+        (a, b), score = step.transition(), step.score(x)
+        if probability_flow:
+            x = (2 - a) * x + 0.5 * b**2 * score
+            return x, x
+        mean = (2 - a) * x + b**2 * score
+        return mean + b * z, mean
+
+    return predict
+
+
+def ancestral_sampling() -> StepFn:
+    """A sample of p(x_s | x_t, x_0 = E[x_0 | x_t]) for s = t_next.
 
     This posterior of the forward chain is exact for every linear SDE (arXiv 2006.11239, eq. 7;
     arXiv 2011.13456, eq. 47 for VE).
     """
-    del probability_flow  # configs/validate.py refuses it
-    a, b = sde.transition(t_next, t)
-    mean = (x + b**2 * score_fn(x, fill_time(t, x))) / a
-    return mean + b * sde.std(t_next) / sde.std(t) * z, mean
+
+    def predict(step: Step, x: Array, z: Array) -> tuple[Array, Array]:
+        sde, (a, b) = step.sde, step.transition()
+        mean = (x + b**2 * step.score(x)) / a
+        return mean + b * sde.std(step.t_next) / sde.std(step.t) * z, mean
+
+    return predict
 
 
-def no_predictor(
-    sde: SDE,
-    score_fn: ScoreFn,
-    x: Array,
-    t: Array,
-    t_next: Array,
-    z: Array,
-    probability_flow: bool = False,
-) -> tuple[Array, Array]:
-    """No predictor: x is unchanged, and only the corrector changes it."""
-    del sde, score_fn, t, t_next, z, probability_flow
-    return x, x
-
-
-def langevin(
-    sde: SDE, score_fn: ScoreFn, x: Array, t: Array, t_next: Array, snr: float, z: Array
-) -> tuple[Array, Array]:
-    """One step of Langevin dynamics at t (arXiv 2011.13456, alg. 5): (x, its mean).
+def langevin(snr: float) -> StepFn:
+    """Langevin dynamics at t (arXiv 2011.13456, alg. 5).
 
     The step size is 2 a² (snr ‖z‖/‖score‖)², with norms averaged over the batch and the factor a of
     the forward transition from t_next to t.
     """
-    score = score_fn(x, fill_time(t, x))
 
-    def norm(v: Any) -> Any:
+    def norm(v: Array) -> Array:
         return jnp.mean(jnp.linalg.norm(v.reshape(len(v), -1), axis=-1))
 
-    a, _ = sde.transition(t_next, t)
-    step = 2 * a**2 * (snr * norm(z) / norm(score)) ** 2
-    mean = x + step * score
-    return mean + jnp.sqrt(2 * step) * z, mean
+    def correct(step: Step, x: Array, z: Array) -> tuple[Array, Array]:
+        (a, _), score = step.transition(), step.score(x)
+        size = 2 * a**2 * (snr * norm(z) / norm(score)) ** 2
+        mean = x + size * score
+        return mean + jnp.sqrt(2 * size) * z, mean
+
+    return correct
 
 
-def annealed_langevin(
-    sde: SDE, score_fn: ScoreFn, x: Array, t: Array, t_next: Array, snr: float, z: Array
-) -> tuple[Array, Array]:
-    """One step ∝ σ(t)² of annealed Langevin dynamics (arXiv 1907.05600, alg. 1): (x, its mean)."""
-    a, _ = sde.transition(t_next, t)
-    step = 2 * a**2 * (snr * sde.std(t)) ** 2
-    mean = x + step * score_fn(x, fill_time(t, x))
-    return mean + jnp.sqrt(2 * step) * z, mean
+def annealed_langevin(snr: float) -> StepFn:
+    """Annealed Langevin dynamics (arXiv 1907.05600, alg. 1), with the step size 2 a² (snr σ)²."""
+
+    def correct(step: Step, x: Array, z: Array) -> tuple[Array, Array]:
+        a, _ = step.transition()
+        size = 2 * a**2 * (snr * step.sde.std(step.t)) ** 2
+        mean = x + size * step.score(x)
+        return mean + jnp.sqrt(2 * size) * z, mean
+
+    return correct
 
 
-PREDICTORS = {
-    "none": no_predictor,
+# What `sampling.predictor` and `sampling.corrector` can name: functions whose parameters are fields
+# of `config.sampling`, and which return a `StepFn`. None: x is unchanged.
+PREDICTORS: dict[str, Callable[..., StepFn] | None] = {
+    "none": None,
     "euler_maruyama": euler_maruyama,
     "reverse_diffusion": reverse_diffusion,
     "ancestral_sampling": ancestral_sampling,
 }
-CORRECTORS = {"none": None, "langevin": langevin, "ald": annealed_langevin}
+CORRECTORS: dict[str, Callable[..., StepFn] | None] = {
+    "none": None,
+    "langevin": langevin,
+    "ald": annealed_langevin,
+}
 
 
 def denoise(sde: SDE, score_fn: ScoreFn, x: Array, t: ArrayLike) -> Array:
@@ -173,13 +181,11 @@ def pc_sample(
     key: Array,
     shape: tuple[int, ...],
     *,
-    predictor: str,
-    corrector: str,
+    predictor: StepFn | None,
+    corrector: StepFn | None,
     num_steps: int,
     eps: float,
-    snr: float = 0.16,
     n_steps_each: int = 1,
-    probability_flow: bool = False,
     noise_removal: bool = True,
     constrain: Constraint | None = None,
 ) -> tuple[Array, int]:
@@ -189,39 +195,36 @@ def pc_sample(
       sde, score_fn: the reverse SDE.
       key: all noise is a function of it; or keys (N,), each for the noise of one sample.
       shape: the shape of the samples, (N, H, W, C).
-      predictor, corrector: names in PREDICTORS and CORRECTORS.
+      predictor, corrector: the functions of a step; None: none.
       num_steps: number of times, at least 2: predictor steps, plus one for the final denoising.
       eps: the last time.
-      snr: Langevin's signal-to-noise ratio.
       n_steps_each: number of corrector steps for each predictor step.
-      probability_flow: whether the predictor solves the ODE, without noise.
       noise_removal: whether to end with `denoise` at eps.
       constrain: (keys (N,), x, t) → x, applied after every step to replace the known part of x_t.
 
     Returns:
       (x (N, H, W, C) in the model's range, number of score evaluations per sample).
     """
-    predict, correct = PREDICTORS[predictor], CORRECTORS[corrector]
     times, key = sde.time_grid(eps, num_steps), _keys(key, shape[0])
 
     def known(number: Array, x: Array, t: Array) -> Array:
         return x if constrain is None else constrain(_keys(key, shape[0], number, 1), x, t)
 
     def body(i: Array, x: Array) -> Array:
-        t, t_next, number = times[i], times[i + 1], 1 + i * (n_steps_each + 1)
-        if correct is not None:
+        step = Step(sde, score_fn, times[i], times[i + 1])
+        number = 1 + i * (n_steps_each + 1)
+        if corrector:
             for _ in range(n_steps_each):
-                z = normal(key, shape, number)
-                x, _ = correct(sde, score_fn, x, t, t_next, snr, z)
-                x = known(number, x, t)
+                x, _ = corrector(step, x, normal(key, shape, number))
+                x = known(number, x, step.t)
                 number = number + 1
-        z = normal(key, shape, number)
-        x, _ = predict(sde, score_fn, x, t, t_next, z, probability_flow)
-        return known(number, x, t_next)
+        if predictor:
+            x, _ = predictor(step, x, normal(key, shape, number))
+        return known(number, x, step.t_next)
 
     x = sde.prior_std() * normal(key, shape, 0)
     x = jax.lax.fori_loop(0, num_steps - 1, body, x)
-    each = (predictor != "none") + (0 if correct is None else n_steps_each)
+    each = bool(predictor) + (n_steps_each if corrector else 0)
     nfe = (num_steps - 1) * each
     if noise_removal:
         return denoise(sde, score_fn, x, eps), nfe + 1
@@ -440,62 +443,76 @@ def slerp(a: Array, b: Array, share: ArrayLike) -> Array:
 SamplerFn = Callable[[SDE, ScoreFn, Array, tuple[int, ...]], tuple[Array, ArrayLike]]
 
 
-def _along_the_ode(
-    solve: Callable[..., tuple[Array, ArrayLike]], *fields: str
-) -> Callable[[ConfigDict], SamplerFn]:
-    """A sampling method that solves the ODE from latents, with options from `config.sampling`."""
+def pc(
+    predictor: StepFn | None,
+    corrector: StepFn | None,
+    num_scales: int,
+    truncation_time: float,
+    n_steps_each: int,
+    noise_removal: bool,
+) -> Callable[..., tuple[Array, int]]:
+    """`pc_sample` as a sampling method, which takes `constrain`, too."""
+    return functools.partial(
+        pc_sample,
+        predictor=predictor,
+        corrector=corrector,
+        num_steps=num_scales,
+        eps=truncation_time,
+        n_steps_each=n_steps_each,
+        noise_removal=noise_removal,
+    )
 
-    def get_sampler(config: ConfigDict) -> SamplerFn:
-        options = {name: config.sampling[name] for name in ("noise_removal", *fields)}
-        eps = config.sampling.truncation_time
 
-        def sample(
-            sde: SDE, score_fn: ScoreFn, key: Array, shape: tuple[int, ...]
-        ) -> tuple[Array, ArrayLike]:
-            z = sde.prior_std() * normal(key, shape)
-            return solve(sde, score_fn, z, eps=eps, **options)
+def _along_the_ode(solve: Callable[..., tuple[Array, ArrayLike]], **options: Any) -> SamplerFn:
+    """A solver of the ODE from latents as a sampling method."""
 
-        return sample
+    def sample(
+        sde: SDE, score_fn: ScoreFn, key: Array, shape: tuple[int, ...]
+    ) -> tuple[Array, ArrayLike]:
+        return solve(sde, score_fn, sde.prior_std() * normal(key, shape), **options)
 
-    return get_sampler
+    return sample
 
 
-# The samplers that `sampling.method` can name, each a function of the config.
-SAMPLERS: dict[str, Callable[[ConfigDict], SamplerFn]] = {
-    "pc": lambda config: functools.partial(pc_sample, **pc_options(config)),
-    "ode": _along_the_ode(ode_sample, "rtol", "atol"),
-    "heun": _along_the_ode(heun_sample, "num_steps"),
-    "dpm_solver": _along_the_ode(dpm_solver_sample, "num_steps"),
+def _adaptive(truncation_time: float, rtol: float, atol: float, noise_removal: bool) -> SamplerFn:
+    options = {"rtol": rtol, "atol": atol, "noise_removal": noise_removal}
+    return _along_the_ode(ode_sample, eps=truncation_time, **options)
+
+
+def _in_steps(
+    solve: Callable[..., Any], truncation_time: float, num_steps: int, noise_removal: bool
+) -> SamplerFn:
+    options = {"num_steps": num_steps, "noise_removal": noise_removal}
+    return _along_the_ode(solve, eps=truncation_time, **options)
+
+
+# What `sampling.method` can name: functions whose parameters are fields of `config.sampling` and
+# `config.model`, with a `StepFn` or None for `predictor` and `corrector`; they return a sampling
+# method.
+SAMPLERS: dict[str, Callable[..., SamplerFn]] = {
+    "pc": pc,
+    "ode": _adaptive,
+    "heun": functools.partial(_in_steps, heun_sample),
+    "dpm_solver": functools.partial(_in_steps, dpm_solver_sample),
 }
 
 
 def get_sampling_fn(
-    config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, batch_size: int
-) -> Callable[[Any, Array], tuple[Array, Array]]:
-    """The compiled sampler of `config.sampling`, a function (params, key) → (x, nfe).
+    sampler: SamplerFn,
+    sde: SDE,
+    make_score_fn: MakeScoreFn,
+    shape: tuple[int, ...],
+    guidance: float = 0.0,
+) -> Callable[..., tuple[Array, Array]]:
+    """The compiled function of a sampling method, (params, key, labels=None) → (x, nfe).
 
-    The key is one, or has one for each sample, (batch_size,); x is (batch_size, H, W, C) in the
-    model's range.
+    The key is one, or has one for each sample, (N,); so have labels. x is of `shape`, (N, H, W, C),
+    in the model's range.
     """
-    shape = (batch_size, *image_shape(config))
-    sampler = SAMPLERS[config.sampling.method](config)
 
-    def sample(params: Any, key: Array) -> tuple[Array, ArrayLike]:
-        return sampler(sde, make_score_fn(params), key, shape)
+    def sample(params: Any, key: Array, labels: Array | None = None) -> tuple[Array, Array]:
+        score_fn = make_score(make_score_fn, params, labels, guidance)
+        x, nfe = sampler(sde, score_fn, key, shape)
+        return jnp.asarray(x), jnp.asarray(nfe)
 
-    return jax.jit(lambda params, key: jax.tree.map(jnp.asarray, sample(params, key)))
-
-
-def pc_options(config: ConfigDict) -> dict[str, Any]:
-    """The arguments of `pc_sample` that a config names."""
-    sampling = config.sampling
-    return {
-        "predictor": sampling.predictor,
-        "corrector": sampling.corrector,
-        "num_steps": config.model.num_scales,
-        "eps": sampling.truncation_time,
-        "snr": sampling.snr,
-        "n_steps_each": sampling.n_steps_each,
-        "probability_flow": sampling.probability_flow,
-        "noise_removal": sampling.noise_removal,
-    }
+    return jax.jit(sample)

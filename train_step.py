@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 import datasets
 from losses import Objective, ScoreFn, drop_labels, step_key
-from models.utils import Conditioned
 from parts import Loop
 
 log = logging.getLogger("soft_truncation")
@@ -146,7 +145,7 @@ def unpack_state(state: TrainState) -> TrainState:
 
 def get_step_fn(
     objective: Objective,
-    make_score_fn: Callable[[Any], ScoreFn],
+    make_score_fn: Callable[..., ScoreFn],
     optimizer: optax.GradientTransformation,
     *,
     seed: int,
@@ -159,7 +158,7 @@ def get_step_fn(
 
     Args:
       objective: the loss.
-      make_score_fn: parameters → (x, t, dropout keys) → score.
+      make_score_fn: (parameters, labels if there are any) → (x, t, dropout keys) → score.
       optimizer: from `get_optimizer`.
       seed: the run's seed.
       ema_rate: the decay rate of the parameters' moving average.
@@ -180,10 +179,12 @@ def get_step_fn(
     def mean_loss(
         params: Any, key: Array, images: Array, index: Array, labels: Array | None
     ) -> tuple[Array, Array]:
-        if labels is not None:
+        if labels is None:
+            score_fn = make_score_fn(params)
+        else:
             told = drop_labels(key, index, labels, label_dropout, num_classes)
-            params = Conditioned(params, told)
-        losses, tau = objective(make_score_fn(params), key, images, index, train=True)
+            score_fn = make_score_fn(params, told)
+        losses, tau = objective(score_fn, key, images, index, train=True)
         return jnp.mean(losses), tau
 
     grad_fn = jax.value_and_grad(mean_loss, has_aux=True)

@@ -32,7 +32,6 @@ import build
 import likelihood
 import sampling
 from benchmarks.measure import Table, gflop_a_call, peak_gib, product_rate, seconds_a_call
-from models import utils as mutils
 from runtime import checkpointing, environment
 from sde_lib import expand
 
@@ -112,7 +111,7 @@ def main() -> None:
     if flags.workdir:
         params = checkpointing.restore_latest(config, flags.workdir, setup.state_shape).ema_params
     else:
-        params = mutils.init_params(config, setup.model, jax.random.key(config.seed))
+        params = setup.init_params()
     params = jax.device_put(params)
     # After restoring the checkpoint, which belongs to the unchanged config.
     config.model.update(dtype=flags.dtype, num_scales=flags.pc_steps)
@@ -127,7 +126,7 @@ def main() -> None:
         samplers: dict[str, Any] = {}
         for name, fields in methods(config, flags.tolerance).items():
             config.sampling.update(fields)
-            samplers[name] = sampling.get_sampling_fn(config, setup.sde, make_score_fn, batch)
+            samplers[name] = build.get_sampling_fn(config, setup.sde, make_score_fn, batch)
         likelihood_name = f"likelihood, {flags.nll_steps} steps"
         samplers[likelihood_name] = likelihood_of(
             setup, make_score_fn, (batch, *shape), flags.nll_steps

@@ -38,9 +38,9 @@ def get_default_config() -> ConfigDict:
     data.classes = ()  # the labels' names, of a network that is told labels; (): the data set's
 
     config.model = model = ConfigDict()
-    # ncsnpp; ddpm, the plain U-Net, which reads only dtype, nf, ch_mult, num_res_blocks,
-    # attn_resolutions, dropout, init_scale and resamp_with_conv; or ncsnv2_64, ncsnv2_128 or
-    # ncsnv2_256, which read only dtype and nf.
+    # A name in models/networks.py: ncsnpp; ddpm, the plain U-Net, which reads only dtype, nf,
+    # ch_mult, num_res_blocks, attn_resolutions, dropout, init_scale and resamp_with_conv; or
+    # ncsnv2_64, ncsnv2_128 or ncsnv2_256, which read only dtype and nf.
     model.name = "ncsnpp"
     model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are always float32
     model.remat = False  # rematerialisation: less memory, but slower steps
@@ -61,9 +61,9 @@ def get_default_config() -> ConfigDict:
     model.fourier_scale = 16.0
     model.fourier_feature = False  # sines and cosines of the pixels as additional input
     model.scale_by_sigma = False  # VE and RVE: the network's output is divided by σ(t)
+    model.num_classes = 0  # of labels that the network is told; 0: none; -1: the data set's
     # What the network F predicts. noise: the noise, or VE's and RVE's score, as in the release;
     # velocity: D = c_skip x + c_out F(c_in x) is the denoised image (docs/objective.md).
-    model.num_classes = 0  # of labels that the network is told; 0: none; -1: the data set's
     model.parametrization = "noise"
     model.sigma_data = 1.0  # velocity: the data's standard deviation that its c's are for
     model.skip_rescale = True

@@ -2,12 +2,13 @@
 
 from ml_collections import ConfigDict
 
+from configs import fields
+from models.networks import NETWORKS
+
 
 def size_factor(config: ConfigDict) -> int:
     """The number by which the network divides the height and width of images."""
-    if config.model.name.startswith("ncsnv2"):
-        return 8
-    return 2 ** (len(config.model.ch_mult) - 1)
+    return fields.call(NETWORKS[config.model.name].size_factor, config, "model", "data")
 
 
 def array_shape(config: ConfigDict) -> tuple[int, int, int]:

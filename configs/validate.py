@@ -1,5 +1,6 @@
 """Checks of a config, made before anything is compiled."""
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import seeds
+from configs import fields
 from configs.shapes import array_shape, image_shape, size_factor
 from errors import UserError
+from models.networks import Network
 
 _CHOICES = {
     "data.dataset": (
@@ -27,7 +30,6 @@ _CHOICES = {
         "array",
     ),
     "data.dequantization": ("none", "uniform", "lossless"),
-    "model.name": ("ncsnpp", "ddpm", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256"),
     "model.dtype": ("float32", "bfloat16"),
     "model.parametrization": ("noise", "velocity"),
     "model.resblock_type": ("biggan", "ddpm"),
@@ -184,10 +186,11 @@ def _problems(
         )
     # The name is in the registry: this was checked above.
     exploding = registries["training.sde"][config.training.sde](config).exploding
-    yield from _model_problems(config, exploding)
+    network = registries["model.name"][config.model.name]
+    yield from _model_problems(config, network, exploding)
     yield from _size_problems(config)
-    yield from _label_problems(config)
-    yield from _sampling_problems(config)
+    yield from _label_problems(config, network)
+    yield from _sampling_problems(config, registries)
     if config.training.balanced and not config.training.mixed:
         yield "training.balanced is for training.mixed: it brings the halves of a batch to one size"
     if config.training.balanced and config.training.stratified_times:
@@ -221,7 +224,7 @@ def _problems(
         yield f"seed is {config.seed}; it must be between 0 and {2**32 - seeds.LARGEST - 1}"
 
 
-def _label_problems(config: ConfigDict) -> Iterator[str]:
+def _label_problems(config: ConfigDict, network: Network) -> Iterator[str]:
     told, rate = config.model.num_classes, config.training.label_dropout
     w = config.sampling.guidance
     if told < 0 or told == 1:
@@ -229,7 +232,7 @@ def _label_problems(config: ConfigDict) -> Iterator[str]:
             f"model.num_classes is {told}; it must be 0 (no labels), -1 (the data set's), or 2 or "
             "more"
         )
-    if told and config.model.name.startswith("ncsnv2"):
+    if told and not network.takes("num_classes"):
         yield f"model.name={config.model.name} takes no labels; model.num_classes must be 0"
     if not 0 <= rate < 1:
         yield f"training.label_dropout is {rate}; it must be in [0, 1)"
@@ -249,7 +252,7 @@ def _label_problems(config: ConfigDict) -> Iterator[str]:
         )
 
 
-def _model_problems(config: ConfigDict, exploding: bool) -> Iterator[str]:
+def _model_problems(config: ConfigDict, network: Network, exploding: bool) -> Iterator[str]:
     model, sde = config.model, config.training.sde
     if exploding and model.sigma_max <= model.sigma_min:
         yield "model.sigma_max must be larger than model.sigma_min"
@@ -263,44 +266,14 @@ def _model_problems(config: ConfigDict, exploding: bool) -> Iterator[str]:
             "model.parametrization=velocity has a scale of its own at each σ; "
             "model.scale_by_sigma must be False"
         )
-    if model.name.startswith("ncsnv2"):
-        if model.parametrization == "velocity":
-            yield f"model.name={model.name} has no velocity: model.parametrization must be noise"
-        if not exploding:
-            yield f"model.name={model.name} needs training.sde vesde or reciprocal_vesde"
-        height, width, _ = image_shape(config)
-        if height != width:
-            yield f"model.name={model.name} is for squares; the data are {height}×{width}"
-        return
-    if model.nf % 4:
-        yield f"model.nf is {model.nf}; it must be a multiple of 4"
-    if model.embedding_dim % 2 or model.embedding_dim == 2:
-        yield f"model.embedding_dim is {model.embedding_dim}; it must be even, and 4 or more"
-    if model.embedding_type == "fourier":
-        if config.training.unbounded_parametrization:
-            yield "training.unbounded_parametrization needs model.embedding_type=positional"
-        if model.embedding_dim not in (0, model.nf):
-            yield "model.embedding_dim is of the positional embedding; the Fourier one has nf"
     if model.scale_by_sigma and not exploding:
         yield f"model.scale_by_sigma is for VE and RVE; with {sde} the score is divided by σ anyway"
-    taps = tuple(model.fir_kernel)
-    numbers = all(isinstance(tap, int | float) and math.isfinite(tap) for tap in taps)
-    if model.fir and (not numbers or not taps or len(taps) % 2 or sum(taps) <= 0):
-        yield f"model.fir_kernel is {taps}; it must be an even number of taps with a positive sum"
-    if model.name == "ddpm":
-        plain = {
-            "fir": False,
-            "progressive": "none",
-            "progressive_input": "none",
-            "embedding_type": "positional",
-            "embedding_dim": 0,
-            "fourier_feature": False,
-        }
-        for field, value in plain.items():
-            if model[field] != value:
-                yield f"model.{field} is {model[field]!r}; model.name=ddpm is a network without it"
-    if not model.ch_mult:
-        yield "model.ch_mult is empty; it must name a factor for each resolution"
+    (height, width, _), sections = image_shape(config), ("model", "data", "training")
+    given = {"exploding": exploding, "height": height, "width": width}
+    yield from fields.call(network.problems, config, *sections, **given)
+    for field, value in network.without.items():
+        if model[field] != value:
+            yield f"model.{field} is {model[field]!r}; {model.name} is a network without it"
 
 
 def _size_problems(config: ConfigDict) -> Iterator[str]:
@@ -316,18 +289,12 @@ def _size_problems(config: ConfigDict) -> Iterator[str]:
         what = (
             f"data.image_size is {own[0]}" if height == width else f"the data are {own[0]}×{own[1]}"
         )
-        why = (
-            f"{model.name} needs a multiple of {factor}"
-            if model.name.startswith("ncsnv2")
-            else f"{len(model.ch_mult)} levels in model.ch_mult halve it that many times less one, "
-            f"so it must be a multiple of {factor}"
-        )
         sizes = " and ".join(
             f"{low} or {high} for {n}" if low else f"{high} for {n}"
             for n, (low, high) in near.items()
         )
         pad = "; or set data.pad=True" if is_array else ""
-        yield f"{what}; {why}: {sizes}{pad}"
+        yield f"{what}; model.name={model.name} needs a multiple of {factor}: {sizes}{pad}"
     shown = tuple(config.sampling.show_channels)
     if shown and len(shown) not in (1, 3):
         yield f"sampling.show_channels is {shown}; it must be one channel or three"
@@ -363,12 +330,15 @@ def check_array_fields(config: ConfigDict) -> None:
         raise UserError(f"config: data.num_levels is {data.num_levels}; it must be 2 to 65536")
 
 
-def _sampling_problems(config: ConfigDict) -> Iterator[str]:
+def _sampling_problems(
+    config: ConfigDict, registries: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
     sampling = config.sampling
     if config.model.num_scales < 2:
         yield f"model.num_scales is {config.model.num_scales}; the PC sampler needs at least 2"
-    without_flow = sampling.predictor in ("none", "ancestral_sampling")
-    if sampling.method == "pc" and sampling.probability_flow and without_flow:
+    predict = registries["sampling.predictor"][sampling.predictor]
+    has_flow = predict and "probability_flow" in inspect.signature(predict).parameters
+    if sampling.method == "pc" and sampling.probability_flow and not has_flow:
         yield (
             "sampling.probability_flow needs another sampling.predictor than "
             f"{sampling.predictor}, such as euler_maruyama or reverse_diffusion"

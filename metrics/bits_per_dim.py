@@ -16,12 +16,11 @@ from jax import Array
 import datasets
 import likelihood
 import seeds
-from build import Setup, with_labels
+from build import Setup, labels_on_devices
 from datasets import Data
 from errors import UserError
 from memory_advice import smaller_batches
 from metrics import distances
-from models.utils import Conditioned
 from runtime import memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
@@ -33,29 +32,34 @@ WEIGHTED = "nll_truncated_normal_weighted"
 
 
 def get_bpd_fn(setup: Setup) -> Callable[..., dict[str, Array]]:
-    """A function (params, keys, image_keys, x, levels) → NLL, NELBO and NFE of a solve, (N,) each.
+    """A function (params, keys, image_keys, x, levels, labels) → NLL, NELBO and NFE, (N,) each.
 
     Args of that function: keys of the images for this draw, and for all draws, (N,); x dequantised
-    and scaled; `levels` scaled only.
+    and scaled; `levels` scaled only; labels (N,), or None.
     """
     nll_fn, nelbo_fn = setup.make_nll_fn(), setup.make_nelbo_fn()
 
     def bpd_fn(
-        params: Any, keys: Array, image_keys: Array, x: Array, levels: Array
+        params: Any,
+        keys: Array,
+        image_keys: Array,
+        x: Array,
+        levels: Array,
+        labels: Array | None = None,
     ) -> dict[str, Array]:
         nll_keys, nelbo_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        values = {k: v for k, v in nll_fn(params, nll_keys, x).items() if k != "latent"}
-        values |= nelbo_fn(params, nelbo_keys, x)
+        values = {k: v for k, v in nll_fn(params, nll_keys, x, labels).items() if k != "latent"}
+        values |= nelbo_fn(params, nelbo_keys, x, labels)
         if setup.dequantization == "lossless":
-            values |= nelbo_fn(params, nelbo_keys, levels, lossless=True)
+            values |= nelbo_fn(params, nelbo_keys, levels, labels, lossless=True)
         if setup.evaluation.truncated_normal:
             # All draws of an image have one probe: then its noise is nearly a common term, which
             # does not bias the bound of several draws.
             probe = jax.vmap(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))
             values |= nll_fn(
-                params, nll_keys, levels, probe=probe(image_keys), truncated_normal=True
+                params, nll_keys, levels, labels, probe(image_keys), truncated_normal=True
             )
-            values |= nelbo_fn(params, nelbo_keys, levels, truncated_normal=True)
+            values |= nelbo_fn(params, nelbo_keys, levels, labels, truncated_normal=True)
         return values
 
     return jax.jit(bpd_fn)
@@ -66,10 +70,8 @@ def bits_program(setup: Setup, batch_size: int) -> tuple[Callable[..., Any], tup
     n = -(-batch_size // jax.device_count())
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
     x = jax.ShapeDtypeStruct((n, *setup.padded_shape), jnp.float32)
-    params: Any = setup.state_shape.ema_params
-    if setup.num_classes:
-        params = Conditioned(params, jax.ShapeDtypeStruct((n,), jnp.int32))
-    return get_bpd_fn(setup), (params, keys, keys, x, x)
+    labels = [jax.ShapeDtypeStruct((n,), jnp.int32)] if setup.num_classes else []
+    return get_bpd_fn(setup), (setup.state_shape.ema_params, keys, keys, x, x, *labels)
 
 
 def advise_on_bits(setup: Setup, count: int) -> None:
@@ -108,9 +110,9 @@ def keys_of_contents(seed: int, images: np.ndarray) -> Array:
 
 
 def _bits_of_batch(
-    evaluation: BitsEvaluation, params: Any, images: np.ndarray, draw: int
+    evaluation: BitsEvaluation, params: Any, images: np.ndarray, labels: np.ndarray, draw: int
 ) -> dict[str, np.ndarray]:
-    """Bits/dim, float64, of levels (N, H, W, C); the devices must divide N."""
+    """Bits/dim, float64, of levels (N, H, W, C) with labels (N,); the devices must divide N."""
     rows, _ = batch_and_replicated_shardings()
     image_keys = keys_of_contents(evaluation.setup.seed, images)
     keys = jax.vmap(lambda key: jax.random.fold_in(key, draw))(image_keys)
@@ -118,7 +120,8 @@ def _bits_of_batch(
     preprocessing = evaluation.setup.preprocessing
     x = preprocessing.to_density_x0(images, data_keys)
     plain = preprocessing.to_x0_without_noise(images)
-    bits = evaluation.bpd_fn(params, *to_devices((keys, image_keys, x, plain), rows))
+    told = labels_on_devices(labels, evaluation.setup.num_classes)
+    bits = evaluation.bpd_fn(params, *to_devices((keys, image_keys, x, plain), rows), told)
     # The bits of the padding count, too: a bound on those of the image alone.
     whole = math.prod(evaluation.setup.padded_shape) / math.prod(evaluation.setup.shape)
     values = {name: to_host(value).astype(np.float64) for name, value in bits.items()}
@@ -163,8 +166,7 @@ def _bits_per_dim(
         examples = test.source.fetch(number)
         # Images that come without labels are scored as images of no label.
         labels = examples["label"] if test.num_classes else np.full(full, setup.num_classes)
-        given = with_labels(setup.num_classes, params, labels)
-        values = _bits_of_batch(evaluation, given, examples["image"], draw)
+        values = _bits_of_batch(evaluation, params, examples["image"], labels, draw)
         return {name: value[:size] for name, value in values.items()}
 
     for draw in range(num_draws):

@@ -15,7 +15,7 @@ import datasets
 import losses
 import seeds
 from batched_sampling import get_sampler
-from build import Setup, with_labels
+from build import Setup, labels_on_devices
 from runtime import hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.files import can_do_without
@@ -46,8 +46,10 @@ def get_test_loss(setup: Setup, test: datasets.Dataset) -> Callable[[Any], float
     )
 
     @jax.jit
-    def mean_loss(params: Any, key: Array, images: Array, index: Array) -> Array:
-        score_fn = setup.make_score_fn(params)
+    def mean_loss(
+        params: Any, key: Array, images: Array, index: Array, labels: Array | None
+    ) -> Array:
+        score_fn = setup.make_score_fn(params, labels)
         return jnp.mean(objective(score_fn, key, images, index, train=False)[0])
 
     def test_loss(params: Any) -> float:
@@ -59,10 +61,8 @@ def get_test_loss(setup: Setup, test: datasets.Dataset) -> Callable[[Any], float
         for start in range(0, len(images) - size + 1, size):
             key = to_devices(losses.step_key(setup.seed + seeds.TEST_LOSS, start), everywhere)
             batch = to_devices((images[start : start + size], np.arange(size)), rows)
-            given = with_labels(
-                setup.num_classes, params, labels[start : start + size], whole=whole
-            )
-            values.append(float(mean_loss(given, key, *batch)))
+            told = labels_on_devices(labels[start : start + size], setup.num_classes, whole)
+            values.append(float(mean_loss(params, key, *batch, told)))
         return float(np.mean(values))
 
     return test_loss

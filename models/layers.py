@@ -26,11 +26,11 @@ def variance_scaling(scale: float = 1.0) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
 
 
-def timestep_embedding(labels: Array, dim: int, max_positions: float = 10_000.0) -> Array:
-    """Sinusoidal embedding (arXiv 1706.03762) of `labels` (N,): (N, dim) float32, dim even."""
+def timestep_embedding(times: Array, dim: int, max_positions: float = 10_000.0) -> Array:
+    """Sinusoidal embedding (arXiv 1706.03762) of `times` (N,): (N, dim) float32, dim even."""
     half = dim // 2
     frequencies = jnp.exp(-math.log(max_positions) / (half - 1) * jnp.arange(half))
-    angles = labels.astype(jnp.float32)[:, None] * frequencies
+    angles = times.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

@@ -6,6 +6,7 @@ The same module, with other options, is UNCSN++, UDDPM++ and the plain DDPM U-Ne
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -29,21 +30,22 @@ class NCSNpp(nn.Module):
       init_scale: scale of the initial weights of each block's last layer.
       resblock_type: "biggan" (blocks resample) or "ddpm" (separate layers resample).
       resamp_with_conv: whether the layers that resample between "ddpm" blocks have a convolution.
-      fir_kernel: taps of the FIR filter for resampling; empty: nearest neighbour and 2×2 means.
+      fir: whether to resample with an FIR filter; otherwise by nearest neighbour and 2×2 means.
+      fir_kernel: its taps.
       progressive: the output is that of the last level ("none"), the sum of the outputs of all
         levels ("output_skip"), or the levels are joined by a residual pyramid ("residual").
       progressive_input: the image is the input of the first level ("none"), of every level
         ("input_skip"), or of a residual pyramid ("residual").
       progressive_combine: how "input_skip" joins the image to the features, "sum" or "cat".
-      embedding_type: "positional" (of the labels) or "fourier" (of their logarithms).
+      embedding_type: "positional" (of the time) or "fourier" (of its logarithm).
       embedding_dim: width of the positional embedding; 0: nf.
       fourier_scale: standard deviation of the Fourier embedding's frequencies.
       fourier_feature: append sines and cosines of its values to the image.
-      scale_by_sigma: divide the output by the labels, which are σ(t).
+      scale_by_sigma: whether the output is divided by σ(t); here, if it is the time (`sees_sigma`).
       centered: whether the data are in [-1, 1]; data in [0, 1] are scaled to [-1, 1] first.
       dtype: compute dtype; parameters are float32.
       remat: for the gradient, keep only the results of convolutions and compute the rest again.
-      num_classes: the number of labels of images that it can be told; 0: none.
+      num_classes: the number of classes whose labels it can be told; 0: none.
     """
 
     nf: int
@@ -55,7 +57,8 @@ class NCSNpp(nn.Module):
     init_scale: float
     resblock_type: str = "biggan"
     resamp_with_conv: bool = True
-    fir_kernel: tuple[float, ...] = ()
+    fir: bool = False
+    fir_kernel: tuple[float, ...] = (1, 3, 3, 1)
     progressive: str = "none"
     progressive_input: str = "none"
     progressive_combine: str = "sum"
@@ -69,53 +72,48 @@ class NCSNpp(nn.Module):
     remat: bool = False
     num_classes: int = 0
 
+    @property
+    def sees_sigma(self) -> bool:
+        """Whether its time is σ(t), if the SDE is of VE's kind; see `models.score.ScoreModel`."""
+        return self.embedding_type == "fourier"
+
+    @property
+    def _taps(self) -> tuple[float, ...]:
+        return tuple(self.fir_kernel) if self.fir else ()
+
     def _resample_conv(self, features: int, up: bool) -> nn.Module:
-        if self.fir_kernel:
-            return layers.FIRConv(features, up, self.fir_kernel, self.dtype)
+        if self.fir:
+            return layers.FIRConv(features, up, self._taps, self.dtype)
         return layers.ResampleConv(features, up, self.dtype)
 
-    def _embed(self, labels: Array) -> Array:
-        """Labels (N,) → the time embedding (N, E)."""
+    def _embed(self, time_cond: Array, labels: Array | None) -> Array:
+        """Times and labels (N,) → their embedding (N, E)."""
         if self.embedding_type == "fourier":
             width = self.nf
             project = layers.GaussianFourierProjection(self.nf, self.fourier_scale)
-            temb = project(jnp.log(labels))
+            temb = project(jnp.log(time_cond))
         else:
             width = self.embedding_dim or self.nf
-            temb = layers.timestep_embedding(labels, width)
+            temb = layers.timestep_embedding(time_cond, width)
         temb = layers.Dense(4 * width, dtype=self.dtype)(temb)
-        return layers.Dense(4 * width, dtype=self.dtype)(nn.silu(temb))
+        temb = layers.Dense(4 * width, dtype=self.dtype)(nn.silu(temb))
+        if not self.num_classes:
+            return temb
+        # Added as in ADM (arXiv 2105.05233).
+        chosen = jnp.full(len(temb), self.num_classes) if labels is None else labels
+        init = nn.initializers.normal(1.0)
+        embed = nn.Embed(self.num_classes + 1, temb.shape[-1], self.dtype, embedding_init=init)
+        return temb + embed(chosen)
 
     def _output(self, h: Array, features: int, init_scale: float, train: bool) -> Array:
         init = layers.variance_scaling(init_scale)
         h = layers.GroupNorm(dtype=self.dtype)(h, train=train)
         return layers.Conv(features, kernel_init=init, dtype=self.dtype)(h)
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        labels: Array,
-        train: bool = False,
-        dropout_keys: Array | None = None,
-        classes: Array | None = None,
-    ) -> Array:
-        """The network's output.
-
-        Args:
-          x: images, (N, H, W, C); H and W divisible by 2^(len(ch_mult) - 1).
-          labels: (N,), embedded as the time.
-          train: whether to apply dropout.
-          dropout_keys: (N,), one key for each image; needed for dropout.
-          classes: (N,) int32 for a network with `num_classes`, which itself stands for no class;
-            None: no class for all images.
-
-        Returns:
-          (N, H, W, C), float32.
-        """
-        keys = dropout_keys if train else None
-        if train and keys is None and self.dropout:
-            raise ValueError("train=True takes dropout_keys, one key an image")
+    def _blocks(
+        self, temb: Array, keys: Array | None, train: bool
+    ) -> tuple[Callable[..., Array], Callable[[Array], Array]]:
+        """(a residual block: (h, features, resample=None) → h, attention: h → h)."""
         common: dict[str, Any] = {
             "skip_rescale": self.skip_rescale,
             "init_scale": self.init_scale,
@@ -126,8 +124,8 @@ class NCSNpp(nn.Module):
         if self.remat:
             kind = nn.remat(kind, policy=layers.SAVE_CONVOLUTIONS, static_argnums=(4,))
 
-        def res_block(features: int, resample: Any = None) -> Any:
-            return kind(
+        def res_block(h: Array, features: int, resample: Any = None) -> Array:
+            block = kind(
                 features,
                 dropout=self.dropout,
                 resblock_type=self.resblock_type,
@@ -135,28 +133,29 @@ class NCSNpp(nn.Module):
                 **common,
                 name=f"ResBlock_{next(numbers)}",  # the name must not depend on nn.remat
             )
+            return block(h, temb, keys, train)
 
-        attn_block: Any = functools.partial(layers.AttnBlock, **common)
-        up = functools.partial(layers.upsample, fir_kernel=self.fir_kernel)
-        down = functools.partial(layers.downsample, fir_kernel=self.fir_kernel)
-        rescale = 1 / math.sqrt(2) if self.skip_rescale else 1.0
-        channels, last = x.shape[-1], len(self.ch_mult) - 1
+        def attend(h: Array) -> Array:
+            return layers.AttnBlock(**common)(h, train)
 
-        def resample(h: Array, function: Any) -> Array:
-            if self.resblock_type == "biggan":
-                return res_block(h.shape[-1], resample=function)(h, temb, keys, train)
-            if self.resamp_with_conv:
-                return self._resample_conv(h.shape[-1], up=function is up)(h)
-            return function(h)
+        return res_block, attend
 
-        temb = self._embed(labels)
-        if self.num_classes:  # added as in ADM (arXiv 2105.05233)
-            chosen = jnp.full(len(x), self.num_classes) if classes is None else classes
-            init = nn.initializers.normal(1.0)
-            embed = nn.Embed(self.num_classes + 1, temb.shape[-1], self.dtype, embedding_init=init)
-            temb = temb + embed(chosen)
-        x = x if self.centered else 2 * x - 1
-        in_pyramid = x
+    def _resample(self, h: Array, function: Any, up: bool, res_block: Any) -> Array:
+        """Between two levels."""
+        if self.resblock_type == "biggan":
+            return res_block(h, h.shape[-1], function)
+        if self.resamp_with_conv:
+            return self._resample_conv(h.shape[-1], up)(h)
+        return function(h)
+
+    @property
+    def _rescale(self) -> float:
+        return 1 / math.sqrt(2) if self.skip_rescale else 1.0
+
+    def _encode(self, x: Array, res_block: Any, attend: Any) -> tuple[Array, list[Array]]:
+        """The way down: (features of the last level, the skips)."""
+        down = functools.partial(layers.downsample, fir_kernel=self._taps)
+        in_pyramid, last = x, len(self.ch_mult) - 1
         x = layers.fourier_features(x) if self.fourier_feature else x
         # In float32 whatever the others compute in: bfloat16 has steps of 2^-8 below 1, larger than
         # the noise at small t.
@@ -164,32 +163,33 @@ class NCSNpp(nn.Module):
         skips = [h]
         for level, mult in enumerate(self.ch_mult):
             for _ in range(self.num_res_blocks):
-                h = res_block(self.nf * mult)(h, temb, keys, train)
+                h = res_block(h, self.nf * mult)
                 if h.shape[1] in self.attn_resolutions:
-                    h = attn_block()(h, train)
+                    h = attend(h)
                 skips.append(h)
             if level != last:
-                h = resample(h, down)
+                h = self._resample(h, down, False, res_block)
                 if self.progressive_input == "input_skip":
                     in_pyramid = down(in_pyramid)
                     h = layers.Combine(self.progressive_combine, self.dtype)(in_pyramid, h)
                 elif self.progressive_input == "residual":
                     in_pyramid = self._resample_conv(h.shape[-1], up=False)(in_pyramid)
-                    h = in_pyramid = rescale * (in_pyramid + h)
+                    h = in_pyramid = self._rescale * (in_pyramid + h)
                 skips.append(h)
+        return h, skips
 
-        h = res_block(h.shape[-1])(h, temb, keys, train)
-        h = attn_block()(h, train)
-        h = res_block(h.shape[-1])(h, temb, keys, train)
-
+    def _decode(
+        self, h: Array, skips: list[Array], channels: int, res_block: Any, attend: Any, train: bool
+    ) -> Array:
+        """The way up: the output, with so many channels."""
+        up = functools.partial(layers.upsample, fir_kernel=self._taps)
         out_pyramid: Any = None
+        last = len(self.ch_mult) - 1
         for level, mult in reversed(list(enumerate(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
-                h = res_block(self.nf * mult)(
-                    jnp.concatenate([h, skips.pop()], axis=-1), temb, keys, train
-                )
+                h = res_block(jnp.concatenate([h, skips.pop()], axis=-1), self.nf * mult)
             if h.shape[1] in self.attn_resolutions:
-                h = attn_block()(h, train)
+                h = attend(h)
             if self.progressive == "output_skip":
                 output = self._output(h, channels, self.init_scale, train)
                 out_pyramid = output if level == last else up(out_pyramid) + output
@@ -197,13 +197,43 @@ class NCSNpp(nn.Module):
                 out_pyramid = self._output(h, h.shape[-1], 1.0, train)
             elif self.progressive == "residual":
                 out_pyramid = self._resample_conv(h.shape[-1], up=True)(out_pyramid)
-                h = out_pyramid = rescale * (out_pyramid + h)
+                h = out_pyramid = self._rescale * (out_pyramid + h)
             if level != 0:
-                h = resample(h, up)
-
+                h = self._resample(h, up, True, res_block)
         if self.progressive == "output_skip":
-            h = out_pyramid
-        else:
-            h = self._output(h, channels, self.init_scale, train)
-        h = h.astype(jnp.float32)
-        return h / labels[:, None, None, None] if self.scale_by_sigma else h
+            return out_pyramid
+        return self._output(h, channels, self.init_scale, train)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        time_cond: Array,
+        train: bool = False,
+        dropout_keys: Array | None = None,
+        labels: Array | None = None,
+    ) -> Array:
+        """The network's output.
+
+        Args:
+          x: images, (N, H, W, C); H and W divisible by 2^(len(ch_mult) - 1).
+          time_cond: (N,), the time as the network is told it; `models.score` computes it.
+          train: whether to apply dropout.
+          dropout_keys: (N,), one key for each image; needed for dropout.
+          labels: classes (N,) int32, for a network with `num_classes`, which itself stands for no
+            label; None: no label for all images.
+
+        Returns:
+          (N, H, W, C), float32.
+        """
+        keys = dropout_keys if train else None
+        if train and keys is None and self.dropout:
+            raise ValueError("train=True takes dropout_keys, one key an image")
+        res_block, attend = self._blocks(self._embed(time_cond, labels), keys, train)
+        x = x if self.centered else 2 * x - 1
+        h, skips = self._encode(x, res_block, attend)
+        h = attend(res_block(h, h.shape[-1]))
+        h = res_block(h, h.shape[-1])
+        h = self._decode(h, skips, x.shape[-1], res_block, attend, train).astype(jnp.float32)
+        divides = self.scale_by_sigma and self.sees_sigma
+        return h / time_cond[:, None, None, None] if divides else h

@@ -13,12 +13,11 @@ from models.layers import Dtype
 
 # Stages on the way down, for images of 64, 128 and 256 pixels: (channels as a multiple of nf,
 # dilation). Each stage but the first halves the resolution by pooling, or is dilated instead.
-_STAGES = {
+STAGES = {
     "ncsnv2_64": ((1, 1), (2, 1), (2, 2), (2, 4)),
     "ncsnv2_128": ((1, 1), (2, 1), (2, 1), (4, 2), (4, 4)),
     "ncsnv2_256": ((1, 1), (2, 1), (2, 1), (2, 1), (4, 2), (4, 4)),
 }
-NAMES = tuple(_STAGES)
 
 
 def _conv(features: int, dtype: Dtype, size: int = 3, dilation: int = 1, bias: bool = True) -> Any:
@@ -129,39 +128,39 @@ class NCSNv2(nn.Module):
     """The NCSNv2 network, with the number of stages for a given image size.
 
     Attributes:
-      name_of_depth: one of NAMES, which chooses the stages.
+      stages: one of STAGES.
       nf: number of channels at full resolution.
       centered: whether the data are in [-1, 1]; data in [0, 1] are scaled to [-1, 1] first.
       dtype: compute dtype; parameters are float32.
     """
 
-    name_of_depth: str
+    stages: tuple[tuple[int, int], ...]
     nf: int
     centered: bool = False
     dtype: Dtype = jnp.float32
+    sees_sigma = True  # see models.score.ScoreModel
 
     @nn.compact
     def __call__(
-        self, x: Array, labels: Array, train: bool = False, dropout_keys: Array | None = None
+        self, x: Array, time_cond: Array, train: bool = False, dropout_keys: Array | None = None
     ) -> Array:
-        """The score of images (N, H, W, C) whose noise levels σ are `labels` (N,), float32.
+        """The score of images (N, H, W, C) whose noise levels σ are `time_cond` (N,), float32.
 
         There is no dropout; `train` and `dropout_keys` are accepted as by the other networks.
         """
         del train, dropout_keys
-        stages = _STAGES[self.name_of_depth]
         h = _conv(self.nf, self.dtype)(x if self.centered else 2 * x - 1)
         hs = []
-        for i, (mult, dilation) in enumerate(stages):
+        for i, (mult, dilation) in enumerate(self.stages):
             h = ResidualBlock(mult * self.nf, i > 0, dilation, self.dtype)(h)
             h = ResidualBlock(mult * self.nf, False, dilation, self.dtype)(h)
             hs.append(h)
         # Each refinement block has the width of the stage that receives its result.
-        widths = [mult * self.nf for mult, _ in stages]
+        widths = [mult * self.nf for mult, _ in self.stages]
         h = RefineBlock(widths[-1], dtype=self.dtype)([hs[-1]])
-        for i in range(len(stages) - 2, -1, -1):
+        for i in range(len(self.stages) - 2, -1, -1):
             width = widths[max(i - 1, 0)]
             h = RefineBlock(width, end=i == 0, dtype=self.dtype)([hs[i], h])
         h = nn.elu(InstanceNormPlus(self.dtype)(h))
         h = _conv(x.shape[-1], self.dtype)(h).astype(jnp.float32)
-        return h / labels[:, None, None, None]
+        return h / time_cond[:, None, None, None]

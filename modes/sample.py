@@ -12,10 +12,16 @@ from ml_collections import ConfigDict
 
 from batched_sampling import get_sampler, sample_batches
 from build import Setup, set_up, with_data_facts
-from controllable_generation import PER_IMAGE, complete_test_images, completion_rows
-from datasets import load_data
+from controllable_generation import (
+    PER_IMAGE,
+    complete_test_images,
+    completion_rows,
+    get_completion_fn,
+    read_mask,
+)
+from datasets import Dataset, load_data
 from errors import UserError
-from labels import sample_labels
+from labels import check_labels, sample_labels
 from memory_advice import advise_on_sampling
 from runtime import checkpointing, hosts
 from runtime.files import replacing
@@ -70,7 +76,7 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     hosts.on_main(lambda: make_folder(folder, "--workdir"))
     if data is None:
         return _generate(setup, state, folder)
-    levels, path = complete_test_images(config, setup, data.test, state.ema_params), folder / task
+    levels, path = _complete(setup, state, data.test), folder / task
     if hosts.is_main():
         pictures = {name: setup.units.to_pictures(part) for name, part in levels.items()}
         save_grid(completion_rows(pictures), path.with_suffix(".png"), PER_IMAGE + 2)
@@ -79,6 +85,25 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
             np.savez_compressed(file, **cast(Any, files))
     log.info("%d images in %s.png and .npz", len(levels["samples"]), path)
     return path.with_suffix(".png")
+
+
+def _complete(setup: Setup, state: TrainState, test: Dataset) -> dict[str, np.ndarray]:
+    """Completed test images, their originals, and the known parts."""
+    check_labels(setup.num_classes, setup.classes, test)
+    options, colors, mask = setup.sampling, setup.sampling.task == "colorize", None
+    if not colors:
+        mask = read_mask(options.mask, setup.shape[:2], setup.padded_shape[:2])
+    return complete_test_images(
+        get_completion_fn(setup.sampler, setup.sde, setup.make_score_fn, colors, options.guidance),
+        state.ema_params,
+        test,
+        setup.preprocessing,
+        mask,
+        count=options.n_images,
+        batch_size=options.batch_size,
+        seed=setup.seed,
+        num_classes=setup.num_classes,
+    )
 
 
 def _generate(setup: Setup, state: TrainState, folder: pathlib.Path) -> pathlib.Path:

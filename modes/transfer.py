@@ -11,6 +11,7 @@ from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 
 from build import objective_in_words, set_up, with_data_facts
+from configs import fields
 from errors import UserError
 from metrics.card import model_card
 from modes.sample import chosen_step
@@ -45,7 +46,8 @@ def import_official(
     """
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     setup = set_up(config)
-    state = import_checkpoint.load_state(path, config)
+    fields.call(import_checkpoint.check_network, config, "model")
+    state = import_checkpoint.load_state(path, setup.state_shape.params, setup.optimizer)
     exported.refuse(workdir)
     if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         raise UserError(f"{workdir} has checkpoints already; choose another --workdir")
@@ -147,7 +149,7 @@ def export_official(
     setup, file = set_up(config), pathlib.Path(to).absolute()
     step = hosts.on_main(lambda: chosen_step(setup, workdir))
     exported.refuse(workdir)
-    import_checkpoint.check_network(config)
+    fields.call(import_checkpoint.check_network, config, "model")
     shape = setup.state_shape
     state = checkpointing.restore_step(setup.fields, workdir, shape, step, weights_only=False)
 
@@ -155,7 +157,9 @@ def export_official(
         if file.exists():
             raise UserError(f"--to: {file} is there already; name a new file")
         with _exporting(file) as partial:
-            export_checkpoint.write(config, state, partial)
+            given = {"path": partial, "state": state, "model": setup.model}
+            given["shape"] = setup.padded_shape
+            fields.call(export_checkpoint.write, config, "optim", "model", **given)
         log.info("step %d of %s in %s, as the official release's", step, workdir, file)
 
     hosts.on_main(write)

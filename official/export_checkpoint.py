@@ -9,11 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
-from configs.shapes import image_shape
-from models import utils as mutils
-from official.import_checkpoint import check_network
 from official.pth_writer import write_pth
 from train_step import TrainState
 
@@ -21,16 +17,16 @@ from train_step import TrainState
 _ORDER = ("GroupNorm_0", "Conv_0", "Dense_0", "GroupNorm_1", "Conv_1", "Conv_2")
 
 
-def _modules_in_order(config: ConfigDict) -> list[str]:
+def _modules_in_order(model: nn.Module, shape: tuple[int, ...]) -> list[str]:
     """The names of the network's modules in the order of the forward pass, as the release's."""
-    model, names = mutils.create_model(config), []
+    names: list[str] = []
 
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if len(context.module.path) == 1 and context.method_name == "__call__":
             names.append(context.module.name)
         return call(*args, **kwargs)
 
-    x = jnp.zeros((1, *image_shape(config)))
+    x = jnp.zeros((1, *shape))
     with nn.intercept_methods(record):
         jax.eval_shape(model.init, jax.random.key(0), x, jnp.ones(1))
     return names
@@ -70,60 +66,85 @@ def _module_tensors(kind: str, values: dict[str, Any]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def state_dict(config: ConfigDict, params: Any) -> "OrderedDict[str, np.ndarray]":
+def _state_dict(modules: list[str], params: Any) -> "OrderedDict[str, np.ndarray]":
     """A tree of parameters as the release's state dict, in its order and without its buffers."""
     state: OrderedDict[str, np.ndarray] = OrderedDict()
-    for i, name in enumerate(_modules_in_order(config)):
+    for i, name in enumerate(modules):
         for key, value in _module_tensors(name.rsplit("_", 1)[0], params[name]).items():
             state[f"module.all_modules.{i}.{key}"] = value
     return state
 
 
-def write(config: ConfigDict, state: TrainState, path: pathlib.Path) -> None:
+def write(
+    path: pathlib.Path,
+    state: TrainState,
+    model: nn.Module,
+    shape: tuple[int, ...],
+    *,
+    lr: float,
+    beta1: float,
+    eps: float,
+    weight_decay: float,
+    ema_rate: float,
+    sigma_min: float,
+    sigma_max: float,
+    num_scales: int,
+) -> None:
     """Write the state of a run as the release does: network, EMA, Adam's moments and the step.
 
     Args:
-      config: the run's config.
-      state: as a checkpoint has it, with the state of the optimiser.
       path: of the file, which is replaced.
+      state: as a checkpoint has it, with the state of the optimiser.
+      model: a network that the release has (`import_checkpoint.check_network`).
+      shape: of an image, (H, W, C).
+      lr, beta1, eps, weight_decay: of Adam.
+      ema_rate: of the EMA.
+      sigma_min, sigma_max, num_scales: the noise levels of VE, which every checkpoint has.
 
     Raises:
-      UserError: the release has no such network.
       OSError: the file can't be written.
     """
-    check_network(config)
-    model, optim, step = state_dict(config, state.params), config.optim, int(state.step)
+    modules = _modules_in_order(model, shape)
+    weights, step = _state_dict(modules, state.params), int(state.step)
     # The Fourier embedding's frequencies are not trained and have no EMA and no moments.
-    trained = [not (key.endswith(".W") and value.ndim == 1) for key, value in model.items()]
-    averages = state_dict(config, state.ema_params)
+    trained = [not (key.endswith(".W") and value.ndim == 1) for key, value in weights.items()]
+    averages = _state_dict(modules, state.ema_params)
+    shadow = [value for value, one in zip(averages.values(), trained, strict=True) if one]
+    group = {
+        "lr": float(lr),
+        "betas": (float(beta1), 0.999),
+        "eps": float(eps),
+        "weight_decay": float(weight_decay),
+        "amsgrad": False,
+        "params": list(range(len(weights))),
+    }
+    sigmas = np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), num_scales))
+    tree = {
+        "optimizer": {
+            "state": _adam(modules, list(weights), trained, state.opt_state),
+            "param_groups": [group],
+        },
+        "model": OrderedDict({"module.sigmas": sigmas, **weights}),
+        "ema": {"decay": float(ema_rate), "num_updates": step, "shadow_params": shadow},
+        "step": step,
+    }
+    write_pth(path, tree)
+
+
+def _adam(
+    modules: list[str], keys: list[str], trained: list[bool], opt_state: Any
+) -> dict[int, dict[str, Any]]:
+    """Adam's moments of each trained tensor, by its number; none before the first step."""
 
     def of_adam(name: str) -> Any:
         return optax.tree_utils.tree_get(
-            state.opt_state, name, filtering=lambda path, _: "ScaleByAdamState" in str(path)
+            opt_state, name, filtering=lambda path, _: "ScaleByAdamState" in str(path)
         )
 
-    mean, variance = (state_dict(config, of_adam(name)) for name in ("mu", "nu"))
     count = int(of_adam("count"))
-    adam = {
+    mean, variance = (_state_dict(modules, of_adam(name)) for name in ("mu", "nu"))
+    return {
         i: {"step": count, "exp_avg": mean[key], "exp_avg_sq": variance[key]}
-        for i, key in enumerate(model)
+        for i, key in enumerate(keys)
         if trained[i] and count
     }
-    group = {
-        "lr": float(optim.lr),
-        "betas": (float(optim.beta1), 0.999),
-        "eps": float(optim.eps),
-        "weight_decay": float(optim.weight_decay),
-        "amsgrad": False,
-        "params": list(range(len(model))),
-    }
-    shadow = [value for value, one in zip(averages.values(), trained, strict=True) if one]
-    ema = {"decay": float(config.model.ema_rate), "num_updates": step, "shadow_params": shadow}
-    optimizer = {"state": adam, "param_groups": [group]}
-    sigmas = np.exp(
-        np.linspace(
-            np.log(config.model.sigma_max), np.log(config.model.sigma_min), config.model.num_scales
-        )
-    )
-    network = OrderedDict({"module.sigmas": sigmas, **model})
-    write_pth(path, {"optimizer": optimizer, "model": network, "ema": ema, "step": step})

@@ -10,10 +10,13 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from configs import fields
+from configs.shapes import image_shape
 from errors import UserError
 from models import utils as mutils
+from models.networks import NETWORKS
 from official.pth_reader import read_pth
-from train_step import TrainState, get_optimizer
+from train_step import TrainState
 
 
 def _group(state: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
@@ -140,24 +143,15 @@ def _check_shapes(path: str | pathlib.Path, official: _Official, expected: Any) 
                 )
 
 
-def check_network(config: ConfigDict) -> None:
-    """Raise a UserError if the release has no checkpoints of a config's kind of network."""
-    if config.model.name not in ("ncsnpp", "ddpm"):
-        raise UserError(
-            f"model.name is {config.model.name}; official checkpoints are of ncsnpp and ddpm"
-        )
-    if config.model.parametrization != "noise":
+def check_network(name: str, parametrization: str, num_classes: int) -> None:
+    """Raise a UserError if the release has no checkpoints of `config.model`'s kind of network."""
+    if not NETWORKS[name].in_release:
+        known = [known for known, network in NETWORKS.items() if network.in_release]
+        raise UserError(f"model.name is {name}; official checkpoints are of {' and '.join(known)}")
+    if parametrization != "noise":
         raise UserError("official networks predict the noise: model.parametrization must be noise")
-    if config.model.num_classes:
+    if num_classes:
         raise UserError("official networks are not told labels: model.num_classes must be 0")
-
-
-def _load(path: str | pathlib.Path, config: ConfigDict) -> _Official:
-    check_network(config)
-    official = _read_official(path)
-    model = mutils.create_model(config)
-    _check_shapes(path, official, mutils.params_shape(config, model))
-    return official
 
 
 def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:
@@ -167,31 +161,40 @@ def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:
       UserError: the file can't be read, or its weights do not fit the config's network; the
         message names the first tensor that differs.
     """
-    official = _load(path, config)
+    fields.call(check_network, config, "model")
+    shape = mutils.params_shape(mutils.create_model(config), image_shape(config))
+    official = _read_official(path)
+    _check_shapes(path, official, shape)
     return official.params, official.ema_params, official.step
 
 
-def load_state(path: str | pathlib.Path, config: ConfigDict) -> TrainState:
+def load_state(
+    path: str | pathlib.Path, shape: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
     """Read an official checkpoint as the state of a run, with Adam's moments if it has them.
 
     Without moments Adam starts anew, but the learning-rate warm-up continues at the step.
 
+    Args:
+      path: of the file.
+      shape: the shapes of the network's parameters (`models.utils.params_shape`).
+      optimizer: Adam with a schedule.
+
     Raises:
       UserError: as `load`.
     """
-    official = _load(path, config)
+    official = _read_official(path)
+    _check_shapes(path, official, shape)
     params, ema_params, mean, variance = jax.tree.map(
         jnp.asarray, (official.params, official.ema_params, official.mean, official.variance)
     )
-    opt_state = get_optimizer(config).init(params)
-    step = jnp.asarray(official.step, jnp.int32)
+    opt_state, step = optimizer.init(params), jnp.asarray(official.step, jnp.int32)
     if mean is None:
 
-        def in_schedule(path: Any, _: Any) -> Any:
+        def in_schedule(path: Any, _: Any) -> bool:
             return "ScaleByScheduleState" in str(path)
 
-        if config.optim.warmup:
-            opt_state = optax.tree_utils.tree_set(opt_state, in_schedule, count=step)
+        opt_state = optax.tree_utils.tree_set(opt_state, in_schedule, count=step)
     else:
         opt_state = optax.tree_utils.tree_set(opt_state, mu=mean, nu=variance, count=step)
     return TrainState(step, params, ema_params, opt_state)

@@ -14,9 +14,12 @@ import numpy as np
 
 import losses
 import train_step
+from configs import fields
 from configs.default import get_default_config
+from configs.shapes import image_shape
 from configs.vp import digits_st
 from models import utils as mutils
+from models.score import ScoreModel
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -45,9 +48,9 @@ def nhwc(array):
 def golden_config(name):
     """Our config with the official fields of a golden model, where ours has them."""
     config = get_default_config()
-    for section, fields in json.loads((GOLDEN / f"{name}.json").read_text()).items():
-        if isinstance(fields, dict):
-            for field, value in fields.items():
+    for section, values in json.loads((GOLDEN / f"{name}.json").read_text()).items():
+        if isinstance(values, dict):
+            for field, value in values.items():
                 if field in config.get(section, {}):
                     config[section][field] = value
     return config
@@ -72,7 +75,12 @@ def tiny_config(**training):
 
 
 def param_shapes(config):
-    return mutils.params_shape(config, mutils.create_model(config))
+    return mutils.params_shape(mutils.create_model(config), image_shape(config))
+
+
+def score_model(config, sde, model):
+    """A config's `ScoreModel`."""
+    return fields.call(ScoreModel, config, "model", "training", sde=sde, network=model)
 
 
 def random_params(config):

@@ -63,7 +63,7 @@ sum over draws: np.log(np.mean(np.exp(nats - top) → np.log(np.sum(np.exp(nats 
 [sampling.py | test_sampling.py -k golden]
 corrector's step: 2 * a**2 * (snr * norm(z) → 2 * (snr * norm(z)
 [sampling.py | test_sampling.py -k "large_ancestral or chain or its_key"]
-noise of the posterior: b * sde.std(t_next) / sde.std(t) * z → b * z
+noise of the posterior: b * sde.std(step.t_next) / sde.std(step.t) * z → b * z
 noise used twice: number = number + 1 → number = number
 one evaluation too many: nfe = (num_steps - 1) * each → nfe = num_steps * each
 keys of the first batch: start + jnp.arange(count)) → jnp.arange(count))
@@ -110,15 +110,15 @@ Fourier embedding: 2 * math.pi * x.astype → math.pi * x.astype
 all layers drop alike: zlib.crc32("/".join(self.path).encode()) → 0
 [models/ncsnpp.py | test_models.py -k "first_layer"]
 range of the data: x if self.centered else 2 * x - 1 → x
-embedding of σ itself: project(jnp.log(labels)) → project(labels)
+embedding of σ itself: project(jnp.log(time_cond)) → project(time_cond)
 [models/ncsnpp.py | test_labels.py -k label_changes]
-no label is label 0: jnp.full(len(x), self.num_classes) → jnp.full(len(x), 0)
+no label is label 0: jnp.full(len(temb), self.num_classes) → jnp.full(len(temb), 0)
 [models/ncsnv2.py | test_models.py -k "first_layer or instance"]
 range of NCSNv2's data: x if self.centered else 2 * x - 1 → x
 variance of means: axis=-1, keepdims=True, ddof=1) → axis=-1, keepdims=True)
-[models/utils.py | test_losses.py -k "golden_losses and ve_"]
-VE divided twice: scale_by_sigma and not network_divides_by_sigma) → scale_by_sigma)
-[models/utils.py | test_labels.py -k guidance]
+[models/score.py | test_losses.py -k "golden_losses and ve_"]
+VE divided twice: self.scale_by_sigma and not self._sees_sigma → self.scale_by_sigma
+[models/score.py | test_labels.py -k guidance]
 guidance the wrong way: (with_label - without) → (without - with_label)
 [models/normalization.py | test_normalization.py -k "dropout or left_to_xla or some_gradients"]
 dropout without its scale: y / (1 - options.rate) → y
@@ -174,10 +174,11 @@ kernel transposed: value.transpose(2, 3, 1, 0) → value.transpose(3, 2, 1, 0)
 EMA of frequencies: if one] → if one is not None]
 [labels.py | test_labels.py -k of_samples]
 labels of the first batch: chosen[np.arange(start, start + count) → chosen[np.arange(count)
+[models/networks.py | test_run_lib.py -k "refused or cannot_work"]
+frequencies divided by 0: or embedding_dim == 2: → or False:
 [configs/validate.py | test_run_lib.py -k "refused or cannot_work"]
 truncation at T: if get(name) >= 1: → if get(name) > 1:
 one class: if told < 0 or told == 1: → if told < 0:
-frequencies divided by 0: or model.embedding_dim == 2: → or False:
 odd micro-batch of pairs: (num_devices * micro * pair) → (num_devices * micro)
 """
 

@@ -199,11 +199,11 @@ def test_steps_of_samplers(sde, rows):
     z = jnp.asarray(rows[1])
     score_fn, x = gaussian_score(sde), 0.5 * z
     t, t_next = jnp.asarray(0.5), jnp.asarray(0.3)
-    for name, predictor in sampling.PREDICTORS.items():
-        assert_same(name, lambda x, f=predictor: f(sde, score_fn, x, t, t_next, z)[0], x)
-    for name, corrector in sampling.CORRECTORS.items():
-        if corrector:
-            assert_same(name, lambda x, f=corrector: f(sde, score_fn, x, t, t_next, 0.16, z)[0], x)
+    step = sampling.Step(sde, score_fn, t, t_next)
+    predictors = {name: make() for name, make in sampling.PREDICTORS.items() if make}
+    correctors = {name: make(0.16) for name, make in sampling.CORRECTORS.items() if make}
+    for name, move in {**predictors, **correctors}.items():
+        assert_same(name, lambda x, f=move: f(step, x, z)[0], x)
     for name, solver in (("heun", sampling.heun_sample), ("dpm", sampling.dpm_solver_sample)):
         assert_same(name, lambda x, f=solver: f(sde, score_fn, x, num_steps=3, eps=0.05)[0], x)
 

@@ -247,9 +247,13 @@ class JittedNetwork:
 
     model: object
 
-    def apply(self, variables, x, labels, train, dropout_keys):
+    def apply(self, variables, x, time_cond, train, dropout_keys):
         assert train
-        return jitted_network(self.model)(variables, x, labels, dropout_keys)
+        return jitted_network(self.model)(variables, x, time_cond, dropout_keys)
+
+    @property
+    def sees_sigma(self):
+        return self.model.sees_sigma
 
 
 def random_images(config):

@@ -20,12 +20,13 @@ import losses
 import sampling
 import sde_lib
 from configs.saved import as_recorded
+from configs.shapes import size_factor
 from configs.validate import validate
 from errors import UserError
 from experiments.sweep import load_sweep
 from models import utils as mutils
 from runtime.workdir import claim_workdir
-from tests.helpers import environment_of, loss_fn_of, times_of_step, tiny_config
+from tests.helpers import environment_of, loss_fn_of, score_model, times_of_step, tiny_config
 from tests.test_losses import LinearModel, step_losses_and_grads, toy_config
 from tests.test_sampling import COUNT, DATA, check_moments, exact_flow, sampling_config
 
@@ -151,8 +152,8 @@ def test_the_base_class_gives_an_sde_the_unbounded_time(sde):
     )
     config = tiny_config(sde="cosine", unbounded_parametrization=True)
     validate(config, 1, build.REGISTRIES)
-    labels = mutils._get_labels_fn(config, sde)(TIMES)
-    np.testing.assert_allclose(labels, 999 * time, rtol=1e-6)
+    time_cond = score_model(config, sde, None).time_cond(TIMES)
+    np.testing.assert_allclose(time_cond, 999 * time, rtol=1e-6)
 
 
 def test_bits_of_a_gaussian_under_the_sde_are_exact(sde):
@@ -179,9 +180,9 @@ def test_an_sde_says_itself_whether_it_is_of_ves_kind(monkeypatch):
     config.model.update(parametrization="noise", scale_by_sigma=True, embedding_type="fourier")
     validate(config, 1, build.REGISTRIES)
     t = jnp.array([0.2, 0.7])
-    np.testing.assert_array_equal(
-        mutils._get_labels_fn(config, Exploding(0.01, 5.0))(t), Exploding(0.01, 5.0).std(t)
-    )
+    sde = Exploding(0.01, 5.0)
+    score_of = score_model(config, sde, mutils.create_model(config))
+    np.testing.assert_array_equal(score_of.time_cond(t), sde.std(t))
     config.training.sde = "cosine"
     with pytest.raises(UserError, match="scale_by_sigma is for VE"):
         validate(config, 1, build.REGISTRIES)
@@ -272,6 +273,44 @@ def test_soft_truncation_by_the_prior_equals_its_equivalent_weight():
     assert deviation("other")[0] > 8  # the test can tell another prior
 
 
+# The network
+
+
+def test_the_network_is_built_from_its_fields_and_its_images_may_have_any_size(mine):
+    config, x = mine.get_config(), jax.random.normal(jax.random.key(0), (3, 5, 7, 1))
+    config.model.update(nf=8, depth=2, parametrization="velocity", sigma_data=0.5)
+    model, sde, t = mutils.create_model(config), sde_lib.get_sde(config), jnp.array([0.1, 0.5, 0.9])
+    params = mutils.init_params(model, x.shape[1:], jax.random.key(1))
+    assert model.depth == 2 and size_factor(config) == 1
+    # Its last layer is 0 at first, which is exact for N(0, σ_d² I).
+    score = mutils.get_score_fn(config, sde, model, params)(x, t)
+    variance = (sde.mean_coeff(t) * 0.5) ** 2 + sde.std(t) ** 2
+    np.testing.assert_allclose(score, -x / sde_lib.expand(variance, x), rtol=1e-5)
+    params["Conv_3"] = jax.tree.map(jnp.ones_like, params["Conv_3"])
+    x, times = x[:1].repeat(2, axis=0), jnp.array([0.1, 0.9])
+    output = model.apply({"params": params}, x, 999 * times, train=True)
+    assert jnp.abs(output[0] - output[1]).max() > 1e-3  # it is told the time
+
+
+def test_a_network_that_is_told_no_labels_says_so(mine):
+    config = mine.get_config()
+    config.model.num_classes = 10
+    with pytest.raises(UserError, match=r"model\.name=conv_stack takes no labels"):
+        build.set_up(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "told"),
+    [("model", "depth", "no network can be"), ("sampling", "churn", "no sampler can be")],
+)
+def test_a_field_that_is_missing_is_named(mine, section, field, told):
+    config = mine.get_config()
+    with config.unlocked():
+        del config[section][field]
+    with pytest.raises(UserError, match=rf"^config\.{section}: {told} built: .*'{field}'"):
+        build.set_up(config)
+
+
 # The samplers
 
 
@@ -280,7 +319,7 @@ def sample_with(sde, churn=None, **options):
     config.model.num_scales = 200
     with config.unlocked():
         config.sampling.churn = churn
-    sample_fn = sampling.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
+    sample_fn = build.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
     return sample_fn(None, jax.random.key(0))
 
 
@@ -310,7 +349,8 @@ def test_ddim_follows_the_ode(sde):
     z, score_fn = DATA.sample(64, seed=3), DATA.score_fn(sde)
 
     def step(i, x):
-        return sampling.PREDICTORS["ddim"](sde, score_fn, x, times[i], times[i + 1], None)[0]
+        move = sampling.PREDICTORS["ddim"]()
+        return move(sampling.Step(sde, score_fn, times[i], times[i + 1]), x, None)[0]
 
     x = jax.lax.fori_loop(0, 2000, step, z)
     np.testing.assert_allclose(np.asarray(x).reshape(64, 4), exact_flow(sde, z, 1e-3), atol=5e-3)

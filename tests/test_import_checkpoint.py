@@ -4,12 +4,16 @@ import optax
 import pytest
 
 import run_lib
+from configs import fields
+from configs.shapes import image_shape
 from errors import UserError
+from models import utils as mutils
 from modes import transfer
 from official import export_checkpoint, import_checkpoint
 from official.pth_reader import read_pth
 from official.pth_writer import write_pth
 from tests.helpers import GOLDEN, golden_config, param_shapes, tiny_config
+from train_step import get_optimizer
 
 PTH = GOLDEN / "vp_ddpmpp.pth"
 
@@ -19,6 +23,10 @@ def test_a_config_of_another_network_is_refused_by_the_tensor():
     config.model.nf = 16
     with pytest.raises(UserError, match=r"AttnBlock_0.*Dense_0.*\(16,\) there and \(32,\)"):
         import_checkpoint.load(PTH, config)
+
+
+def load_state(path, config):
+    return import_checkpoint.load_state(path, param_shapes(config), get_optimizer(config))
 
 
 def official_names(config):
@@ -95,7 +103,7 @@ def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
         "step": 7,
     }
     write_pth(tmp_path / "ddpm.pth", checkpoint)
-    state = import_checkpoint.load_state(tmp_path / "ddpm.pth", config)
+    state = load_state(tmp_path / "ddpm.pth", config)
     shapes = jax.tree.map(lambda x: x.shape, param_shapes(config))
     for tree in (state.params, state.ema_params):
         assert jax.tree.map(lambda x: x.shape, tree) == shapes
@@ -149,8 +157,10 @@ def assert_equal(ours, theirs):
 )
 def test_an_official_checkpoint_is_exported_as_it_was(tmp_path, name):
     config = golden_config(name)
-    state = import_checkpoint.load_state(GOLDEN / f"{name}.pth", config)
-    export_checkpoint.write(config, state, tmp_path / "again.pth")
+    state = load_state(GOLDEN / f"{name}.pth", config)
+    given = {"model": mutils.create_model(config), "shape": image_shape(config)}
+    given |= {"path": tmp_path / "again.pth", "state": state}
+    fields.call(export_checkpoint.write, config, "optim", "model", **given)
     ours, theirs = (
         read_pth(folder / f) for folder, f in ((tmp_path, "again.pth"), (GOLDEN, f"{name}.pth"))
     )
@@ -163,17 +173,17 @@ def test_an_official_checkpoint_is_exported_as_it_was(tmp_path, name):
     assert ours["optimizer"]["state"] == theirs["optimizer"]["state"] == {}
     (group,), (expected,) = (tree["optimizer"]["param_groups"] for tree in (ours, theirs))
     assert group == {key: expected[key] for key in group}
-    again = import_checkpoint.load_state(tmp_path / "again.pth", config)
+    again = load_state(tmp_path / "again.pth", config)
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
-def test_what_the_release_does_not_have_is_not_exported(tmp_path):
+def test_what_the_release_does_not_have_is_not_exported():
     config = tiny_config()
     with pytest.raises(UserError, match=r"predict the noise: model\.parametrization must be noise"):
-        export_checkpoint.write(config, None, tmp_path / "x.pth")
+        fields.call(import_checkpoint.check_network, config, "model")
     config.model.update(parametrization="noise", num_classes=10)
     with pytest.raises(UserError, match=r"not told labels"):
-        export_checkpoint.write(config, None, tmp_path / "x.pth")
+        fields.call(import_checkpoint.check_network, config, "model")
 
 
 def test_a_checkpoint_of_another_form_is_refused(tmp_path):
@@ -193,7 +203,7 @@ def test_the_moments_of_adam_are_told_apart(tmp_path):
         i: {"step": 7, "exp_avg": -v, "exp_avg_sq": v**2} for i, v in enumerate(model)
     }
     write_pth(tmp_path / "trained.pth", checkpoint)
-    state = import_checkpoint.load_state(tmp_path / "trained.pth", golden_config("vp_ddpmpp"))
+    state = load_state(tmp_path / "trained.pth", golden_config("vp_ddpmpp"))
     mean, variance = (optax.tree_utils.tree_get(state.opt_state, n) for n in ("mu", "nu"))
     assert_equal(mean, jax.tree.map(lambda p: -p, state.params))
     assert_equal(variance, jax.tree.map(lambda p: p**2, state.params))

@@ -50,8 +50,7 @@ def test_the_label_changes_the_score_and_no_label_is_one_of_them():
     x, t = jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.full(4, 0.3)
 
     def score(classes, guidance=0.0):
-        given = mutils.Conditioned(params, jnp.asarray(classes), guidance)
-        return np.asarray(setup.make_score_fn(given)(x, t))
+        return np.asarray(setup.make_score_fn(params, jnp.asarray(classes), guidance)(x, t))
 
     nothing = np.asarray(setup.make_score_fn(params)(x, t))
     np.testing.assert_array_equal(score([10] * 4), nothing)
@@ -79,9 +78,9 @@ class Mixture:
 
     std = 0.1
 
-    def apply(self, variables, x, labels, train, dropout_keys, classes):
+    def apply(self, variables, x, time_cond, train, dropout_keys, labels):
         del variables, train, dropout_keys
-        t = labels / 999
+        t = time_cond / 999
         alpha, sigma = (sde_lib.expand(v, x) for v in (SDE.mean_coeff(t), SDE.std(t)))
         variance = alpha**2 * self.std**2 + sigma**2
 
@@ -91,17 +90,17 @@ class Mixture:
         def log_of_both(x):
             return jnp.logaddexp(log_density(x, -1.0), log_density(x, 1.0)).sum()
 
-        means = sde_lib.expand(jnp.where(classes == 0, -1.0, 1.0), x)
+        means = sde_lib.expand(jnp.where(labels == 0, -1.0, 1.0), x)
         known, either = -(x - alpha * means) / variance, jax.grad(log_of_both)(x)
-        return -sigma * jnp.where(sde_lib.expand(classes == 2, x), either, known)
+        return -sigma * jnp.where(sde_lib.expand(labels == 2, x), either, known)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_guidance_on_a_mixture_whose_conditional_scores_are_known(guidance):
     config = tiny_config()
     config.model.update(num_classes=2, parametrization="noise")
-    given = mutils.Conditioned({}, jnp.arange(400) % 2, guidance)
-    score_fn = mutils.get_score_fn(config, SDE, Mixture(), given)
+    labels = jnp.arange(400) % 2
+    score_fn = mutils.get_score_fn(config, SDE, Mixture(), {}, labels=labels, guidance=guidance)
     z = jax.random.normal(jax.random.key(0), (400, 1, 1, 1))
     x, _ = sampling.heun_sample(SDE, score_fn, z, num_steps=40, eps=1e-4, noise_removal=False)
     lower, upper = np.asarray(x[::2]).ravel(), np.asarray(x[1::2]).ravel()
@@ -191,8 +190,8 @@ def test_bits_are_of_an_image_given_its_label(tmp_path, told):
         test = dataclasses.replace(data.test, classes=())
         data = datasets.Data(test, test)
 
-    def bits(params, keys, image_keys, x, levels):
-        seen.append(np.asarray(params.classes))
+    def bits(params, keys, image_keys, x, levels, labels):
+        seen.append(np.asarray(labels))
         return {name: jnp.zeros(len(x)) for name in ("nll", "nelbo", "nfe")}
 
     results = PartialResults(tmp_path)

@@ -108,7 +108,7 @@ def test_golden_likelihood(name):
     params = jax.tree.map(lambda w: 0.3 * w if w.ndim > 1 else w, params)
     make_score_fn = functools.partial(mutils.get_score_fn, config, SDE, mutils.create_model(config))
     nll_fn = likelihood.get_nll_fn(config, SDE, make_score_fn)
-    bits = nll_fn(params, jax.random.key(0), x, probe, z0, z1)
+    bits = nll_fn(params, jax.random.key(0), x, probe=probe, z_eps=z0, z_residual=z1)
     np.testing.assert_allclose(bits["nll_without_residual"], golden["wrong.bpd"], atol=0.01)
     np.testing.assert_allclose(bits["latent"], nhwc(golden["correct.latent"]), atol=0.005)
 

@@ -18,6 +18,7 @@ from tests.helpers import (
     nhwc,
     param_shapes,
     random_params,
+    score_model,
     tiny_config,
 )
 
@@ -191,7 +192,7 @@ def test_fir_convolutions_are_a_filter_and_a_convolution(kernel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ncsnv2.NAMES)
+@pytest.mark.parametrize("name", ncsnv2.STAGES)
 def test_ncsnv2_is_a_score_of_any_noise_level(name):
     config = tiny_config(sde="vesde")
     config.model.parametrization = "noise"
@@ -269,7 +270,7 @@ def test_the_initialisation_is_the_models_own():
     size, channels = config.data.image_size, config.data.num_channels
     x = jnp.zeros((1, size, size, channels))
     expected = jax.jit(lambda key: model.init(key, x, jnp.ones(1)))(key)["params"]
-    params = mutils.init_params(config, model, key)
+    params = mutils.init_params(model, x.shape[1:], key)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, param_shapes(config))
 
@@ -320,14 +321,14 @@ def test_a_ve_score_is_divided_by_sigma_in_either_embedding():
         np.testing.assert_allclose(divided * std, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_labels_of_the_positional_embedding_follow_the_clock_of_ve_and_rve():
+def test_the_time_of_the_positional_embedding_follows_the_clock_of_ve_and_rve():
     config = tiny_config(sde="vesde")
     config.model.parametrization = "noise"
     for name in ("vesde", "reciprocal_vesde"):
         config.training.sde = name
         sde = sde_lib.get_sde(config)
-        labels = mutils._get_labels_fn(config, sde)(sde.time_grid(1e-5, 10))
-        np.testing.assert_allclose(labels, np.linspace(0, 999, 10), atol=0.05)
+        time_cond = score_model(config, sde, None).time_cond(sde.time_grid(1e-5, 10))
+        np.testing.assert_allclose(time_cond, np.linspace(0, 999, 10), atol=0.05)
 
 
 @pytest.mark.slow
@@ -335,7 +336,7 @@ def test_dropout_of_an_image_depends_on_its_own_key_alone():
     config = tiny_config()
     config.model.update(dropout=0.5, init_scale=1.0)
     model, sde = mutils.create_model(config), sde_lib.get_sde(config)
-    params = mutils.init_params(config, model, jax.random.key(0))
+    params = mutils.init_params(model, (8, 8, 1), jax.random.key(0))
     score_fn = mutils.get_score_fn(config, sde, model, params, train=True)
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
     t, keys = jnp.full(4, 0.5), jax.random.split(jax.random.key(2), 4)

@@ -1,6 +1,5 @@
 import functools
 import itertools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import build
 import controllable_generation
 import datasets
 import losses
@@ -81,7 +81,7 @@ def test_predictor_corrector_samples_a_gaussian(name, predictor, corrector):
     config = sampling_config("pc", predictor=predictor, corrector=corrector, snr=0.05)
     config.sampling.truncation_time = 1e-3 if name != "rve" else 1e-5
     config.model.num_scales = 500
-    sample_fn = sampling.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), 8000)
+    sample_fn = build.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), 8000)
     x, nfe = sample_fn(None, jax.random.key(0))
     assert nfe == (500 if corrector == "none" else 999)
     check_moments(x, slack=0.03)
@@ -105,7 +105,7 @@ def test_a_sample_depends_on_its_key_and_not_on_its_batch(method, options, most)
     def draw(start, count):
         keys = sampling.sample_keys(jax.random.key(5), start, count)
         score_fn = DATA.score_fn(SDE)
-        return sampling.get_sampling_fn(config, SDE, lambda _: score_fn, count)(None, keys)[0]
+        return build.get_sampling_fn(config, SDE, lambda _: score_fn, count)(None, keys)[0]
 
     x = draw(0, 10)
     assert np.abs(x[6:9] - draw(6, 3)).max() < most
@@ -118,10 +118,10 @@ def test_probability_flow_predictor_follows_the_ode(predictor):
     times = SDE.time_grid(1e-3, 2000)
 
     def body(i, x):
-        step = sampling.PREDICTORS[predictor]
+        predict = sampling.PREDICTORS[predictor](probability_flow=True)
         noise = jnp.full_like(x, jnp.nan)  # must not be used
         score_fn = DATA.score_fn(SDE)
-        return step(SDE, score_fn, x, times[i], times[i + 1], noise, probability_flow=True)[0]
+        return predict(sampling.Step(SDE, score_fn, times[i], times[i + 1]), x, noise)[0]
 
     x = jax.lax.fori_loop(0, len(times) - 1, body, z)
     np.testing.assert_allclose(np.asarray(x).reshape(64, 4), exact_flow(SDE, z, 1e-3), atol=0.02)
@@ -131,10 +131,9 @@ def test_the_corrector_alone_keeps_a_distribution():
     t = jnp.asarray(0.5)
     x = losses.perturb(SDE, DATA.sample(COUNT), jnp.full(COUNT, t), DATA_NOISE)
     before = np.cov(np.asarray(x).reshape(COUNT, -1), rowvar=False)
+    correct, step = sampling.langevin(0.05), sampling.Step(SDE, DATA.score_fn(SDE), t, t - 1e-3)
     for i in range(20):
-        z = jax.random.normal(jax.random.key(i), x.shape)
-        x, _ = sampling.langevin(SDE, DATA.score_fn(SDE), x, t, t - 1e-3, 0.05, z)
-        x, _ = sampling.no_predictor(SDE, DATA.score_fn(SDE), x, t, t - 1e-3, z)
+        x, _ = correct(step, x, jax.random.normal(jax.random.key(i), x.shape))
     after = np.cov(np.asarray(x).reshape(COUNT, -1), rowvar=False)
     np.testing.assert_allclose(after, before, atol=0.03)
 
@@ -180,9 +179,10 @@ def test_golden_samplers(name):
 
     x = mean = sde.prior_std() * draw()
     for t in jnp.linspace(1, float(get("eps")), num):
+        step = sampling.Step(sde, score_fn, t, t - 1 / num)
         if corrector != "none":
-            x, _ = sampling.CORRECTORS[corrector](sde, score_fn, x, t, t - 1 / num, snr, draw())
-        x, mean = sampling.PREDICTORS[predictor](sde, score_fn, x, t, t - 1 / num, draw())
+            x, _ = sampling.CORRECTORS[corrector](snr)(step, x, draw())
+        x, mean = sampling.PREDICTORS[predictor]()(step, x, draw())
     for value, field in ((x, "x"), (mean, "x_mean")):
         expected = nhwc(get(field))
         assert np.abs(value - expected).max() < 2e-4 * np.abs(expected).max()
@@ -217,7 +217,7 @@ def test_samplers_along_the_ode_sample_a_gaussian(name, method):
     sde = SDES[name]
     config = sampling_config(method, num_steps=100, rtol=1e-5, atol=1e-5)
     config.sampling.truncation_time = 1e-4 if name == "ve" else 1e-5
-    sample_fn = sampling.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
+    sample_fn = build.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
     x, nfe = sample_fn(None, jax.random.key(0))
     assert {"heun": nfe == 201, "dpm_solver": nfe == 101, "ode": 30 < nfe < 1000}[method]
     check_moments(x, slack=0.015)  # of N(0, σ_max²) as the prior of VE
@@ -282,7 +282,9 @@ def test_inpainting_draws_from_the_conditional_distribution(predictor):
     config = sampling_config("pc", predictor=predictor, corrector="langevin", task="inpaint")
     config.sampling.update(snr=0.1, n_steps_each=3, truncation_time=1e-3)
     config.model.num_scales = 500
-    complete = controllable_generation.get_completion_fn(config, SDE, lambda _: DATA.score_fn(SDE))
+    complete = controllable_generation.get_completion_fn(
+        build.sampling_method(config), SDE, lambda _: DATA.score_fn(SDE)
+    )
     x = np.asarray(complete(None, jax.random.key(0), images, mask)).reshape(4000, 4)
     np.testing.assert_array_equal(x[:, [0, 2]], np.asarray(images).reshape(4000, 4)[:, [0, 2]])
     seen, hidden = [0, 2], [1, 3]
@@ -299,7 +301,9 @@ def test_colorization_keeps_the_grey():
     config = sampling_config("pc", predictor="euler_maruyama", task="colorize")
     config.sampling.truncation_time = 1e-3
     config.model.num_scales = 100
-    complete = controllable_generation.get_completion_fn(config, SDE, lambda _: data.score_fn(SDE))
+    complete = controllable_generation.get_completion_fn(
+        build.sampling_method(config), SDE, lambda _: data.score_fn(SDE), colors=True
+    )
     x = complete(None, jax.random.key(0), images, jnp.zeros(()))
     np.testing.assert_allclose(x.mean(-1), images.mean(-1), atol=1e-5)
     assert jnp.abs(x - images).max() > 0.3  # the colours are new
@@ -320,8 +324,8 @@ def test_a_large_ancestral_step_draws_from_the_posterior_of_a_point(name):
 
     z = np.linspace(-2, 2, 9).reshape(9, 1, 1, 1)
     x = a * alpha * point + np.hypot(a * std, b) * (z[::-1] + 0.5)
-    ours, mean = sampling.ancestral_sampling(
-        sde, score, jnp.asarray(x, jnp.float32), t, s, jnp.asarray(z, jnp.float32)
+    ours, mean = sampling.ancestral_sampling()(
+        sampling.Step(sde, score, t, s), jnp.asarray(x, jnp.float32), jnp.asarray(z, jnp.float32)
     )
     precision = 1 / std**2 + (a / b) ** 2
     exact = (alpha * point / std**2 + a * x / b**2) / precision
@@ -329,16 +333,14 @@ def test_a_large_ancestral_step_draws_from_the_posterior_of_a_point(name):
     np.testing.assert_allclose(ours, exact + z / np.sqrt(precision), atol=1e-4 * std)
 
 
-def test_each_step_of_a_chain_has_its_own_noise_and_is_counted(monkeypatch):
-    def add(sde, score_fn, x, t, t_next, z, probability_flow):
+def test_each_step_of_a_chain_has_its_own_noise_and_is_counted():
+    def add(step, x, z):
         return x + z, x
 
-    def subtract(sde, score_fn, x, t, t_next, snr, z):
+    def subtract(step, x, z):
         return x - z, x
 
-    monkeypatch.setitem(sampling.PREDICTORS, "add", add)
-    monkeypatch.setitem(sampling.CORRECTORS, "subtract", subtract)
-    options = {"predictor": "add", "corrector": "subtract", "num_steps": 6, "n_steps_each": 2}
+    options = {"predictor": add, "corrector": subtract, "num_steps": 6, "n_steps_each": 2}
     x, nfe = sampling.pc_sample(
         SDE, None, jax.random.key(0), (2000, 2, 2, 1), eps=0.1, noise_removal=False, **options
     )
@@ -367,29 +369,23 @@ def test_what_is_known_is_diffused_to_each_time():
     ],
 )
 def test_a_mask_is_the_region_of_its_name(name, rows, columns):
-    config, expected = tiny_config(), np.zeros((8, 8))
-    config.sampling.mask = name
+    expected = np.zeros((8, 8))
     expected[slice(*rows), slice(*columns)] = 1
-    np.testing.assert_array_equal(controllable_generation._read_mask(config)[..., 0], expected)
+    mask = controllable_generation.read_mask(name, (8, 8), (8, 8))
+    np.testing.assert_array_equal(mask[..., 0], expected)
 
 
-def test_completions_of_all_batches_have_noise_of_their_own(monkeypatch):
-    seen = []
+def test_completions_of_all_batches_have_noise_of_their_own():
+    config, seen = tiny_config(), []
 
-    def stand_in(*_):
-        def complete(params, keys, images, mask):
-            seen.extend(map(tuple, np.asarray(jax.random.key_data(keys)).tolist()))
-            return images
+    def complete(params, keys, images, mask, labels):
+        seen.extend(map(tuple, np.asarray(jax.random.key_data(keys)).tolist()))
+        return images
 
-        return complete
-
-    monkeypatch.setattr(controllable_generation, "get_completion_fn", stand_in)
-    config = tiny_config()
-    config.sampling.update(task="inpaint", method="pc", n_images=12, batch_size=4)
-    preprocessing = datasets.get_preprocessing(config)
-    setup = SimpleNamespace(sde=SDE, make_score_fn=None, preprocessing=preprocessing, num_levels=17)
-    test = datasets.get_dataset(config, "test")
-    arrays = controllable_generation.complete_test_images(config, setup, test, {})
+    test, preprocessing = datasets.get_dataset(config, "test"), datasets.get_preprocessing(config)
+    arrays = controllable_generation.complete_test_images(
+        complete, {}, test, preprocessing, np.ones((8, 8, 1)), count=12, batch_size=4, seed=0
+    )
     assert len(arrays["samples"]) == len(set(seen)) == 12
 
 
@@ -424,7 +420,5 @@ def test_masks_that_do_not_say_what_to_fill_in_are_refused(tmp_path, colour, tol
     mask = Image.new("RGBA", (8, 8), (255, 255, 255, 255) if colour[3] == 0 else colour)
     mask.paste(colour, (0, 0, 4, 8))
     mask.save(tmp_path / "mask.png")
-    config = tiny_config()
-    config.sampling.mask = str(tmp_path / "mask.png")
     with pytest.raises(UserError, match=told):
-        controllable_generation._read_mask(config)
+        controllable_generation.read_mask(str(tmp_path / "mask.png"), (8, 8), (8, 8))

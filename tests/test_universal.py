@@ -12,13 +12,13 @@ import scipy.stats
 import build
 import likelihood
 import losses
-import sampling
 import sde_lib
 from configs.validate import validate
 from errors import UserError
 from models import utils as mutils
+from models.score import preconditioning
 from official import import_checkpoint
-from tests.helpers import loss_fn_of, times_of_step, tiny_config
+from tests.helpers import loss_fn_of, score_model, times_of_step, tiny_config
 from tests.test_losses import step_losses_and_grads, toy_config
 
 SDES = {
@@ -39,15 +39,15 @@ def velocity_config(sde, sigma_data=1.0):
 
 
 class Zero:
-    def apply(self, variables, x, labels, train=False, dropout_keys=None):
+    def apply(self, variables, x, time_cond, train=False, dropout_keys=None):
         return jnp.zeros_like(x)
 
 
 class Smooth:
     """Some network F: smooth in the image and in the label."""
 
-    def apply(self, variables, x, labels, train=False, dropout_keys=None):
-        label = sde_lib.expand(jnp.log1p(labels), x)
+    def apply(self, variables, x, time_cond, train=False, dropout_keys=None):
+        label = sde_lib.expand(jnp.log1p(time_cond), x)
         return jnp.tanh(0.7 * x + 0.1 * label) - 0.3 * jnp.roll(x, 1, axis=1)
 
 
@@ -59,12 +59,10 @@ class SameScore:
     sigma_data: float
     time_of_label: object
 
-    def apply(self, variables, x, labels, train=False, dropout_keys=None):
-        t = self.time_of_label(labels)
-        c_in, a, b = (
-            sde_lib.expand(c, x) for c in mutils.preconditioning(self.sde, t, self.sigma_data)
-        )
-        score = a * x + b * Smooth().apply(variables, c_in * x, labels)
+    def apply(self, variables, x, time_cond, train=False, dropout_keys=None):
+        t = self.time_of_label(time_cond)
+        c_in, a, b = (sde_lib.expand(c, x) for c in preconditioning(self.sde, t, self.sigma_data))
+        score = a * x + b * Smooth().apply(variables, c_in * x, time_cond)
         return score if self.sde.exploding else -sde_lib.expand(self.sde.std(t), x) * score
 
 
@@ -90,8 +88,9 @@ def test_the_denoised_image_is_edms_combination(name, sigma_data):
     )
     alpha, std, x = (np.asarray(value, np.float64) for value in (alpha, std, x))
     c_in = 1 / np.sqrt(alpha**2 * sigma_data**2 + std**2)
-    labels = mutils._get_labels_fn(config, sde)(TIMES)
-    f = np.asarray(Smooth().apply(None, jnp.asarray(c_in * x, jnp.float32), labels), np.float64)
+    time_cond = score_model(config, sde, Smooth()).time_cond(TIMES)
+    x_in = jnp.asarray(c_in * x, jnp.float32)
+    f = np.asarray(Smooth().apply(None, x_in, time_cond), np.float64)
     d = alpha * sigma_data**2 * c_in**2 * x + std * sigma_data * c_in * f
     exact = (alpha * d - x) / std**2
     scale = np.abs(exact).reshape(len(x), -1).max(axis=1).reshape(-1, 1, 1, 1)
@@ -120,9 +119,9 @@ def test_both_parametrisations_of_a_score_are_the_same_model(name):
     sde, config = SDES[name], velocity_config(name, 0.7)
     noise = config.copy_and_resolve_references()
     noise.model.parametrization = "noise"
-    labels = mutils._get_labels_fn(config, sde)
+    time_cond = score_model(config, sde, Smooth()).time_cond
     fine = np.geomspace(1e-5, 1, 20_001)
-    table = np.asarray(labels(jnp.asarray(fine, jnp.float32)), np.float64)
+    table = np.asarray(time_cond(jnp.asarray(fine, jnp.float32)), np.float64)
     order = np.argsort(table)
 
     def time_of_label(label):
@@ -151,9 +150,7 @@ def test_both_parametrisations_of_a_score_are_the_same_model(name):
         of_model.eval.nll_steps = 32
         nll_fn = likelihood.get_nll_fn(of_model, sde, make_score_fn, 17)
         nll = nll_fn(None, jax.random.key(1), images / 8.0 - 1)["nll"]
-        samples, _ = sampling.get_sampling_fn(of_model, sde, make_score_fn, 8)(
-            None, jax.random.key(2)
-        )
+        samples, _ = build.get_sampling_fn(of_model, sde, make_score_fn, 8)(None, jax.random.key(2))
         results.append((loss, nll, samples))
     for one, other, within in zip(*results, (1e-3, 1e-3, 1e-3), strict=True):
         np.testing.assert_allclose(one, other, rtol=within, atol=within)
