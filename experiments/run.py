@@ -94,7 +94,7 @@ def _evaluate(
     for asked in run.sweep.evaluations:
         config = run.config(places, asked.overrides)
         report = evaluation.evaluate(config, workdir)
-        if report["step"] != config.training.n_iters:
+        if report.get("step") != config.training.n_iters:
             raise UserError(f"{workdir} has no checkpoint of step {config.training.n_iters}")
         names = asked.scores or report
         scores |= {f"{asked.prefix}{name}": report[name] for name in names if name in report}
