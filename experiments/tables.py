@@ -62,15 +62,21 @@ class Score:
         return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}{star}"
 
 
+def _by_seed(rows: list[Row], name: str) -> dict[int, float]:
+    numbers = (row for row in rows if isinstance(row["scores"].get(name), int | float))
+    return {row["seed"]: row["scores"][name] for row in numbers}
+
+
 def get_score(rows: list[Row], name: str) -> Score | None:
     """A score of a point, from its rows; None if no row has it."""
-    values = [row["scores"][name] for row in rows if name in row["scores"]]
+    values = list(_by_seed(rows, name).values())
     if not values:
         return None
     if len(values) > 1:
         estimate = Estimate.of(np.array(values))
         return Score(estimate.value, estimate.stderr, len(values))
-    return Score(values[0], rows[0]["scores"].get(f"{name}_stderr"), 1)
+    row = next(row for row in rows if row["scores"].get(name) == values[0])
+    return Score(values[0], row["scores"].get(f"{name}_stderr"), 1)
 
 
 def get_difference(first: list[Row], second: list[Row], name: str) -> Score | None:
@@ -78,9 +84,7 @@ def get_difference(first: list[Row], second: list[Row], name: str) -> Score | No
 
     The error of one seed is that of the mean of the images' differences, where both rows have them.
     """
-    values = [
-        {r["seed"]: r["scores"][name] for r in p if name in r["scores"]} for p in (first, second)
-    ]
+    values = [_by_seed(rows, name) for rows in (first, second)]
     seeds = sorted(values[0].keys() & values[1].keys())
     if not seeds:
         return None
@@ -138,8 +142,11 @@ def make_table(
       scores: names of scores; empty: those of SCORES that a row has.
 
     Raises:
-      UserError: no row has such points and scores.
+      UserError: no row has one of the points, or any of the scores.
     """
+    for name in (*points, *minus):
+        if not any(prefix + name in sweep for prefix in by for sweep in sweeps):
+            raise UserError(f"no row is of {' or '.join(prefix + name for prefix in by)}")
     rows = [row for sweep in sweeps for of_point in sweep.values() for row in of_point]
     scores = scores or [name for name in SCORES if any(name in row["scores"] for row in rows)]
     found = (
@@ -159,7 +166,7 @@ def make_table(
             seeds = " or ".join(map(str, sorted({cell.num_seeds for cell in known})))
             lines.append(_line(title, *shown, seeds))
     if not lines:
-        raise UserError("no row has such points and scores")
+        raise UserError("no row has such scores, or seeds in common")
     heads = [", ".join(filter(None, (SCORES.get(s, s), label(p).strip()))) for p, s in columns]
     return "\n".join([_line("", *heads, "seeds"), "|" + "---|" * (len(heads) + 2), *lines])
 

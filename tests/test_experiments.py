@@ -304,7 +304,9 @@ def test_tables_say_mean_and_error(tmp_path, capsys):
         "| soft, k = 1 minus fixed ε = 1e-5 | -0.5000 ± 0.0000 |  | 3 |",
     ]
     assert tables.main([str(path), "--points", "nothing"]) == 2
-    assert capsys.readouterr().err == "error: no row has such points and scores\n"
+    assert capsys.readouterr().err == "error: no row is of nothing\n"
+    assert tables.main([str(path), "--scores", "fid"]) == 2
+    assert "no row has such scores" in capsys.readouterr().err
 
 
 def test_a_difference_of_one_seed_has_the_errors_of_that_seed():
