@@ -21,7 +21,6 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 import evaluation
 import run_lib
@@ -107,7 +106,7 @@ def _compute_row(
     run: Run, workdir: pathlib.Path, places: dict[str, str], versions: dict[str, str | None]
 ) -> dict[str, Any]:
     """Train and evaluate a run; returns its row."""
-    config: ConfigDict = run.config(places)
+    config = run.config(places)
     whole = not (workdir / "checkpoints").exists()
     start = time.monotonic()
     step = int(run_lib.train(config, workdir).step)
