@@ -89,7 +89,7 @@ def _main(*flags: str) -> Callable[[pathlib.Path], list[str]]:
 
 def _sweep(folder: pathlib.Path) -> list[str]:
     file = folder.parent / "given" / "sweep.py"
-    return [str(file), f"--out={folder}/out", f"--workdirs={folder}/runs"]
+    return [str(file), f"--out={folder}/out.jsonl", f"--workdirs={folder}/runs"]
 
 
 _RUN = "--workdir={folder}/run"
@@ -128,7 +128,7 @@ JOBS = {
             ("new/checkpoints/4",),
             ("given.pth",),
         ),
-        Job("experiments.run", _sweep, ("out/rows/*.json",), program="experiments.run"),
+        Job("experiments.run", _sweep, ("out.jsonl",), program="experiments.run"),
     )
 }
 _SWEEP = """

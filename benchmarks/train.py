@@ -42,7 +42,7 @@ from benchmarks.measure import (
     take_turn,
 )
 from configs.vp import cifar10_st, digits_st
-from experiments import claim_photographs
+from experiments.sweeps import photographs_16
 from models import norm_kernels
 from models import utils as mutils
 from readers.source import ArraySource
@@ -149,7 +149,7 @@ def peers(config: ConfigDict, names: Sequence[str], compiled: str) -> Iterator[d
 
 
 def _photographs() -> ConfigDict:
-    config = claim_photographs.get_sweep().config
+    config = photographs_16.get_sweep().config
     config.data.path = "not read"
     return config
 

@@ -1,205 +1,168 @@
-"""The figures of experiments.tables, as PNG files."""
+r"""Draw figures from the rows of sweeps, and samples of their runs.
 
-import dataclasses
-import math
+    python -m experiments.figures scores OUT.png results/photographs_16.jsonl \
+        --series 'noise, fixed=noise_fixed' 'noise, soft=noise_soft_k[\d.]+$'
+    python -m experiments.figures losses OUT.png results/photographs_16.jsonl \
+        --series 'soft=velocity_soft_k1$' 'weight=velocity_weight_k1$'
+    python -m experiments.figures samples OUT.png WORKDIR… [--images FOLDER]
+
+`scores` plots one score against another, a line for each series: a name and a regular expression
+that points' names begin with. `losses` plots the first seed's loss on test images by training step.
+`samples` draws a row of samples for each run or exported model, from the same noise by the sampler
+of its config, below real images of FOLDER, which `--mode train` could read.
+"""
+
+import argparse
 import pathlib
+import re
+import sys
 from typing import Any
 
+import jax
 import matplotlib
 import numpy as np
+
+import datasets
+from batched_sampling import get_sampler
+from build import set_up
+from configs import saved
+from errors import UserError
+from experiments.rows import Row, read_sweep
+from experiments.tables import SCORES, get_score, label
+from runtime import checkpointing, environment
+from runtime.pictures import image_grid
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator
 
-_AXES = ("NLL with residual (bits/dim)", "Fréchet distance, classifier")
-_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+_UNITS = {"nll": "NLL, bits/dim", "nelbo": "NELBO, bits/dim", "fd_classifier": "Fréchet distance"}
+_SCALE = 2  # pixels of the picture for each of a sample
+
+Series = dict[str, list[list[Row]]]  # {name in the legend: rows of each of its points}
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """A score with its standard error.
+def get_series(sweep: dict[str, list[Row]], texts: list[str]) -> Series:
+    """The points of each series "name=regular expression"; of all points without texts.
 
-    Attributes:
-      value: the mean over seeds.
-      error: the standard error over seeds, or of the evaluation if there is one seed; None if it is
-        not known.
-      num_seeds: the number of seeds.
+    Raises:
+      UserError: a series has no points.
     """
-
-    value: float
-    error: float | None
-    num_seeds: int
-
-    def __str__(self) -> str:
-        """The cell of a table, with the error's first two digits, but four decimals at most."""
-        star = "" if self.num_seeds > 1 else "*"
-        if self.error is None:
-            return f"{self.value:.3f}{star}"
-        digits = 1 - math.floor(math.log10(self.error)) if self.error else 4
-        decimals = min(max(digits, 0), 4)
-        return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}{star}"
+    series: Series = {}
+    for text in texts or ["points=.*"]:
+        name, _, pattern = text.partition("=")
+        try:
+            series[name] = [rows for point, rows in sweep.items() if re.match(pattern, point)]
+        except re.error as error:
+            raise UserError(f"--series {text!r}: no regular expression ({error})") from error
+        if not series[name]:
+            raise UserError(f"--series {text!r}: no point's name begins so; name=expression")
+    return series
 
 
-Point = tuple[str, Score | None, Score | None]  # label, NLL, Fréchet distance
-
-
-def _known(scores: list[Score | None]) -> tuple[list[int], list[float], list[float]]:
-    """(indices, values, standard errors) of the scores that are not None."""
-    known = [(i, score) for i, score in enumerate(scores) if score is not None]
-    return [i for i, _ in known], [s.value for _, s in known], [s.error or 0 for _, s in known]
-
-
-def _save(figure: Any, path: pathlib.Path) -> None:
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def draw_curve(title: str, points: list[Point], path: pathlib.Path) -> None:
-    """Plot both scores against ε or k, with standard errors; labels are "name = value"."""
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    name = points[0][0].split(" = ")[0]
-    labels = [label.split(" = ")[1] for label, *_ in points]
-    for place, axes in enumerate(panels):
-        x, values, errors = _known([(nll, distance)[place] for _, nll, distance in points])
-        axes.errorbar(x, values, errors, marker="o", capsize=3, color=_COLOURS[place])
-        axes.set(
-            xticks=range(len(labels)),
-            xticklabels=[label.replace(" ", "\n") for label in labels],
-            xlabel={"ε": "smallest time ε of training", "k": "exponent k of the prior on τ"}[name],
-            ylabel=_AXES[place],
-            xlim=(-0.4, len(labels) - 0.6),
-        )
-        axes.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=11)
-    _save(figure, path)
-
-
-def draw_tradeoff(title: str, series: dict[str, list[Point]], path: pathlib.Path) -> None:
-    """Plot Fréchet distance against NLL, a line for each series, with the errors over seeds."""
-    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+def draw_scores(axes: Axes, series: Series, x: str, y: str) -> None:
+    """Plot the score y against x, with the errors over seeds."""
     for i, (name, points) in enumerate(series.items()):
-        known = [(label, x, y) for label, x, y in points if x is not None and y is not None]
-        x, y = [x for _, x, _ in known], [y for *_, y in known]
-        errors = [[s.error or 0 if s.num_seeds > 1 else 0 for s in of] for of in (x, y)]
-        axes.errorbar(
-            [s.value for s in x],
-            [s.value for s in y],
-            errors[1],
-            errors[0],
-            marker="osD"[i % 3],
-            color=_COLOURS[i],
-            elinewidth=0.8,
-            label=name,
+        scores = [(rows[0]["point"], get_score(rows, x), get_score(rows, y)) for rows in points]
+        known = [(point, a, b) for point, a, b in scores if a and b]
+        values = [a.value for _, a, _ in known], [b.value for *_, b in known]
+        x_errors, y_errors = (
+            [(score.error or 0) if score.num_seeds > 1 else 0 for score in of]
+            for of in ([a for _, a, _ in known], [b for *_, b in known])
         )
-        place, align = (((5, 4), "left"), ((5, -11), "left"), ((-5, -11), "right"))[i % 3]
-        for label, nll, distance in known:
-            axes.annotate(
-                label,
-                (nll.value, distance.value),
-                place,
-                textcoords="offset points",
-                ha=align,
-                color=_COLOURS[i],
-                fontsize=8,
-            )
-    axes.set(
-        xlabel=f"{_AXES[0]}: less is better",
-        ylabel=f"{_AXES[1]}: less is better",
-        yscale="log",
-    )
+        style: dict[str, Any] = {"marker": "osD"[i % 3], "color": f"C{i}", "elinewidth": 0.8}
+        axes.errorbar(*values, y_errors, x_errors, label=name, **style)
+        offset, align = (((5, 4), "left"), ((5, -11), "left"), ((-5, -11), "right"))[i % 3]
+        for point, a, b in known:
+            short = re.split(r"(?=[kε] = )", label(point), maxsplit=1)[-1]
+            text = axes.annotate(short, (a.value, b.value), offset, textcoords="offset points")
+            text.set(ha=align, color=f"C{i}", fontsize=8)
+    axes.set(xlabel=_UNITS.get(x, SCORES.get(x, x)), ylabel=_UNITS.get(y, SCORES.get(y, y)))
     axes.margins(0.12, 0.08)
-    axes.grid(alpha=0.3, which="both")
+
+
+def draw_losses(axes: Axes, series: Series) -> None:
+    """Plot the first seed's loss on test images by training step."""
+    for name, points in series.items():
+        for rows in points:
+            steps = np.array(rows[0].get("test_loss") or np.zeros((0, 2)))
+            axes.plot(*steps.T, marker="o", markersize=3, label=name)
+    axes.set(xlabel="training step", ylabel="loss on test images, EMA weights", xscale="log")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}")
+
+
+def draw(options: argparse.Namespace) -> None:
+    """Draw the scores or losses of a file of rows."""
+    series = get_series(read_sweep(options.rows), options.series)
+    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    if options.what == "scores":
+        draw_scores(axes, series, options.x, options.y)
+    else:
+        draw_losses(axes, series)
+    axes.set_yscale("log")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend()
-    figure.suptitle(title, fontsize=11)
-    _save(figure, path)
-
-
-def draw_losses(title: str, losses: dict[str, dict[int, float]], path: pathlib.Path) -> None:
-    """Plot the test losses of runs against the step; {label: {step: loss}}."""
-    figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-    for i, (label, of_run) in enumerate(losses.items()):
-        x, y = list(of_run), list(of_run.values())
-        axes.plot(x, y, marker="osD"[i % 3], markersize=4, color=_COLOURS[i], label=label)
-    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="loss on test images, EMA weights")
-    steps = sorted({step for of_run in losses.values() for step in of_run})
-    halves = [step for step in steps if math.log2(steps[-1] / step).is_integer()]
-    axes.set_xticks(halves, map(str, halves))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:.2f}")
-    axes.yaxis.set_minor_formatter("{x:.2f}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    figure.savefig(options.out, dpi=100)
+    plt.close(figure)
 
 
-def draw_pairs(title: str, points: list[Point], path: pathlib.Path) -> None:
-    """Plot both scores of pairs, a row for each pair; labels are "group: kind"."""
-    groups = list(dict.fromkeys(label.split(": ")[0] for label, *_ in points))
-    kinds = list(dict.fromkeys(label.split(": ")[1] for label, *_ in points))
-    height = 1.5 + 0.45 * len(groups)
-    figure, panels = plt.subplots(1, 2, figsize=(8, height), sharey=True, layout="constrained")
-    for place, axes in enumerate(panels):
-        for i, kind in enumerate(kinds):
-            chosen = [point for point in points if point[0].split(": ")[1] == kind]
-            x, values, errors = _known([(nll, distance)[place] for _, nll, distance in chosen])
-            rows = [groups.index(chosen[j][0].split(": ")[0]) + 0.12 * (2 * i - 1) for j in x]
-            style = {"fmt": "os"[i % 2], "color": _COLOURS[i], "capsize": 3}
-            axes.errorbar(values, rows, xerr=errors, label=kind, **style)
-        axes.set(xlabel=_AXES[place], ylim=(len(groups) - 0.5, -0.5))
-        axes.set_yticks(range(len(groups)), groups)
-        axes.locator_params(axis="x", nbins=6)
-        axes.grid(alpha=0.3)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2,
-        fontsize=9,
-    )
-    figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+def draw_samples(options: argparse.Namespace) -> None:
+    """Draw a row of samples for each workdir, with the workdirs' names."""
+    rows: dict[str, np.ndarray] = {}
+    for workdir in options.workdirs:
+        config = saved.get_config(workdir)
+        setup = set_up(config)
+        if options.images and not rows:
+            config.data.path = options.images
+            images = datasets.get_dataset(config, "test")
+            rows["real images"] = datasets.in_order(images, options.columns)["image"]
+        state = checkpointing.restore_latest(config, workdir, setup.state_shape)
+        sample = get_sampler(setup, options.columns)
+        rows[workdir.name] = np.asarray(sample(state.ema_params, jax.random.key(0)).levels)
+    grid = image_grid(np.concatenate(list(rows.values())).astype(np.uint8), options.columns)
+    height, width = _SCALE * grid.shape[0] / 100, _SCALE * grid.shape[1] / 100
+    figure = plt.figure(figsize=(width + 1.8, height), dpi=100)
+    axes = figure.add_axes((1.8 / (width + 1.8), 0, width / (width + 1.8), 1))
+    axes.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_yticks((np.arange(len(rows)) + 0.5) * grid.shape[0] / len(rows), list(rows))
+    axes.set_xticks([])
+    axes.tick_params(length=0, labelsize=9)
+    axes.set_frame_on(False)
+    figure.savefig(options.out)
+    plt.close(figure)
 
 
-def _by_time(axes: Axes, curves: list[dict[str, Any]], name: str, deviation: str) -> None:
-    for colour, curve in zip(_COLOURS, curves, strict=False):
-        rows = [row for row in curve["by_time"] if row[name] is not None]
-        t, values = (np.array([row[key] for row in rows]) for key in ("t", name))
-        axes.plot(t, values, color=colour, label=curve["run"])
-        if deviation:
-            spread = np.sqrt([row[deviation] for row in rows])
-            axes.plot(t, spread, color=colour, linestyle=":")
-    axes.set(xscale="log", xlabel="diffusion time t")
-    axes.grid(alpha=0.3)
+def main(arguments: list[str] | None = None) -> int:
+    """Draw the figure that the command line asks for; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="experiments.figures", description="Draw a figure.")
+    commands = parser.add_subparsers(dest="what", required=True)
+    for what in ("scores", "losses", "samples"):
+        command = commands.add_parser(what)
+        command.add_argument("out", type=pathlib.Path, help="the picture, .png")
+        if what == "samples":
+            command.add_argument("workdirs", type=pathlib.Path, nargs="+", help="runs or models")
+            command.add_argument("--images", help="a folder of real images")
+            command.add_argument("--columns", type=int, default=16)
+        else:
+            command.add_argument("rows", type=pathlib.Path, help="the --out of experiments.run")
+            command.add_argument("--series", nargs="+", default=[], help="name=expression")
+        if what == "scores":
+            command.add_argument("--x", default="nll")
+            command.add_argument("--y", default="fd_classifier")
+    options = parser.parse_args(arguments)
+    environment.prepare()
+    try:
+        draw_samples(options) if options.what == "samples" else draw(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def draw_times(curves: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Plot losses, gradient and share of steps against t, with a colour for each run."""
-    figure, panels = plt.subplots(2, 2, figsize=(8, 5.5), sharex=True, layout="constrained")
-    for axes, name, deviation, label in (
-        (panels[0, 0], "plain_loss", "plain_loss_variance", "loss at t, times λ(t), per dimension"),
-        (panels[0, 1], "trained_loss", "trained_loss_variance", "what training adds up at t"),
-        (panels[1, 0], "grad_norm", "grad_variance", "gradient of the latter, norm"),
-        (panels[1, 1], "share_of_steps", "", "share of steps with τ ≤ t"),
-    ):
-        _by_time(axes, curves, name, deviation)
-        axes.set_ylabel(label)
-        if deviation:
-            axes.set_yscale("log")
-    panels[1, 1].set_ylim(0, 1.05)
-    for axes in panels[0]:
-        axes.set_xlabel("")
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,
-        fontsize=9,
-    )
-    figure.suptitle(
-        "Solid: mean. Dotted: standard deviation (of images; of mini-batches)", fontsize=11
-    )
-    _save(figure, path)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,15 +1,14 @@
 """Train and evaluate the runs of a sweep, and write a row of results for each.
 
-    python -m experiments.run experiments/digits.py --out results/digits --workdirs runs/digits
+    python -m experiments.run experiments/sweeps/digits.py --workdirs runs/digits
 
-A run that has its row is skipped, and an interrupted run is resumed, so the same command finishes a
-sweep. Several machines share a sweep by --shard. Each row is a file in OUT/rows, so the rows of
-several machines only have to be copied into one folder.
+The rows are lines of results/NAME.jsonl, NAME being the sweep's. A run that has its row is skipped,
+and an interrupted run is resumed, so the same command finishes a sweep. Several processes or
+machines share a sweep by --shard; files of rows from several machines are put together by `cat`.
 """
 
 import argparse
 import csv
-import json
 import logging
 import pathlib
 import platform
@@ -22,14 +21,13 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 import evaluation
 import run_lib
 from errors import UserError
+from experiments.rows import add_row, read_rows
 from experiments.sweep import Run, load_sweep, parse_machine_paths, select
 from runtime import environment
-from runtime.files import write_text
 from runtime.metrics_log import read_metrics
 from runtime.progress import clock
 from runtime.workdir import first_line, make_folder
@@ -41,30 +39,20 @@ class Stopped(Exception):
     """Training was stopped by a signal; the same command resumes it."""
 
 
-def row_path(out: pathlib.Path, run: Run) -> pathlib.Path:
-    """The path of a run's row."""
-    return out / "rows" / f"{run.name}.json"
-
-
-def is_done(out: pathlib.Path, run: Run) -> bool:
-    """Whether a run has its row.
+def _waiting(runs: list[Run], path: pathlib.Path) -> list[Run]:
+    """Those of `runs` that have no row yet.
 
     Raises:
-      UserError: the row can't be read, or is of another config.
+      UserError: a row is of another config than its run has now.
     """
-    path = row_path(out, run)
-    if not path.exists():
-        return False
-    try:
-        config_hash = json.loads(path.read_text())["config_hash"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no row of a sweep ({error}); delete it") from error
-    if config_hash != run.config_hash:
-        raise UserError(
-            f"{path} is of another config than {run.name} of {run.sweep.name} has now; move it "
-            "away, or choose another --out"
-        )
-    return True
+    hashes = {(row["point"], row["seed"]): row["config_hash"] for row in read_rows(path)}
+    for run in runs:
+        if hashes.get((run.point, run.seed), run.config_hash) != run.config_hash:
+            raise UserError(
+                f"{path}: the row of {run.name} is of another config than the sweep has now; move "
+                "the file away, or choose another --out"
+            )
+    return [run for run in runs if (run.point, run.seed) not in hashes]
 
 
 def _git_commit() -> str | None:
@@ -83,40 +71,42 @@ def _versions() -> dict[str, str | None]:
     return found | {"python": platform.python_version(), "commit": _git_commit()}
 
 
-def _evaluate_prepared(
-    config: ConfigDict, workdir: pathlib.Path
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Evaluate a run with the folders of `experiments.make_data`.
-
-    Returns:
-      The report of bits/dim of the test images, with the scores of samples, on features of a
-      classifier of the folder `features`, and `validation_nll` and `validation_nelbo` with their
-      standard errors; and the NLL and NELBO of each test image.
-    """
-    folder = pathlib.Path(config.data.path).parent
-    of_samples, of_validation, of_test = (config.copy_and_resolve_references() for _ in range(3))
-    of_samples.data.path = str(folder / "features")
-    of_samples.eval.enable_bpd = False
-    of_validation.eval.images = str(folder / "validation")
-    of_test.eval.images = "test"
-    samples = evaluation.evaluate(of_samples, workdir)
-    validation = evaluation.evaluate(of_validation, workdir)
-    report = samples | evaluation.evaluate(of_test, workdir)
-    for score in ("nll", "nelbo"):
-        for name in (score, f"{score}_stderr"):
-            report[f"validation_{name}"] = validation[name]
+def _bits_of_images(workdir: pathlib.Path) -> dict[str, list[float]]:
+    """The NLL and NELBO of each image that were written last."""
     tables = (workdir / "eval").glob("images_*/bits_per_dim.csv")
     newest = max(tables, key=lambda path: path.stat().st_mtime)
     with open(newest, newline="") as file:
         images = list(csv.DictReader(file))
-    return report, {name: [float(image[name]) for image in images] for name in ("nll", "nelbo")}
+    names = [name for name in ("nll", "nelbo") if name in images[0]]
+    return {name: [round(float(image[name]), 5) for image in images] for name in names}
+
+
+def _evaluate(
+    run: Run, workdir: pathlib.Path, places: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """The scores of a trained run, and NLL and NELBO of each image if `eval.images` asks for them.
+
+    The bits of images are those of evaluations without a prefix.
+    """
+    scores: dict[str, Any] = {}
+    of_images: dict[str, list[float]] = {}
+    for asked in run.sweep.evaluations:
+        config = run.config(places, asked.overrides)
+        report = evaluation.evaluate(config, workdir)
+        if report.get("step") != config.training.n_iters:
+            raise UserError(f"{workdir} has no checkpoint of step {config.training.n_iters}")
+        names = asked.scores or report
+        scores |= {f"{asked.prefix}{name}": report[name] for name in names if name in report}
+        if config.eval.images and not asked.prefix:
+            of_images = _bits_of_images(workdir)
+    return scores, of_images
 
 
 def _compute_row(
-    run: Run, workdir: pathlib.Path, machine_paths: dict[str, str], versions: dict[str, str | None]
+    run: Run, workdir: pathlib.Path, places: dict[str, str], versions: dict[str, str | None]
 ) -> dict[str, Any]:
     """Train and evaluate a run; returns its row."""
-    config = run.training_config(machine_paths)
+    config = run.config(places)
     whole = not (workdir / "checkpoints").exists()
     start = time.monotonic()
     step = int(run_lib.train(config, workdir).step)
@@ -125,20 +115,14 @@ def _compute_row(
         raise Stopped
     if step > config.training.n_iters:
         raise UserError(f"{workdir} is at step {step}, beyond the sweep's; choose other --workdirs")
-    of_images: dict[str, list[float]] = {}
-    if run.sweep.prepared:
-        report, of_images = _evaluate_prepared(config, workdir)
-    else:
-        report = evaluation.evaluate(config, workdir)
-    if report["step"] != step:
-        raise UserError(f"{workdir} has no checkpoint of its last step, {step}")
+    scores, of_images = _evaluate(run, workdir, places)
     metrics = read_metrics(workdir / "metrics.jsonl")
     rates = [row["images_per_second"] for row in metrics if "images_per_second" in row]
     return {
         "sweep": run.sweep.name,
         "point": run.point,
         "seed": run.seed,
-        "overrides": run.overrides,
+        "overrides": run.sweep.points[run.point],
         "config_hash": run.config_hash,
         "steps": step,
         "images_per_second": statistics.median(rates) if rates else None,
@@ -147,43 +131,40 @@ def _compute_row(
         "eval_seconds": time.monotonic() - trained,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "versions": versions,
-        "scores": report,
+        "scores": scores,
         "of_images": of_images,
         "test_loss": [(row["step"], row["test_loss"]) for row in metrics if "test_loss" in row],
     }
-
-
-def _write_row(row: dict[str, Any], path: pathlib.Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(row, indent=1, ensure_ascii=False) + "\n")
 
 
 def run_sweep(
     runs: list[Run],
     out: pathlib.Path,
     workdirs: pathlib.Path,
-    machine_paths: dict[str, str] | None = None,
+    places: dict[str, str] | None = None,
     discard: bool = False,
 ) -> list[str]:
     """Train and evaluate those of `runs` that have no row yet, one after the other.
 
     Args:
       runs: from `select`.
-      out: rows are written to out/rows.
+      out: the file of the rows.
       workdirs: the folder of the runs' workdirs.
-      machine_paths: this machine's paths of data and caches, by field.
+      places: this machine's paths of data and caches, by field.
       discard: whether to delete a run's checkpoints when its row is written.
 
     Returns:
       The names of the runs that failed; all others have their rows.
 
     Raises:
-      UserError: a row is of another config; nothing was run.
+      UserError: a row is of another config, or the sweep's data are not named; nothing was run.
       Stopped: training was stopped by a signal.
     """
-    waiting = [run for run in runs if not is_done(out, run)]
+    waiting, places = _waiting(runs, out), places or {}
     log.info("%d of %d runs are done already", len(runs) - len(waiting), len(runs))
-    make_folder(out, "--out")
+    make_folder(out.parent, "--out")
+    for run in waiting[:1]:
+        run.config(places)
     failed: list[str] = []
     # Read the versions at the start: the commit of the running code, whatever is committed later.
     start, versions = time.monotonic(), _versions()
@@ -193,7 +174,7 @@ def run_sweep(
         log.info("run %d of %d: %s%s", i + 1, len(waiting), run.name, left)
         workdir = workdirs / run.name
         try:
-            row = _compute_row(run, workdir, machine_paths or {}, versions)
+            row = _compute_row(run, workdir, places, versions)
         except (UserError, OSError) as error:
             log.error("run %s failed: %s", run.name, error)
             failed.append(run.name)
@@ -204,25 +185,18 @@ def run_sweep(
             continue
         finally:
             jax.clear_caches()  # each run compiles its own programs
-        _write_row(row, row_path(out, run))
+        add_row(row, out)
         if discard:
             shutil.rmtree(workdir / "checkpoints")
     return failed
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the sweep that the command line names.
-
-    Returns:
-      The exit status: 0 for success, 1 if runs failed or were stopped, 2 for a wrong command.
-    """
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="experiments.run", description="Run a sweep.")
     parser.add_argument(
-        "sweep", help="a Python file with get_sweep(), such as experiments/digits.py"
+        "sweep", help="a Python file with get_sweep(), such as experiments/sweeps/digits.py"
     )
-    parser.add_argument(
-        "--out", required=True, type=pathlib.Path, help="rows are written to OUT/rows"
-    )
+    parser.add_argument("--out", type=pathlib.Path, help="the file of rows: results/NAME.jsonl")
     parser.add_argument(
         "--workdirs", required=True, type=pathlib.Path, help="the folder of the runs' workdirs"
     )
@@ -239,14 +213,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--discard", action="store_true", help="delete a run's checkpoints when its row is written"
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the sweep that the command line names.
+
+    Returns:
+      The exit status: 0 for success, 1 if runs failed or were stopped, 2 for a wrong command.
+    """
+    options = _parser().parse_args(arguments)
     environment.prepare()
     environment.keep_freed_memory()
     log.setLevel(logging.INFO)
     try:
-        runs = select(load_sweep(options.sweep), options.shard, options.only)
-        machine_paths = parse_machine_paths(options.set)
-        failed = run_sweep(runs, options.out, options.workdirs, machine_paths, options.discard)
+        sweep = load_sweep(options.sweep)
+        runs = select(sweep, options.shard, options.only)
+        out = options.out or pathlib.Path("results") / f"{sweep.name}.jsonl"
+        places = parse_machine_paths(options.set)
+        failed = run_sweep(runs, out, options.workdirs, places, options.discard)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -261,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     if failed:
         print(f"error: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
         return 1
-    log.info("all %d runs have their rows in %s", len(runs), options.out / "rows")
+    log.info("all %d runs have their rows in %s", len(runs), out)
     return 0
 
 

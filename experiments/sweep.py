@@ -1,6 +1,6 @@
-"""Sweeps: a base config, points that override fields of it, and seeds.
+"""Sweeps: a recipe, points that override fields of it, seeds, and how each run is evaluated.
 
-A sweep is defined by a function `get_sweep()` in a Python file. A run is a point with a seed.
+A Python file defines a sweep in a function `get_sweep()`. A run is a point with a seed.
 """
 
 import dataclasses
@@ -19,6 +19,22 @@ from errors import UserError
 
 # Paths of data and caches on a machine. They do not affect scores and are not part of a run's hash.
 MACHINE_PATHS = ("data.path", "data.tfds_dir", "eval.cache_dir")
+_FOLDERS = ("data.path", "eval.images")  # the fields that may name a folder in {data}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a trained run.
+
+    Attributes:
+      overrides: {dotted field: value}, as for `--mode eval`.
+      prefix: what the names of its scores begin with in the row, such as "validation_".
+      scores: the scores that go into the row; empty: the whole report.
+    """
+
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prefix: str = ""
+    scores: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,27 +43,23 @@ class Sweep:
 
     Attributes:
       name: the name of the sweep, which is in every row.
-      config: the base config; its seed is not used.
+      config: the base config; its seed is not used. In `data.path` and `eval.images`, here and in
+        all overrides, "{data}" is the folder that `--set data.path=DIR` names.
       points: {name of a point: {dotted field: value}}.
       seeds: the seeds that each point is run with.
-      deciding: the points that are run with all seeds, the others only with the first; empty: all.
-      prepared: whether `data.path` is a folder of `experiments.make_data`.
+      evaluations: of each trained run, one after the other; their scores make its row.
     """
 
     name: str
     config: ConfigDict
     points: dict[str, dict[str, Any]]
-    seeds: tuple[int, ...]
-    deciding: tuple[str, ...] = ()
-    prepared: bool = False
+    seeds: tuple[int, ...] = (0, 1, 2)
+    evaluations: tuple[Evaluation, ...] = (Evaluation(),)
 
     @property
     def runs(self) -> list["Run"]:
         """All runs, seed by seed: an interrupted sweep has complete tables of fewer seeds."""
-        first, *others = self.seeds
-        runs = [Run(self, point, first) for point in self.points]
-        deciding = self.deciding or tuple(self.points)
-        return runs + [Run(self, point, seed) for seed in others for point in deciding]
+        return [Run(self, point, seed) for seed in self.seeds for point in self.points]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,23 +72,35 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of its row and its workdir."""
+        """The name of its workdir."""
         return f"{self.point}_seed{self.seed}"
 
-    @property
-    def overrides(self) -> dict[str, Any]:
-        """The overrides of the sweep's base config, by dotted field."""
-        return self.sweep.points[self.point]
+    def config(
+        self, places: dict[str, str] | None = None, overrides: dict[str, Any] | None = None
+    ) -> ConfigDict:
+        """The run's config.
 
-    def config(self, places: dict[str, str] | None = None) -> ConfigDict:
-        """The run's config, with the paths `places` of this machine, by dotted field.
+        Args:
+          places: paths of this machine by dotted field; None leaves "{data}" as it is.
+          overrides: further fields, of an evaluation.
 
         Raises:
-          UserError: an override names an unknown field or has the wrong type.
+          UserError: an override names an unknown field or has the wrong type, or the sweep needs a
+            folder of data that `places` doesn't name.
         """
         config = self.sweep.config.copy_and_resolve_references()
         config.seed = self.seed
-        for field, value in {**self.overrides, **(places or {})}.items():
+        changes = {**self.sweep.points[self.point], **(overrides or {})}
+        for field in _FOLDERS if places is not None else ():
+            section, name = field.split(".")
+            folder = changes.get(field, config[section][name])
+            if "{data}" in folder:
+                if not (places and places.get("data.path")):
+                    raise UserError(
+                        f"{self.sweep.name} needs the folder of its data: --set data.path=DIR"
+                    )
+                changes[field] = folder.replace("{data}", places["data.path"])
+        for field, value in {**(places or {}), **changes}.items():
             section, _, name = field.partition(".")
             try:
                 config[section][name] = value
@@ -84,23 +108,6 @@ class Run:
                 raise UserError(
                     f"point {self.point}: {field}={value!r} can't be set: {error}"
                 ) from error
-        return config
-
-    def training_config(self, places: dict[str, str] | None = None) -> ConfigDict:
-        """The config to train with: `config`, or that with the images of `training`.
-
-        Raises:
-          UserError: a prepared sweep has no folder of `experiments.make_data`.
-        """
-        config = self.config(places)
-        if self.sweep.prepared:
-            folder = pathlib.Path(config.data.path or "nowhere") / "training"
-            if not folder.is_dir():
-                raise UserError(
-                    f"{self.sweep.name} needs --set data.path=DIR, a folder that "
-                    "experiments.make_data made"
-                )
-            config.data.path = str(folder)
         return config
 
     @property
@@ -128,7 +135,7 @@ def load_sweep(path: str) -> Sweep:
     """
     spec = importlib.util.spec_from_file_location("sweep_file", path)
     if not pathlib.Path(path).is_file() or spec is None or spec.loader is None:
-        raise UserError(f"there is no sweep file {path}; for example experiments/digits.py")
+        raise UserError(f"there is no sweep file {path}; for example experiments/sweeps/digits.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # needed by dataclasses in the file
     spec.loader.exec_module(module)

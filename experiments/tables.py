@@ -1,112 +1,90 @@
-"""Make tables and figures from the rows of a sweep.
+"""Make tables from the rows of sweeps, and those of a page of the documentation.
 
-    python -m experiments.tables results/digits
+    python -m experiments.tables results/digits.jsonl                 # all points
+    python -m experiments.tables results/digits.jsonl --points vp_soft_k1 --minus vp_fixed_1e-5
+    python -m experiments.tables --page docs/results.md
 
-reads results/digits/rows and loss_by_time, and writes tables.md and a PNG file for each table that
-has rows. Runs without a row are left out of figures and are marked "not run" in tables.
+± is the standard error over seeds. One seed is marked *, and its error is that of the evaluation
+alone. A difference is taken seed by seed, since runs of one seed share images and noise. In a page,
+each table below a comment <!-- experiments.tables ARGUMENTS --> is made anew with these arguments.
 """
 
 import argparse
-import json
-import logging
+import dataclasses
+import itertools
+import math
 import pathlib
 import re
+import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from errors import UserError
-from experiments import figures
-from experiments.figures import Score
-from experiments.grid import TABLES
+from experiments.rows import Row, read_sweep
 from metrics.distances import Estimate
-from runtime import environment
 
-log = logging.getLogger("soft_truncation")
-
-# (score in a report, heading of its column).
-SCORES = (
-    ("nll", "NLL, bits/dim"),
-    ("nll_without_residual", "NLL without residual"),
-    ("nelbo", "NELBO"),
-    ("fd_classifier", "fd_classifier"),
-)
-_TITLES = {
-    "a": "Fixed truncation ε (VP, likelihood weighting)",
-    "b": "Soft truncation by the prior's exponent k (VP, likelihood weighting)",
-    "c": "Soft truncation on and off",
-    "d": "Soft truncation and the equivalent weight (VP)",
+SCORES = {
+    "nll": "NLL",
+    "nelbo": "NELBO",
+    "fid": "FID",
+    "inception_score": "Inception score",
+    "fd_classifier": "distance",
+    "precision_classifier": "precision",
+    "recall_classifier": "recall",
 }
-_TRADEOFF = "Likelihood against samples (VP, likelihood weighting)"
-_NOTES = """± is the standard error: over seeds where there are two or more; where there is
-one, marked *, of the evaluation alone (over test images and their noise, or over samples), which
-says nothing of another training. NLL and NELBO are with the residual and at each run's own ε, which
-bounds the likelihood whatever ε is; NLL without residual does not compare rows of different ε.
-fd_classifier is a Fréchet distance between features of a small classifier, no FID; its bias by the
-number of samples is the same in all rows. Less is better everywhere."""
-
-Rows = dict[str, list[dict[str, Any]]]  # {point: its rows, ordered by seed}
 
 
-def load_rows(folder: pathlib.Path) -> Rows:
-    """Read the rows of a sweep.
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A score with its standard error.
 
-    Raises:
-      UserError: there are none, one can't be read, or their scores are not comparable.
+    Attributes:
+      value: the mean over seeds.
+      error: the standard error over seeds, or of the evaluation if there is one seed; None if it is
+        not known.
+      num_seeds: the number of seeds.
     """
-    rows: Rows = {}
-    for path in sorted((folder / "rows").glob("*.json")):
-        try:
-            row = json.loads(path.read_text())
-            _ = row["sweep"], row["seed"], row["scores"]
-            rows.setdefault(row["point"], []).append(row)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no row of a sweep ({error}); delete it") from error
-    if not rows:
-        raise UserError(f"{folder}/rows has no rows; python -m experiments.run makes them")
-    every = [row for of_point in rows.values() for row in of_point]
 
-    def solver(scores: dict[str, Any]) -> str | None:
-        if scores.get("nll_steps"):
-            return f"{scores['nll_nfe']:.0f} evaluations"
-        return "adaptive" if "rtol" in scores else None
+    value: float
+    error: float | None
+    num_seeds: int
 
-    for name, kinds in (
-        ("sweep", {row["sweep"] for row in every}),
-        ("NLL solver", {solver(row["scores"]) for row in every} - {None}),
-        ("classifier", {row["scores"].get("classifier_weights") for row in every} - {None}),
-    ):
-        if len(kinds) > 1:
-            names = ", ".join(sorted(str(kind) for kind in kinds))
-            raise UserError(
-                f"{folder}/rows are of more than one {name} ({names}), whose "
-                "scores don't compare; keep those of one"
-            )
-    return {point: sorted(of_point, key=lambda r: r["seed"]) for point, of_point in rows.items()}
+    def __str__(self) -> str:
+        """The cell of a table, with the error's first two digits, but four decimals at most."""
+        star = "" if self.num_seeds > 1 else "*"
+        if self.error is None:
+            return f"{self.value:.3f}{star}"
+        digits = 1 - math.floor(math.log10(self.error)) if self.error else 4
+        decimals = min(max(digits, 0), 4)
+        return f"{self.value:.{decimals}f} ± {self.error:.{decimals}f}{star}"
 
 
-def get_score(rows: list[dict[str, Any]], name: str) -> Score | None:
+def _by_seed(rows: list[Row], name: str) -> dict[int, float]:
+    numbers = (row for row in rows if isinstance(row["scores"].get(name), int | float))
+    return {row["seed"]: row["scores"][name] for row in numbers}
+
+
+def get_score(rows: list[Row], name: str) -> Score | None:
     """A score of a point, from its rows; None if no row has it."""
-    values = [row["scores"][name] for row in rows if name in row["scores"]]
+    values = list(_by_seed(rows, name).values())
     if not values:
         return None
     if len(values) > 1:
         estimate = Estimate.of(np.array(values))
         return Score(estimate.value, estimate.stderr, len(values))
-    return Score(values[0], rows[0]["scores"].get(f"{name}_stderr"), 1)
+    row = next(row for row in rows if row["scores"].get(name) == values[0])
+    return Score(values[0], row["scores"].get(f"{name}_stderr"), 1)
 
 
-def get_difference(
-    first: list[dict[str, Any]], second: list[dict[str, Any]], name: str
-) -> Score | None:
+def get_difference(first: list[Row], second: list[Row], name: str) -> Score | None:
     """The second point's score minus the first's, seed by seed; None without a common seed.
 
     The error of one seed is that of the mean of the images' differences, where both rows have them.
     """
-    values = [
-        {r["seed"]: r["scores"][name] for r in p if name in r["scores"]} for p in (first, second)
-    ]
+    values = [_by_seed(rows, name) for rows in (first, second)]
     seeds = sorted(values[0].keys() & values[1].keys())
     if not seeds:
         return None
@@ -125,155 +103,112 @@ def get_difference(
     )
 
 
-def line(*cells: Any) -> str:
-    """A row of a Markdown table."""
+def label(point: str) -> str:
+    """A point's name as text: fixed_1e-5 is "fixed ε = 1e-5", soft_k1 is "soft, k = 1"."""
+    text = re.sub(r"(fixed|from)_(?=\d)", r"\1 ε = ", point)
+    return re.sub(r"_k(?=\d)", ", k = ", text).replace("_", " ")
+
+
+def _line(*cells: Any) -> str:
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
-def _table(rows: Rows, letter: str) -> list[str]:
-    lines = [line("", *(head for _, head in SCORES), "seeds"), "|" + "---|" * (len(SCORES) + 2)]
-    for label, point in TABLES[letter]:
-        of_point = rows.get(point, [])
-        scores = [get_score(of_point, name) for name, _ in SCORES]
-        lines.append(line(label, *("not run" if s is None else s for s in scores), len(of_point)))
-    return lines
-
-
-def _differences(rows: Rows, letter: str) -> list[str]:
-    """The differences of a table's pairs, second minus first."""
-    lines = [line("second less first", *(head for _, head in SCORES), "seeds")]
-    lines.append("|" + "---|" * (len(SCORES) + 2))
-    entries = TABLES[letter]
-    for (label, first), (other, second) in zip(entries[::2], entries[1::2], strict=True):
-        pair = rows.get(first, []), rows.get(second, [])
-        scores = [get_difference(*pair, name) for name, _ in SCORES]
-        count = max((s.num_seeds for s in scores if s is not None), default=0)
-        name = f"{label.split(': ')[0]}: {other.split(': ')[1]} less {label.split(': ')[1]}"
-        lines.append(line(name, *("not run" if s is None else s for s in scores), count))
-    return lines
-
-
-def origin(rows: Rows) -> str:
-    """What the rows are of, and what made them."""
-    every = [row for of_point in rows.values() for row in of_point]
-
-    def values(*keys: str) -> str:
-        found = set()
-        for row in every:
-            value: Any = row
-            for key in keys:
-                value = value.get(key) if isinstance(value, dict) else None
-            found.add(f"{value:.3g}" if isinstance(value, float) else str(value))
-        return ", ".join(sorted(found))
-
-    commits = re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"\1", values("versions", "commit"))
-    return (
-        f"Sweep {values('sweep')}: {len(every)} runs of {len(rows)} points, {values('steps')} "
-        f"steps each; {values('scores', 'num_test_images')} test images, "
-        f"{values('scores', 'num_samples')} samples of {values('scores', 'sampling_nfe')} score "
-        f"evaluations. For scale, fd_classifier of real test images: "
-        f"{values('scores', 'fd_classifier_of_test_images')}. On {values('device')}; JAX "
-        f"{values('versions', 'jax')}, Flax {values('versions', 'flax')}, Python "
-        f"{values('versions', 'python')}, commit {commits}."
-    )
-
-
-def load_curves(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Read the results of experiments.loss_by_time, one for each run."""
-    return [json.loads(p.read_text()) for p in sorted((folder / "loss_by_time").glob("*.json"))]
-
-
-def gradient_table(curves: list[dict[str, Any]]) -> list[str]:
-    """A table of the losses and gradients for each truncation, at each run's parameters."""
-    heads = ("loss", "its variance", "norm of the mean gradient", "gradient's variance", "batches")
-    lines = [line("parameters of", "truncation", *heads), "|" + "---|" * (len(heads) + 2)]
-    for curve in curves:
-        for truncation, of in curve["objectives"].items():
-            names = ("loss", "loss_variance", "grad_norm", "grad_variance")
-            cells = (f"{of[name]:.4g}" for name in names)
-            lines.append(
-                line(curve["run"], truncation.replace("_", " "), *cells, of["num_batches"])
-            )
-    return lines
-
-
-def _points(rows: Rows, entries: tuple[tuple[str, str], ...]) -> list[figures.Point]:
-    """The points of a table's figure: the table's rows that were run."""
+def _cells(
+    sweep: dict[str, list[Row]], point: str, other: str, columns: list[tuple[str, str]]
+) -> list[Score | None]:
+    """A point's scores, or its differences from another point; columns are (prefix, score)."""
+    if not other:
+        return [get_score(sweep.get(prefix + point, []), name) for prefix, name in columns]
     return [
-        (label, get_score(rows[point], "nll"), get_score(rows[point], "fd_classifier"))
-        for label, point in entries
-        if point in rows
+        get_difference(sweep.get(prefix + other, []), sweep.get(prefix + point, []), name)
+        for prefix, name in columns
     ]
 
 
-def _tradeoff(points: dict[str, list[figures.Point]]) -> dict[str, list[figures.Point]]:
-    """The lines of the trade-off figure; k < 1 is left out, since it is far off on both axes."""
-    soft = [point for point in points["b"] if point[0] not in ("k = 0", "k = 0.5")]
-    weight = [
-        (label.split(": ")[0], nll, distance)
-        for label, nll, distance in points["d"]
-        if "weight" in label
-    ]
-    return {
-        "fixed truncation at ε": points["a"],
-        "soft truncation, k": [point for point in soft if "∞" not in point[0]],
-        "equivalent weight, k": weight,
-    }
+def make_table(
+    sweeps: Sequence[dict[str, list[Row]]],
+    points: Sequence[str] = (),
+    minus: Sequence[str] = (),
+    by: Sequence[str] = ("",),
+    scores: Sequence[str] = (),
+) -> str:
+    """A Markdown table with a line for each sweep, point and point that it is compared with.
 
-
-def write_tables(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
-    """Write tables.md and figures of the rows in `folder` to `out`.
-
-    Returns:
-      The paths of the figures.
+    Args:
+      sweeps: rows by point, from `read_sweep`.
+      points: the points without their prefix; empty: all.
+      minus: points whose scores are subtracted, without their prefix.
+      by: prefixes of points' names; each has columns of its own.
+      scores: names of scores; empty: those of SCORES that a row has.
 
     Raises:
-      UserError: there are no rows, or their scores are not comparable.
+      UserError: no row has one of the points, or any of the scores.
     """
-    rows, curves, drawn = load_rows(folder), load_curves(folder), []
-    out.mkdir(parents=True, exist_ok=True)
-    text = [f"# {next(iter(rows.values()))[0]['sweep']}", "", origin(rows), "", _NOTES]
-    points = {letter: _points(rows, entries) for letter, entries in TABLES.items()}
-    series = _tradeoff(points)
-    if all(series.values()):
-        drawn.append(out / "tradeoff.png")
-        figures.draw_tradeoff(_TRADEOFF, series, drawn[-1])
-        text += ["", f"![{_TRADEOFF}](tradeoff.png)"]
-    for letter in TABLES:
-        text += ["", f"## ({letter}) {_TITLES[letter]}", "", *_table(rows, letter)]
-        if letter in "cd":
-            text += ["", *_differences(rows, letter)]
-        if points[letter]:
-            drawn.append(out / f"{letter}.png")
-            draw = figures.draw_pairs if letter in "cd" else figures.draw_curve
-            draw(_TITLES[letter], points[letter], drawn[-1])
-            text += ["", f"![{_TITLES[letter]}]({letter}.png)"]
-    if curves:
-        drawn.append(out / "e.png")
-        figures.draw_times(curves, drawn[-1])
-        text += ["", "## (e) Loss and gradient by diffusion time", "", *gradient_table(curves)]
-        text += ["", "![Loss and gradient by diffusion time](e.png)"]
-    (out / "tables.md").write_text("\n".join(text) + "\n")
-    return drawn
+    for name in (*points, *minus):
+        if not any(prefix + name in sweep for prefix in by for sweep in sweeps):
+            raise UserError(f"no row is of {' or '.join(prefix + name for prefix in by)}")
+    rows = [row for sweep in sweeps for of_point in sweep.values() for row in of_point]
+    scores = scores or [name for name in SCORES if any(name in row["scores"] for row in rows)]
+    found = (
+        p.removeprefix(prefix) for s in sweeps for p in s for prefix in by if p.startswith(prefix)
+    )
+    points, columns = points or list(dict.fromkeys(found)), list(itertools.product(by, scores))
+    lines = []
+    for sweep, point, other in itertools.product(sweeps, points, minus or [""]):
+        cells = _cells(sweep, point, other, columns)
+        known = [cell for cell in cells if cell]
+        if known and point != other:
+            title = f"{label(point)} minus {label(other)}" if other else label(point)
+            if len(sweeps) > 1:
+                title = f"{next(iter(sweep.values()))[0]['sweep']}: {title}"
+            plus = ["+" if other and cell and cell.value > 0 else "" for cell in cells]
+            shown = [f"{sign}{cell or ''}" for sign, cell in zip(plus, cells, strict=True)]
+            seeds = " or ".join(map(str, sorted({cell.num_seeds for cell in known})))
+            lines.append(_line(title, *shown, seeds))
+    if not lines:
+        raise UserError("no row has such scores, or seeds in common")
+    heads = [", ".join(filter(None, (SCORES.get(s, s), label(p).strip()))) for p, s in columns]
+    return "\n".join([_line("", *heads, "seeds"), "|" + "---|" * (len(heads) + 2), *lines])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="experiments.tables", description="Make a table.")
+    parser.add_argument("rows", nargs="*", type=pathlib.Path, help="the --out of experiments.run")
+    parser.add_argument("--points", nargs="+", default=(), help="in this order; all by default")
+    parser.add_argument("--minus", nargs="+", default=(), help="compare with these points")
+    parser.add_argument("--by", nargs="+", default=("",), help="prefixes of points: own columns")
+    parser.add_argument("--scores", nargs="+", default=(), help="names in the rows")
+    parser.add_argument("--page", type=pathlib.Path, help="a page whose tables are made anew")
+    return parser
+
+
+def _make(options: argparse.Namespace) -> str:
+    if not options.rows:
+        raise UserError("name a file of rows, such as results/digits.jsonl")
+    sweeps = [read_sweep(path) for path in options.rows]
+    return make_table(sweeps, options.points, options.minus, options.by, options.scores)
+
+
+def update_page(text: str) -> str:
+    """The text of a page with each table below a comment "experiments.tables …" made anew."""
+
+    def make(match: re.Match[str]) -> str:
+        return f"{match[1]}{_make(_parser().parse_args(shlex.split(match[2])))}\n"
+
+    return re.sub(r"(<!-- experiments\.tables (.*?) -->\n\n)(?:\|.*\n)*", make, text)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the tables that the command line asks for; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="experiments.tables", description="Make tables and figures from the rows of a sweep."
-    )
-    parser.add_argument("folder", type=pathlib.Path, help="the --out of experiments.run")
-    parser.add_argument("--out", type=pathlib.Path, help="by default the folder itself")
-    options = parser.parse_args(arguments)
-    environment.prepare()
-    log.setLevel(logging.INFO)
-    out = options.out or options.folder
+    options = _parser().parse_args(arguments)
     try:
-        drawn = write_tables(options.folder, out)
+        if options.page:
+            options.page.write_text(update_page(options.page.read_text()))
+        else:
+            print(_make(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    log.info("wrote %s and %d figures", out / "tables.md", len(drawn))
     return 0
 
 

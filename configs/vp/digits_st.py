@@ -1,7 +1,7 @@
 """scikit-learn's 8×8 digits on a CPU in minutes: the likelihood weighting with soft truncation.
 
 Velocity and stratified times are better than noise and independent times in three trainings of
-three (results/parametrisations.md).
+three (docs/results.md).
 """
 
 from ml_collections import ConfigDict

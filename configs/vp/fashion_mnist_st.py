@@ -2,8 +2,8 @@
 
 Reads the files of Debian's package dataset-fashion-mnist if it is installed, else downloads them.
 The network predicts the velocity: after 2,000 steps at 16×16 likelihoods are equal within their
-errors, but some of a noise network's samples are saturated noise (results/parametrisations.md).
-τ is weighed, not drawn, which is better in both scores there (results/README.md).
+errors, but some of a noise network's samples are saturated noise (docs/results.md).
+τ is weighed, not drawn, which is better in both scores there (docs/results.md).
 """
 
 from ml_collections import ConfigDict

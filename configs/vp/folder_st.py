@@ -2,8 +2,8 @@
 
 A DDPM++ of 7.0 M parameters for one GPU. Larger images: `data.image_size` and a `model.ch_mult` of
 one more level each time that it doubles. The network predicts the velocity, since the noise
-parametrisation gives saturated samples for a long time (results/parametrisations.md), and τ is
-weighed, not drawn (results/README.md).
+parametrisation gives saturated samples for a long time (docs/results.md), and τ is
+weighed, not drawn (docs/results.md).
 """
 
 from ml_collections import ConfigDict
