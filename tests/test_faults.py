@@ -46,7 +46,7 @@ from runtime.metrics_log import Metrics, read_metrics
 from runtime.progress import Progress
 from runtime.workdir import record_data
 from tests.helpers import environment_of, tiny_config
-from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
+from tests.jobs import TINY, assert_identical, command, losses_of, run_main, state_of
 
 
 def steps_of(workdir):
