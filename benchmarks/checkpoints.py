@@ -7,7 +7,6 @@ save, how long writing takes in all, how long reading takes, and the share of tr
 waiting takes at the recipe's interval and a given training speed.
 """
 
-import argparse
 import pathlib
 import tempfile
 import time
@@ -17,13 +16,14 @@ import numpy as np
 from clu.parameter_overview import count_parameters
 
 import build
+from benchmarks.measure import get_parser
 from configs.vp import cifar10_st
 from runtime import checkpointing
 
 
 def main() -> None:
     """Measure saving and reading, and print the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = get_parser(__doc__)
     parser.add_argument("--steps_per_second", type=float, default=28.0, help="speed of training")
     rate = parser.parse_args().steps_per_second
     config = cifar10_st.get_config()

@@ -4,9 +4,9 @@
 #   bash benchmarks/gpu.sh OUT [ours|peers]          on a GPU; without a word both, one after the other
 #   bash benchmarks/gpu.sh OUT [ours|peers] --smoke  the same parts, small, on any machine
 #
-# `peers` are what training is beside: no kernels, jax-triton's, and PyTorch, if that is installed.
-# On an H100 each took five to eight minutes. The parts of each compile side by side, and then measure
-# one after the other, alone. OUT gets a log of each part, and tables.md of all that are there; it is
+# `peers` are what training is compared with: no kernels, and PyTorch, if that is installed. On an
+# H100 each took five to eight minutes. The parts of each compile side by side, and then measure one
+# after the other, alone. OUT gets a log of each part, and tables.md of all that are there; it is
 # copied to results/gpu.
 set -u
 out=${1:?usage: bash benchmarks/gpu.sh OUT [ours|peers] [--smoke]}
@@ -20,8 +20,6 @@ if [ -n "$smoke" ]; then
   first=2 second=4 train="--nf 32 --num_res_blocks 1" profile="" kernels="--small"
   sample="--nf 32 --num_res_blocks 1 --pc_steps 2 --tolerance 0.1 --nll_steps 32"
 fi
-port=""
-if [ -z "$smoke" ] && $python -c 'import jax_triton' 2>/dev/null; then port=port; fi
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 mkdir -p "$out"
 failed=0
@@ -41,11 +39,8 @@ start() {
     train512) XLA_PYTHON_CLIENT_MEM_FRACTION=.35 part $1 train --batch $second $train ;;
     samplers) XLA_PYTHON_CLIENT_MEM_FRACTION=.15 part $1 sample --batch $first $sample ;;
     kernels) XLA_PYTHON_CLIENT_MEM_FRACTION=.1 part $1 kernels $kernels ;;
-    port) XLA_PYTHON_CLIENT_MEM_FRACTION=.1 part $1 kernels --backend norm_triton ;;
     torch128) part $1 train --batch $first $train --peer torch --only_peer ;;
-    train_xla) XLA_PYTHON_CLIENT_MEM_FRACTION=.2 part $1 train --batch $first $train --kernels xla ;;
-    train_triton)
-      XLA_PYTHON_CLIENT_MEM_FRACTION=.12 part $1 train --batch $first $train --kernels norm_triton ;;
+    train_xla) XLA_PYTHON_CLIENT_MEM_FRACTION=.2 part $1 train --batch $first $train --no_kernels ;;
     edm128) part $1 train --batch $first $train --peer edm --only_peer ;;
   esac
 }
@@ -54,19 +49,16 @@ group() {
   for name in $names; do start $name & parts="$parts $!"; done
   for process in $parts; do wait $process || failed=1; done
 }
-case $which in *ours*) group train128 train512 samplers kernels $port ;; esac
-peers="train_xla ${port:+train_triton}"
-if $python -c 'import torch' 2>/dev/null; then peers="torch128 edm128 $peers"; fi
+case $which in *ours*) group train128 train512 samplers kernels ;; esac
+peers=train_xla
+if $python -c 'import torch' 2>/dev/null; then peers="torch128 edm128 train_xla"; fi
 case $which in *peers*) group $peers ;; esac
 table() { for name; do grep -sh '^|' "$out/$name.txt"; done | awk '!seen[$0]++'; }
 {
   grep -sh '^JAX\|^a large' "$out/train128.txt" "$out/train_xla.txt" | head -n 2
-  printf '\n%s\n' "$(table train128 train512 train_triton train_xla torch128 edm128)"
-  for name in samplers kernels port; do
-    [ -s "$out/$name.txt" ] || continue
-    printf '\n'
-    [ $name != port ] || printf 'The same kernels in Triton, through jax-triton:\n\n'
-    table $name
+  printf '\n%s\n' "$(table train128 train512 train_xla torch128 edm128)"
+  for name in samplers kernels; do
+    [ ! -s "$out/$name.txt" ] || printf '\n%s\n' "$(table $name)"
   done
 } | tee "$out/tables.md"
 exit $failed

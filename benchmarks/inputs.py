@@ -14,18 +14,17 @@ import os
 import pathlib
 import tempfile
 import time
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 import datasets
+from benchmarks.measure import Table, get_parser
 from datasets import Dataset
-from readers import cache, image_files, tfds
+from readers import cache, image_files
 from readers.decode import Fit
 from readers.layout import Found
 from readers.source import ArraySource
-from runtime import environment
 
 
 def speed(
@@ -42,65 +41,35 @@ def speed(
     return count / (time.perf_counter() - start), 1e6 * cpu / count
 
 
-def prepare_tfds(images: np.ndarray, folder: pathlib.Path) -> None:
-    """Prepare the images with TFDS in a folder, as array_record."""
-    import tensorflow_datasets
-
-    class Random32(tensorflow_datasets.core.GeneratorBasedBuilder):
-        """Random images."""
-
-        VERSION = tensorflow_datasets.core.Version("1.0.0")
-        pkg_dir_path = folder
-
-        def _info(self) -> Any:
-            features = {"image": tensorflow_datasets.features.Image(shape=images.shape[1:])}
-            return tensorflow_datasets.core.DatasetInfo(
-                builder=self, features=tensorflow_datasets.features.FeaturesDict(features)
-            )
-
-        def _split_generators(self, dl_manager: Any) -> Any:
-            del dl_manager
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self) -> Any:
-            yield from ((i, {"image": image}) for i, image in enumerate(images))
-
-    Random32(data_dir=folder, file_format="array_record").download_and_prepare()
-
-
-def kept_and_not(name: str, found: Found, flags: argparse.Namespace) -> list[tuple[str, Any]]:
-    """Rows of decoding into the cache, of batches from it, and of batches without it."""
-    rows, fit = [], Fit(32, 3)
-    start, start_cpu = time.perf_counter(), time.process_time()
+def add_files(table: Table, name: str, found: Found, flags: argparse.Namespace) -> None:
+    """Add rows of decoding into the cache, of batches from it, and of batches without it."""
+    fit, start, start_cpu = Fit(32, 3), time.perf_counter(), time.process_time()
     kept = cache.decode("benchmark", found, fit).train
     seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
-    rows.append((f"{name}: decoding into the cache", (len(kept) / seconds, 1e6 * cpu / len(kept))))
+    table.add(f"{name}: decoding into the cache", len(kept) / seconds, 1e6 * cpu / len(kept))
     not_kept = cache.decode("benchmark", found, fit, keep=False).train
     for how, source in (("from the cache", kept), ("data.cache=False", not_kept)):
         dataset = Dataset(name, source, 256)
-        rows.append((f"{name}: {how}", speed(dataset, flags.batch, flags.seconds)))
-    return rows
+        table.add(f"{name}: {how}", *speed(dataset, flags.batch, flags.seconds))
 
 
 def main() -> None:
     """Measure all kinds of data, and print the table."""
-    environment.prepare()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = get_parser(__doc__)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--seconds", type=float, default=5.0)
     flags = parser.parse_args()
-    rng = np.random.default_rng(0)
-    shape = (flags.images, 32, 32, 3)
+    rng, shape = np.random.default_rng(0), (flags.images, 32, 32, 3)
     # Smooth noise, whose PNG files are as large as those of photographs.
     coarse = rng.integers(0, 256, (flags.images, 8, 8, 3), dtype=np.uint8)
     images = coarse.repeat(4, axis=1).repeat(4, axis=2) // 2 + rng.integers(0, 64, shape)
     images = images.astype(np.uint8)
+    table = Table("data", "images/s", "CPU µs an image")
     memory = Dataset("memory", ArraySource(images, np.zeros(len(images))), 256)
-    rows = [
-        ("indices, of data in the device's memory", speed(memory, flags.batch, flags.seconds, True))
-    ]
-    rows.append(("memory", speed(memory, flags.batch, flags.seconds)))
+    indices = speed(memory, flags.batch, flags.seconds, indices_only=True)
+    table.add("indices, of data in the device's memory", *indices)
+    table.add("memory", *speed(memory, flags.batch, flags.seconds))
     with tempfile.TemporaryDirectory() as name:
         os.environ["XDG_CACHE_HOME"] = name  # the cache of decoded images
         for size in (32, 128):
@@ -109,14 +78,8 @@ def main() -> None:
             for i, image in enumerate(images[:2000]):
                 Image.fromarray(image).resize((size, size)).save(folder / f"{i:05}.png")
             found = image_files.find_unsplit(folder)
-            rows += kept_and_not(f"folder of {size}×{size} PNG files", found, flags)
-        prepare_tfds(images, pathlib.Path(name))
-        found = tfds.find("random32", pathlib.Path(name), ("train", "train"), 0)
-        rows += kept_and_not("TFDS, PNG in array_record", found, flags)
-    print(f"\nbatches of {flags.batch} images of 32×32×3\n")
-    print("| data | images/s | CPU µs an image |\n|---|---|---|")
-    for name, (rate, cpu) in rows:
-        print(f"| {name} | {rate:,.0f} | {cpu:,.3g} |")
+            add_files(table, f"folder of {size}×{size} PNG files", found, flags)
+    table.show()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""The normalisation kernels on a GPU: errors beside float64, and their time beside XLA's.
+"""The normalisation kernels on a GPU: errors against float64, and their time compared with XLA's.
 
-python -m benchmarks.kernels                         # on a GPU
-python -m benchmarks.kernels --backend norm_triton   # those of jax-triton
-python -m benchmarks.kernels --small                 # without a GPU, in Pallas' interpreter
+python -m benchmarks.kernels             # on a GPU
+python -m benchmarks.kernels --small     # without a GPU, in Pallas' interpreter
 
 Errors are ‖kernel - float64‖/‖float64‖, of y and of the gradients to x, scale, bias and shift, for
 bfloat16 and float32 features; bfloat16's own rounding is 2e-3. The time is that of one pass forward
 and one back, by the kernels and by XLA; `rule` says which of them training takes.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.measure import Table, seconds_a_call, take_turn
+from benchmarks.measure import Table, get_parser, seconds_a_call, take_turn
 from models import norm_kernels, normalization
 from models.normalization import Options
-from runtime import environment
 
 # (images, pixels a side, channels): CIFAR-10's DDPM++ at batch 128, and 8 images of 256² and 128².
 SHAPES = [
@@ -67,17 +64,12 @@ def reference(options: Options, inputs: list[Array]) -> list[np.ndarray]:
 
 def main() -> None:
     """Check and measure all shapes, and print the table."""
-    environment.prepare()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = get_parser(__doc__)
     parser.add_argument("--small", action="store_true", help="a few small shapes")
-    parser.add_argument("--backend", choices=norm_kernels.BACKENDS, help="whose kernels")
     flags = parser.parse_args()
-    if flags.backend:
-        norm_kernels.BACKENDS = {flags.backend: norm_kernels.BACKENDS[flags.backend]}
-    backend = norm_kernels.backend()
-    if backend is None:
+    if norm_kernels.backend() is None:
         raise SystemExit("there are no kernels to measure")
-    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}; kernels: {backend.__name__}")
+    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}")
     measured = []
     for shape in SMALL if flags.small else SHAPES:
         n, size, channels = shape

@@ -1,8 +1,8 @@
-"""Common parts of the speed benchmarks: timing, counts of operations, and tables."""
+"""Common parts of the benchmarks: command lines, timing, counts of operations, and tables."""
 
+import argparse
 import fcntl
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -16,9 +16,46 @@ from typing import Any, TextIO
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+import build
+from configs import saved
+from runtime import environment
+from runtime.checkpointing import restore_latest
 
 # "DIR NAMES": the processes of benchmarks/gpu.sh, this one's name first. They compile side by side.
 _TURNS = "BENCHMARK_TURNS"
+
+
+def get_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Set JAX up as main.py does; a parser that describes the module of this docstring."""
+    environment.prepare()
+    environment.keep_freed_memory()
+    logging.set_verbosity(logging.ERROR)
+    return argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+
+
+def add_network(parser: argparse.ArgumentParser, on_cpu: list[int], on_gpu: list[int]) -> None:
+    """Add the options that `set_network` reads; the numbers are batch sizes."""
+    is_cpu = jax.default_backend() == "cpu"
+    parser.add_argument("--batch", type=int, nargs="+", default=on_cpu if is_cpu else on_gpu)
+    parser.add_argument("--dtype", default="float32" if is_cpu else "bfloat16")
+    for name in ("nf", "num_res_blocks"):
+        parser.add_argument(f"--{name}", type=int, help=f"replaces model.{name}")
+
+
+def set_network(config: ConfigDict, flags: argparse.Namespace) -> None:
+    """Change a config's network as the command line asks, but for its dtype."""
+    sizes = {"nf": flags.nf, "num_res_blocks": flags.num_res_blocks}
+    config.model.update({name: size for name, size in sizes.items() if size})
+
+
+def load_run(workdir: pathlib.Path) -> tuple[ConfigDict, Any, Any]:
+    """A trained run's config, what `build.set_up` makes of it, and its EMA parameters."""
+    config = saved.get_config(workdir)
+    setup = build.set_up(config)
+    return config, setup, restore_latest(config, workdir, setup.state_shape).ema_params
 
 
 @functools.cache
@@ -40,25 +77,32 @@ def take_turn() -> TextIO | None:
     return lock
 
 
-def seconds_a_call(call: Callable[[], Any], at_least: float = 3.0) -> float:
+def timed(
+    call: Callable[[], Any], count: int = 1, wait: Callable[[Any], Any] = jax.block_until_ready
+) -> float:
+    """The mean duration of so many calls in a row; `wait` waits for the result of the last."""
+    start = time.perf_counter()
+    for _ in range(count):
+        result = call()
+    wait(result)
+    return (time.perf_counter() - start) / count
+
+
+def seconds_a_call(
+    call: Callable[[], Any],
+    at_least: float = 3.0,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> float:
     """The median duration of a call over five rounds of calls, with the device's work.
 
     The rounds take `at_least` seconds in all. A call that takes longer than that is timed once.
     """
-
-    def measure(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            result = call()
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / count
-
-    measure(1)
-    once = measure(1)
+    timed(call, wait=wait)
+    once = timed(call, wait=wait)
     if once > at_least:
         return once
     count = max(1, round(at_least / 5 / once))
-    return float(np.median([measure(count) for _ in range(5)]))
+    return float(np.median([timed(call, count, wait) for _ in range(5)]))
 
 
 def product_rate(dtype: str, precision: Any = None) -> float:
@@ -101,18 +145,12 @@ def peak_gib() -> float | None:
     return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
 
 
-def need(*packages: str) -> None:
-    """Exit with a message if packages that --peer needs are not installed."""
-    missing = [name for name in packages if not importlib.util.find_spec(name)]
-    if missing:
-        raise SystemExit(f"--peer needs what is not installed: pip install {' '.join(missing)}")
-
-
-def peer_rows(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run benchmarks/peer.py, which measures PyTorch, in another process; returns its rows."""
-    command = [sys.executable, "-m", "benchmarks.peer", json.dumps(job)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.strip().splitlines()[-1])
+def rows_of(module: str, *args: str, **options: Any) -> list[dict[str, Any]]:
+    """Run a module in a process of its own; the rows that it prints as JSON in its last line."""
+    command = [sys.executable, "-m", module, *args]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **options)
+    rows: list[dict[str, Any]] = json.loads(run.stdout.strip().splitlines()[-1])
+    return rows
 
 
 def _shown(cell: Any) -> str:
@@ -134,7 +172,8 @@ class Table:
         """Add a row; a float is shown with four digits, and None as an empty cell."""
         row = tuple(_shown(cell) for cell in cells)
         self._rows.append(row)
-        print(" | ".join(f"{n} {c}".strip() for n, c in zip(self._columns, row, strict=True)))
+        named = (f"{name} {cell}".strip() for name, cell in zip(self._columns, row, strict=True))
+        print(" | ".join(named), flush=True)
 
     def show(self) -> None:
         """Print the table as Markdown."""

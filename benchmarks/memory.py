@@ -13,14 +13,12 @@ pip install "jax[cuda13]==<the version of jax>". Convolutions are not tuned then
 space is not known.
 """
 
-import argparse
 import contextlib
 import json
 import os
 import pathlib
 import runpy
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -33,10 +31,10 @@ from ml_collections import ConfigDict
 
 import build
 import memory_advice
-from benchmarks.measure import Table
+from benchmarks.measure import Table, get_parser
 from metrics import bits_per_dim
 from models import norm_kernels, norm_pallas
-from runtime import environment, memory
+from runtime import memory
 
 ROOT = pathlib.Path(__file__).parents[1]
 # XLA's description of an H100 with 80 GB.
@@ -132,52 +130,42 @@ def shape_of_work(config: ConfigDict) -> str:
     return json.dumps([fields, of_sampler, batches, size])
 
 
+def cells_of(config: ConfigDict, device: Any, columns: Sequence[str]) -> Iterator[str]:
+    """A recipe's cells: parameters, state, batches, and the columns that are asked for."""
+    state = build.set_up(config).state_shape
+    yield f"{count_parameters(state.params) / 1e6:.1f}"
+    yield f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 2**30:.2f}"
+    scored = [config.eval.batch_size] if config.eval.enable_bpd else []
+    sampled = config.eval.sampling_batch_size or config.eval.batch_size
+    yield " / ".join(map(str, (config.training.batch_size, sampled, *scored)))
+    cells = dict.fromkeys(columns, "")
+    for column, program, shapes, donate in programs(config):
+        if column in columns:
+            estimate = memory.needed_bytes(program, *shapes, donate=int(donate))
+            size = compiled_bytes(device, program, shapes, donate)
+            cells[column] = f"{size / 2**30:.3g} ({estimate / 2**30:.3g})"
+    yield from cells.values()
+
+
 def main() -> None:
     """Print the table, each row as soon as it is known."""
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    environment.prepare()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = get_parser(__doc__)
     parser.add_argument("recipes", nargs="*", type=pathlib.Path)
     parser.add_argument("--target", choices=["h100"], help="compile for this device")
-    parser.add_argument("--estimate", action="store_true", help="compile nothing")
-    parser.add_argument("--columns", nargs="+", default=COLUMNS, help="the programs to look at")
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS)
     flags = parser.parse_args()
     found = sorted((ROOT / "configs").glob("*/*_*.py"))
     published = [path for path in found if not path.stem.startswith(("digits", "folder", "_"))]
-    groups: dict[str, list[tuple[str, ConfigDict]]] = {}
+    groups: dict[str, dict[str, ConfigDict]] = {}
     for path in flags.recipes or published:
         config = runpy.run_path(str(path))["get_config"]()
-        name = f"{path.parent.name}/{path.stem}"
-        groups.setdefault(shape_of_work(config), []).append((name, config))
+        groups.setdefault(shape_of_work(config), {})[f"{path.parent.name}/{path.stem}"] = config
     table = Table("recipes", "parameters, M", "state, GiB", "batches", *flags.columns)
     with target_device(flags.target) as device:
         for group in groups.values():
-            config = group[0][1]
-            setup = build.set_up(config)
-            state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(setup.state_shape))
-            cells: dict[str, str] = {}
-            for column, program, shapes, donate in programs(config):
-                if column not in flags.columns:
-                    continue
-                start = time.perf_counter()
-                estimate = memory.needed_bytes(program, *shapes, donate=int(donate))
-                cells[column] = f"({estimate / 2**30:.3g})"
-                if not flags.estimate:
-                    size = compiled_bytes(device, program, shapes, donate)
-                    cells[column] = f"{size / 2**30:.3g} {cells[column]}"
-                print(f"{column}: {cells[column]}, {time.perf_counter() - start:.0f} s", flush=True)
-            batches = (
-                config.training.batch_size,
-                config.eval.sampling_batch_size or config.eval.batch_size,
-                *([config.eval.batch_size] if config.eval.enable_bpd else []),
-            )
-            table.add(
-                ", ".join(name for name, _ in group),
-                f"{count_parameters(setup.state_shape.params) / 1e6:.1f}",
-                f"{state / 2**30:.2f}",
-                " / ".join(map(str, batches)),
-                *(cells.get(column, "") for column in flags.columns),
-            )
+            config, *_ = group.values()
+            table.add(", ".join(group), *cells_of(config, device, flags.columns))
     table.show()
 
 

@@ -5,13 +5,12 @@ python -m benchmarks.nll --workdir RUN --batch 200         # any run, with its o
 
 All solvers integrate the same ODE for the same test images, network and probe. Ours is
 `likelihood.ode_log_likelihood`, one program on the device, with fixed and with adaptive steps. The
-others are SciPy's RK45, which copies the state to the host, in float64, for every stage: once with
-our vector field, which computes drift and divergence together in forward mode, and once with that
-of the official releases, which computes the drift, and then the divergence in reverse mode. Errors
-are those of the mean and of the worst image, in bits/dim, relative to 512 fixed steps.
+other one is the official releases': SciPy's RK45, which copies the state to the host, in float64,
+for every stage, and a vector field that computes the drift, and then the divergence in reverse
+mode. Errors are those of the mean and of the worst image, in bits/dim, relative to 512 fixed steps.
 """
 
-import argparse
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -21,14 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.integrate
-from absl import logging
 
-import build
 import datasets
 import likelihood
 import losses
-from configs import saved
-from runtime import checkpointing, environment
+from benchmarks.measure import Table, get_parser, load_run
 from sampling import probability_flow
 
 
@@ -53,70 +49,53 @@ def host_driven(
     return solve
 
 
-def main() -> None:
-    """Measure all solvers, and print the table."""
-    environment.prepare()
-    environment.keep_freed_memory()
-    logging.set_verbosity(logging.ERROR)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of a trained run")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--tolerances", type=float, nargs="+", default=[1e-5, 1e-4])
-    parser.add_argument("--steps", type=int, nargs="+", default=[64, 32])
-    flags = parser.parse_args()
-    config = saved.get_config(flags.workdir)
-    setup = build.set_up(config)
-    state = checkpointing.restore_latest(config, flags.workdir, setup.state_shape)
-    score_fn = setup.make_score_fn(state.ema_params)
-    images = datasets.in_order(datasets.load_data(config).test, flags.batch)["image"]
-    keys = jax.random.split(jax.random.key(0), len(images))
-    x = setup.preprocessing.to_x0(jnp.asarray(images), keys, flip=False)
-    probe = jax.random.rademacher(jax.random.key(1), x.shape, dtype=jnp.float32)
-    drift = probability_flow(setup.sde, score_fn)
-    eps = config.training.truncation_time
-
-    def ours(**options: Any) -> Any:
-        return jax.jit(
-            lambda x: likelihood.ode_log_likelihood(
-                setup.sde, score_fn, x, probe, eps=eps, **options
-            )
-        )
-
-    @jax.jit
-    def forward_mode(x: jax.Array, t: jax.Array) -> Any:
-        dx, tangent = jax.jvp(lambda x: drift(t, x, None), (x,), (probe,))
-        return dx, losses.sum_image(tangent * probe)
-
-    drift_alone = jax.jit(lambda x, t: drift(t, x, None))
+def official_field(drift: Any, probe: jax.Array) -> Callable[[jax.Array, jax.Array], Any]:
+    """The drift, and after it its divergence in reverse mode, each a program."""
 
     @jax.jit
     def divergence(x: jax.Array, t: jax.Array) -> jax.Array:
         grad = jax.grad(lambda x: jnp.sum(drift(t, x, None) * probe))(x)
         return losses.sum_image(grad * probe)
 
-    def official(x: jax.Array, t: jax.Array) -> Any:
-        return drift_alone(x, t), divergence(x, t)
+    drift_alone = jax.jit(lambda x, t: drift(t, x, None))
+    return lambda x, t: (drift_alone(x, t), divergence(x, t))
 
+
+def main() -> None:
+    """Measure all solvers, and print the table."""
+    parser = get_parser(__doc__)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of a trained run")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[1e-5, 1e-4])
+    parser.add_argument("--steps", type=int, nargs="+", default=[64, 32])
+    flags = parser.parse_args()
+    config, setup, params = load_run(flags.workdir)
+    score_fn, eps = setup.make_score_fn(params), config.training.truncation_time
+    images = datasets.in_order(datasets.load_data(config).test, flags.batch)["image"]
+    keys = jax.random.split(jax.random.key(0), len(images))
+    x = setup.preprocessing.to_x0(jnp.asarray(images), keys, flip=False)
+    probe = jax.random.rademacher(jax.random.key(1), x.shape, dtype=jnp.float32)
+
+    def ours(**options: Any) -> Any:
+        solve = functools.partial(likelihood.ode_log_likelihood, setup.sde, score_fn, eps=eps)
+        return jax.jit(lambda x: solve(x, probe, **options))
+
+    field = official_field(probability_flow(setup.sde, score_fn), probe)
     solvers = {f"one program, {n} steps": ours(num_steps=n) for n in flags.steps}
     for tolerance in flags.tolerances:
         options = {"rtol": tolerance, "atol": tolerance}
-        solvers |= {
-            f"one program, {tolerance:g}": ours(**options),
-            f"SciPy, {tolerance:g}": host_driven(forward_mode, setup, eps, **options),
-            f"SciPy, {tolerance:g}, official field": host_driven(official, setup, eps, **options),
-        }
-    for field in (forward_mode, official):
-        jax.block_until_ready(field(x, jnp.float32(eps)))  # compiles
-    dims, offset = x[0].size, setup.preprocessing.bits_offset
+        solvers[f"one program, {tolerance:g}"] = ours(**options)
+        solvers[f"official, {tolerance:g}"] = host_driven(field, setup, eps, **options)
+    jax.block_until_ready(field(x, jnp.float32(eps)))  # compiles
 
     def bits(logp: jax.Array) -> np.ndarray:
-        return np.asarray(likelihood.to_bits_per_dim(-jnp.asarray(logp), dims, offset), np.float64)
+        nats, offset = -jnp.asarray(logp), setup.preprocessing.bits_offset
+        return np.asarray(likelihood.to_bits_per_dim(nats, x[0].size, offset), np.float64)
 
     exact = bits(ours(num_steps=512)(x)[0])
     print(f"JAX {jax.__version__}, {jax.devices()}; {len(x)} images, {exact.mean():.4f} bits/dim")
-    heads = ("solver", "evaluations", "ms an image", "times", "error of the mean", "of an image")
-    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    first = None
+    columns = ("evaluations", "ms an image", "times", "error of the mean", "of an image")
+    table, first = Table("solver", *columns), None
     for name, solve in solvers.items():
         if hasattr(solve, "lower"):
             jax.block_until_ready(solve(x))  # compiles
@@ -125,9 +104,9 @@ def main() -> None:
         each = 1e3 * (time.perf_counter() - start) / len(x)
         first = first or each
         error = bits(logp) - exact
-        cells = (name, int(nfe), f"{each:.1f}", f"{each / first:.1f}")
-        worst = np.abs(error).max()
-        print("| " + " | ".join(map(str, (*cells, f"{error.mean():+.4f}", f"{worst:.4f}"))) + " |")
+        errors = f"{error.mean():+.4f}", f"{np.abs(error).max():.4f}"
+        table.add(name, int(nfe), f"{each:.1f}", f"{each / first:.1f}", *errors)
+    table.show()
 
 
 if __name__ == "__main__":

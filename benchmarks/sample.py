@@ -2,7 +2,7 @@
 
 python -m benchmarks.sample                                          # CIFAR-10's DDPM++, for a GPU
 python -m benchmarks.sample --nf 32 --num_res_blocks 1 --batch 16    # for a CPU
-python -m benchmarks.sample --config configs/vp/digits_st.py --workdir RUN   # a trained network
+python -m benchmarks.sample --workdir RUN                            # a trained network
 
 Methods are compiled as in `--mode sample`, for one device. The share is relative to the speed of
 one large matrix product. Memory is the process's peak on the device so far, so give batch sizes in
@@ -14,25 +14,32 @@ to keep x in the range of images. Only the number of evaluations of `ode` depend
 is smaller than for a trained network, which --workdir uses.
 """
 
-import argparse
 import functools
 import pathlib
-import runpy
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jax import Array
 from ml_collections import ConfigDict
 
 import build
 import likelihood
 import sampling
-from benchmarks.measure import Table, gflop_a_call, peak_gib, product_rate, seconds_a_call
-from runtime import checkpointing, environment
+from benchmarks.measure import (
+    Table,
+    add_network,
+    get_parser,
+    gflop_a_call,
+    load_run,
+    peak_gib,
+    product_rate,
+    seconds_a_call,
+    set_network,
+)
+from configs.vp import cifar10_st
 from sde_lib import expand
 
 
@@ -48,9 +55,7 @@ def methods(config: ConfigDict, tolerance: float) -> dict[str, dict[str, Any]]:
     }
 
 
-def score_of(
-    config: ConfigDict, setup: build.Setup, trained: bool
-) -> Callable[[Any], sampling.ScoreFn]:
+def score_of(setup: build.Setup, trained: bool) -> Callable[[Any], sampling.ScoreFn]:
     """A function from parameters to the score function to sample from."""
 
     def make_score_fn(params: Any) -> sampling.ScoreFn:
@@ -86,37 +91,23 @@ def likelihood_of(
 
 def main() -> None:
     """Measure all methods and batch sizes, and print the table."""
-    environment.prepare()
-    environment.keep_freed_memory()
-    logging.set_verbosity(logging.ERROR)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    on_cpu = jax.default_backend() == "cpu"
-    parser.add_argument("--config", default="configs/vp/cifar10_st.py")
+    parser, on_cpu = get_parser(__doc__), jax.default_backend() == "cpu"
+    add_network(parser, on_cpu=[16], on_gpu=[128])
     parser.add_argument("--workdir", type=pathlib.Path, help="workdir of a trained run")
-    parser.add_argument("--batch", type=int, nargs="+", default=[16] if on_cpu else [128])
-    parser.add_argument("--dtype", default="float32" if on_cpu else "bfloat16")
-    parser.add_argument("--nf", type=int, help="replaces model.nf")
-    parser.add_argument("--num_res_blocks", type=int, help="replaces model.num_res_blocks")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="rtol and atol of ode")
     parser.add_argument("--pc_steps", type=int, default=20 if on_cpu else 1000)
     parser.add_argument("--nll_steps", type=int, default=64, help="steps of the likelihood")
     flags = parser.parse_args()
-    sizes = {"nf": flags.nf, "num_res_blocks": flags.num_res_blocks}
-    sizes = {name: size for name, size in sizes.items() if size}
-    if flags.workdir and sizes:
-        parser.error("--nf and --num_res_blocks are of a network that is not trained")
-    config = runpy.run_path(flags.config)["get_config"]()
-    config.model.update(sizes)
-    setup = build.set_up(config)
     if flags.workdir:
-        params = checkpointing.restore_latest(config, flags.workdir, setup.state_shape).ema_params
+        config, _, params = load_run(flags.workdir)
     else:
-        params = setup.init_params()
+        config = cifar10_st.get_config()
+        set_network(config, flags)
+        params = build.set_up(config).init_params()
     params = jax.device_put(params)
-    # After restoring the checkpoint, which belongs to the unchanged config.
     config.model.update(dtype=flags.dtype, num_scales=flags.pc_steps)
     setup = build.set_up(config)
-    make_score_fn = score_of(config, setup, bool(flags.workdir))
+    make_score_fn = score_of(setup, bool(flags.workdir))
     shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
     one = jnp.zeros((1, *shape)), jnp.zeros(1)
     gflop = gflop_a_call(setup.model.apply, {"params": params}, *one)

@@ -36,9 +36,10 @@ GOLDEN_MODELS = (
 
 def environment_of(devices):
     """The environment of a process with so many CPU devices, and this one's other flags."""
+    given = os.environ.get("XLA_FLAGS", "")
     count = f"--xla_force_host_platform_device_count={devices}"
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", count, os.environ["XLA_FLAGS"])
-    return dict(os.environ, XLA_FLAGS=flags)
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", count, given)
+    return dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
 
 
 def nhwc(array):

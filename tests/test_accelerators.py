@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -31,10 +30,9 @@ from models import layers, ncsnpp, norm_kernels
 from readers import tfds
 from runtime import hosts, memory, workdir
 from runtime.metrics_log import read_metrics
-from tests.helpers import environment_of, tiny_config
-from tests.test_run_lib import TINY, assert_identical, state_of
+from tests.helpers import tiny_config
+from tests.jobs import ROOT, TINY, assert_identical, start_several, state_of, wait_until
 
-ROOT = pathlib.Path(__file__).parent.parent
 # main.py with several steps a call and the data on the device, as on an accelerator.
 AS_ON_AN_ACCELERATOR = """
 import sys
@@ -47,32 +45,9 @@ app.run(main.main, flags_parser=main._parse)
 
 
 def start(*args, processes=2, devices=4):
-    """main.py in several processes over loopback; the last one's lines are not shown."""
-    port = 20_000 + (os.getpid() * 7 + start.count) % 20_000
-    start.count += 1
-    env = environment_of(devices) | {"PYTHONPATH": str(ROOT)}
-    of_many = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}"]
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                AS_ON_AN_ACCELERATOR,
-                f"--config={ROOT}/configs/vp/digits_st.py",
-                *args,
-                *([*of_many, f"--process_id={i}"] if processes > 1 else []),
-            ],
-            env=env,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-
-
-start.count = 0
+    """main.py in several processes over loopback."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "devices": devices}
+    return start_several(processes, *args, program=("-c", AS_ON_AN_ACCELERATOR), **options)
 
 
 def finish(processes):
@@ -80,14 +55,6 @@ def finish(processes):
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
     return outputs
-
-
-def wait_for(path, processes):
-    """Wait until a file or folder is there."""
-    while not path.exists():
-        codes = [process.poll() for process in processes]
-        assert codes == [None] * len(codes), [process.communicate()[0] for process in processes]
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("size", [0, 7, 2**31 + 5, 7_000_000_000, 2**40])
@@ -403,7 +370,7 @@ def test_sigterm_stops_two_processes_with_several_steps_a_call(tmp_path):
         "--config.training.snapshot_freq_for_preemption=20",
         devices=2,
     )
-    wait_for(tmp_path / "run" / "checkpoints" / "40", processes)
+    wait_until((tmp_path / "run" / "checkpoints" / "40").exists, *processes, every=0.02)
     processes[1].send_signal(signal.SIGTERM)
     outputs = finish(processes)
     assert "stopped at step" in outputs[0]
@@ -422,7 +389,7 @@ def test_a_killed_process_ends_the_other_with_one_line(tmp_path, victim):
         "--config.training.snapshot_freq_for_preemption=20",
         devices=1,
     )
-    wait_for(tmp_path / "run" / "checkpoints" / "40", processes)
+    wait_until((tmp_path / "run" / "checkpoints" / "40").exists, *processes, every=0.02)
     processes[victim].kill()
     began = time.monotonic()
     output = processes[1 - victim].communicate(timeout=60)[0]
@@ -445,11 +412,11 @@ def test_a_run_on_eight_devices_of_two_processes_survives_what_happens_to_it(tmp
 
     finish(run(whole, "train"))
     processes = run(cut, "train")
-    wait_for(cut / "checkpoints" / str(STEPS // 5), processes)
+    wait_until((cut / "checkpoints" / str(STEPS // 5)).exists, *processes, every=0.02)
     processes[1].send_signal(signal.SIGTERM)
     assert "stopped at step" in finish(processes)[0]
     processes = run(cut, "train")
-    wait_for(cut / "checkpoints" / str(STEPS * 3 // 5), processes)
+    wait_until((cut / "checkpoints" / str(STEPS * 3 // 5)).exists, *processes, every=0.02)
     for process in processes:
         process.kill()
         process.communicate()

@@ -21,7 +21,7 @@ from modes import sample as sample_mode
 from readers.source import ArraySource
 from runtime import checkpointing
 from tests.helpers import tiny_config
-from tests.test_run_lib import assert_identical, state_of
+from tests.jobs import assert_identical, state_of
 from train_step import get_optimizer
 
 

@@ -3,9 +3,7 @@
 import csv
 import json
 import shutil
-import signal
 import subprocess
-import time
 import zipfile
 
 import jax
@@ -21,8 +19,8 @@ from errors import UserError
 from metrics import bits_per_dim, scorers
 from metrics import report as metrics_report
 from metrics.features import Extractor
-from tests.helpers import environment_of, tiny_config
-from tests.test_run_lib import TINY, command, run_main
+from tests.helpers import tiny_config
+from tests.jobs import DIGITS, TINY, kill, run_main, start, wait_until
 
 
 def eval_config(tmp_path, **fields):
@@ -335,21 +333,16 @@ def test_a_killed_evaluation_ends_with_the_same_report(trained, tmp_path):
         "--config.eval.num_samples=400",
         "--config.sampling.method=dpm_solver",
     ]
-    recipe = "vp/digits_st.py"
     eval_folder = tmp_path / "run" / "eval"
     for kind, count in (("bpd", 3), ("samples", 30)):
-        process = subprocess.Popen(
-            command(recipe, *args, "--mode=eval"), env=environment_of(1), stderr=subprocess.DEVNULL
-        )
-        while len(list(eval_folder.rglob(f"{kind}_*.npz"))) < count:
-            assert process.poll() is None, "the evaluation ended before it could be killed"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process = start(DIGITS, *args, "--mode=eval", stderr=subprocess.DEVNULL)
+        parts = f"{kind}_*.npz"
+        wait_until(lambda p=parts, n=count: len(list(eval_folder.rglob(p))) >= n, process)
+        kill(process)
     assert not (eval_folder / "report.json").exists()
     reports = []
     for _ in range(2):  # gone on with, and from the beginning
-        result = run_main(recipe, *args, "--mode=eval")
+        result = run_main(DIGITS, *args, "--mode=eval")
         assert result.returncode == 0, result.stderr
         reports.append((eval_folder / "report.json").read_bytes())
     assert reports[0] == reports[1]

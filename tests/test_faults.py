@@ -36,7 +36,6 @@ import losses
 import run_lib
 import train_step
 import training_log
-from benchmarks import bit_flips, fuzz
 from errors import UserError
 from metrics.report import earlier_scores
 from readers import cache, tfrecords
@@ -45,13 +44,17 @@ from runtime import checkpointing, environment, exported, files, hosts, locking
 from runtime.metrics_log import Metrics, read_metrics
 from runtime.progress import Progress
 from runtime.workdir import record_data
+from tests import jobs
 from tests.helpers import environment_of, tiny_config
-from tests.test_run_lib import TINY, assert_identical, command, losses_of, run_main, state_of
+from tests.jobs import DIGITS, TINY, assert_identical, losses_of, state_of, steps_of
+from tests.stress import bit_flips, formats
 
 
-def steps_of(workdir):
-    names = [path.name for path in (workdir / "checkpoints").iterdir()]
-    return sorted(int(name) for name in names if name.isdigit())
+@pytest.fixture
+def log(caplog):
+    """The program's log, with what is only informed of."""
+    caplog.set_level(logging.INFO, "soft_truncation")
+    return caplog
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +92,14 @@ def damage(folder, how):
 @pytest.mark.parametrize(
     "how", ["truncated", "missing file", "no metadata", "no state", "other values"]
 )
-def test_a_damaged_checkpoint_is_passed_over(trained, run, how, caplog):
-    caplog.set_level(logging.INFO, "soft_truncation")
+def test_a_damaged_checkpoint_is_passed_over(trained, run, how, log):
     damage(run / "checkpoints" / "9", how)
     config = tiny_config(n_iters=9, snapshot_freq=3)
     # Evaluation and training say so; training goes on from the one before.
     with pytest.raises(UserError, match=r"checkpoints/9 can't be read"):
         state_of(config, run)
     state = run_lib.train(config, run)
-    assert "trying the one before" in caplog.text and "resumed at step 6" in caplog.text
+    assert "trying the one before" in log.text and "resumed at step 6" in log.text
     assert_identical(state, state_of(config, trained))
     assert steps_of(run) == [3, 6, 9]
     assert len(list((run / "damaged_checkpoints").iterdir())) == 1
@@ -114,18 +116,32 @@ def test_if_no_checkpoint_can_be_read_nothing_is_changed(run):
     assert sorted(path for path in run.rglob("*") if path.name != ".lock") == before
 
 
+HOLD = """
+import pathlib, sys, time
+from runtime import locking
+path = pathlib.Path(sys.argv[1])
+with locking.{lock}:
+    print(1, flush=True)
+    time.sleep(99)
+"""
+
+
+def hold(lock, path):
+    """Start a process that holds a lock of `runtime.locking` until it is killed."""
+    command = [sys.executable, "-c", HOLD.format(lock=lock), path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
 @pytest.mark.slow
 def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(run):
-    code = "import pathlib, sys, time\nfrom runtime.locking import locked\n"
-    code += "with locked(pathlib.Path(sys.argv[1])):\n print(1, flush=True)\n time.sleep(99)"
-    process = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE)
-    process.stdout.readline()
+    process = hold("locked(path)", run)
     config = tiny_config(n_iters=9, snapshot_freq=3)
     who = f"process {process.pid} on {socket.gethostname()} is at work in"
     with pytest.raises(UserError, match=who):
         run_lib.train(config, run)
-    process.kill()
-    process.wait()
+    jobs.kill(process)
     assert int(run_lib.train(config, run).step) == 9
 
 
@@ -163,17 +179,12 @@ def test_a_lock_with_another_name_or_no_file_is_held_and_not_written(tmp_path):
         locking.locked(tmp_path).__enter__()
 
 
-def test_one_waits_for_a_lock_until_the_process_that_has_it_is_killed(tmp_path, caplog):
-    caplog.set_level(logging.INFO, "soft_truncation")
-    code = "import pathlib, sys, time\nfrom runtime.locking import waiting_lock\n"
-    code += "with waiting_lock(pathlib.Path(sys.argv[1]), ''):\n"
-    code += " print(1, flush=True)\n time.sleep(99)"
+def test_one_waits_for_a_lock_until_the_process_that_has_it_is_killed(tmp_path, log):
     path = tmp_path / "x.lock"
-    process = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE)
-    process.stdout.readline()
+    process = hold("waiting_lock(path, '')", path)
     threading.Timer(0.5, process.kill).start()
     with locking.waiting_lock(path, "another process works"):
-        assert "another process works; waiting for it" in caplog.text
+        assert "another process works; waiting for it" in log.text
     process.wait()
 
 
@@ -273,9 +284,8 @@ def poisoned(monkeypatch, steps):
 
 
 @pytest.mark.slow
-def test_a_step_that_is_not_finite_is_skipped_and_counted(trained, tmp_path, monkeypatch, caplog):
+def test_a_step_that_is_not_finite_is_skipped_and_counted(trained, tmp_path, monkeypatch, log):
     config = tiny_config(n_iters=9, snapshot_freq=3)
-    caplog.set_level(logging.INFO, "soft_truncation")
     poisoned(monkeypatch, np.array([4, 5, 8]))
     state = run_lib.train(config, tmp_path / "run")
     assert int(state.step) == 9
@@ -284,7 +294,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(trained, tmp_path, mon
     counts = {int(leaf) for leaf in jax.tree.leaves(state.opt_state) if np.ndim(leaf) == 0}
     assert counts == {6}
     assert set(losses_of(tmp_path / "run")) == {1, 2, 3, 4, 7, 8}
-    assert caplog.text.count("1 steps skipped") == 3
+    assert log.text.count("1 steps skipped") == 3
     # The checkpoint of step 6, the second of the two, was not saved: its last loss was not finite.
     # That of the end is, whatever the last step was: a skipped one leaves all as it is.
     assert steps_of(tmp_path / "run") == [3, 9]
@@ -316,23 +326,16 @@ def limited(limit):
 
 @pytest.fixture
 def start():
-    """Starts runs; none of them outlives the test."""
-    started = []
-    yield lambda *args, **kwargs: started.append(launch(*args, **kwargs)) or started[-1]
-    for process in started:
-        process.kill()
-
-
-def launch(*args, **kwargs):
-    env = environment_of(1)
+    """Starts runs without a compile cache; none of them outlives the test."""
+    env, started = environment_of(1), []
     env.pop("JAX_COMPILATION_CACHE_DIR")  # its files would be cut as well
-    return subprocess.Popen(
-        command("vp/digits_st.py", *TINY, *args),
-        env=env,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
+
+    def start(*args, **options):
+        started.append(jobs.start(DIGITS, *TINY, *args, env=env, **options))
+        return started[-1]
+
+    yield start
+    jobs.kill(*started)
 
 
 @pytest.mark.slow
@@ -349,9 +352,7 @@ def test_a_full_disk_is_waited_for_and_at_last_stops_the_run(start, tmp_path):
     assert "training goes on" in line
     assert steps_of(tmp_path / "run") == []
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    while not steps_of(tmp_path / "run"):
-        assert process.poll() is None
-        time.sleep(0.05)
+    jobs.wait_until(lambda: steps_of(tmp_path / "run"), process, every=0.05)
     # There is room again. A SIGTERM saves and ends well, whatever it was doing.
     process.send_signal(signal.SIGTERM)
     last = process.communicate()[1].splitlines()
@@ -430,31 +431,31 @@ def test_metrics_that_are_no_file_are_replaced_and_no_link_is_followed(tmp_path,
     assert losses_of(tmp_path) == {1: 0.5} and not path.is_symlink() and not target.exists()
 
 
-@pytest.mark.parametrize("kind", bit_flips.KINDS)
+@pytest.mark.parametrize("kind", bit_flips.KEPT)
 def test_no_flipped_bit_is_read_as_something_else(kind):
     counts, wrong = bit_flips.flip(kind, flips=10, seed=1)
     assert not wrong and counts["noticed"]
 
 
 def test_files_without_checksums_are_read_as_before(tmp_path, caplog):
-    model, params = tmp_path / "model", bit_flips._params()
+    model, params = tmp_path / "model", formats.PARAMS
     model.mkdir()
-    bit_flips._make_model(model)
+    formats.write_model(model)
     with safe_open(model / exported.WEIGHTS, framework="numpy") as file:
         named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     save_file(named, model / exported.WEIGHTS, metadata={"step": "7"})
     assert exported.read_step(model) == 7
     (tmp_path / "x.msgpack").write_bytes(serialization.to_bytes(params))
-    kept = bit_flips._read_cached_classifier(tmp_path), exported.read(model, params)
+    kept = formats.read_classifier(tmp_path), exported.read(model, params)
     assert jax.tree.all(jax.tree.map(np.array_equal, kept, (params, params)))
-    bit_flips._make_checkpoint(tmp_path)
+    formats.write_checkpoint(tmp_path)
     path = tmp_path / "checkpoints" / "7" / "_CHECKPOINT_METADATA"
     facts = json.loads(path.read_text())
-    assert len(facts["custom_metadata"]["checksums"]) == len(jax.tree.leaves(bit_flips._state()))
+    assert len(facts["custom_metadata"]["checksums"]) == len(jax.tree.leaves(formats.STATE))
     for text in (json.dumps(facts | {"custom_metadata": None}), None):
         path.unlink() if text is None else path.write_text(text)
-        state = bit_flips._read_checkpoint(tmp_path)
-        assert jax.tree.all(jax.tree.map(np.array_equal, state, bit_flips._state()))
+        state = formats.read_checkpoint(tmp_path)
+        assert jax.tree.all(jax.tree.map(np.array_equal, state, formats.STATE))
     assert not [record for record in caplog.records if record.name == "soft_truncation"]
 
 
@@ -467,8 +468,8 @@ def compared(images):
 
 def test_large_decoded_images_are_compared_in_the_background(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "_CHECKED_AT_ONCE", 0)
-    bit_flips._make_decoded(tmp_path)
-    entry, *_ = bit_flips._entry(tmp_path)
+    formats.write_decoded(tmp_path)
+    entry, *_ = formats.cache_entry(tmp_path)
     train = entry.read().train
     compared(train)
     assert len(train.fetch(np.arange(9))["image"]) == 9
@@ -612,46 +613,33 @@ def test_a_workdir_that_is_moved_is_told_of_and_not_made_anew(tmp_path, caplog):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "soft_truncation")
+def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch, log):
     ticks = iter([100.0, 102.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(ticks))
     progress = Progress("work", 10)
     monkeypatch.setattr(time, "time", lambda: 0.0)
     progress.advance(10)
     monkeypatch.undo()
-    assert "| 5 images/s |" in caplog.text
+    assert "| 5 images/s |" in log.text
 
 
-def test_progress_through_an_unknown_number_of_images_is_told_in_images(caplog):
-    caplog.set_level(logging.INFO, "soft_truncation")
+def test_progress_through_an_unknown_number_of_images_is_told_in_images(log):
     progress = Progress("work", 0, every=0)
     progress.advance(1000)
     progress.advance(234)
-    assert "work | 1,234 images | " in caplog.text and "left" not in caplog.text
+    assert "work | 1,234 images | " in log.text and "left" not in log.text
 
 
 @pytest.mark.slow
-def test_fewer_iterations_than_the_run_has_made_train_nothing(run, caplog):
-    caplog.set_level(logging.INFO, "soft_truncation")
+def test_fewer_iterations_than_the_run_has_made_train_nothing(run, log):
     assert int(run_lib.train(tiny_config(n_iters=4, snapshot_freq=3), run).step) == 9
-    assert "step 9 is reached, training.n_iters is 4: no training" in caplog.text
-    assert "done: 9 steps" in caplog.text
+    assert "step 9 is reached, training.n_iters is 4: no training" in log.text
+    assert "done: 9 steps" in log.text
 
 
-def start_two(number, *args):
-    """main.py in two processes of two devices; `number` keeps the ports of a test apart."""
-    port = 20_000 + (2 * os.getpid() + number) % 20_000
-    args = [*args, "--num_processes=2", f"--coordinator_address=127.0.0.1:{port}"]
-    return [
-        subprocess.Popen(
-            command("vp/digits_st.py", *TINY, *args, f"--process_id={i}"),
-            env=environment_of(2),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
+def start_two(*args):
+    """main.py in two processes of two devices."""
+    return jobs.start_several(2, *TINY, *args, devices=2)
 
 
 def errors_of(processes, returncode):
@@ -663,7 +651,7 @@ def errors_of(processes, returncode):
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
     args = [f"--workdir={tmp_path}/run", "--config.training.n_iters=10"]
-    processes = start_two(0, *args, "--config.optim.warmup=3")
+    processes = start_two(*args, "--config.optim.warmup=3")
     config = tiny_config(n_iters=20, snapshot_freq=1000, snapshot_freq_for_preemption=1000)
     one = run_lib.train(config, tmp_path / "one")  # on four devices
     errors = errors_of(processes, 0)
@@ -671,9 +659,9 @@ def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
 
     # Both export what they trained; again into the same folder, both refuse.
     export = ["--mode=export", f"--workdir={tmp_path}/run", f"--to={tmp_path}/model"]
-    errors_of(start_two(1, *export), 0)
+    errors_of(start_two(*export), 0)
     assert exported.read_step(tmp_path / "model") == 10
-    for error in errors_of(start_two(0, *export), 2):
+    for error in errors_of(start_two(*export), 2):
         assert "is not empty; name a new folder" in error and "Traceback" not in error
 
     other = run_lib.train(config, tmp_path / "run")
@@ -685,9 +673,8 @@ def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
 
 @pytest.mark.slow
 def test_processes_with_other_configs_end_in_one_line(tmp_path):
-    processes = start_two(0, f"--workdir={tmp_path}/run")
-    processes[1].kill()
-    processes[1].wait()
+    processes = start_two(f"--workdir={tmp_path}/run")
+    jobs.kill(processes[1])
     args = [*processes[1].args, "--config.seed=3"]
     processes[1] = subprocess.Popen(args, env=environment_of(2), stderr=subprocess.PIPE, text=True)
     for error in errors_of(processes, 2):
@@ -698,7 +685,7 @@ def test_processes_with_other_configs_end_in_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_flags_of_several_processes_belong_together():
-    result = run_main("vp/digits_st.py", "--num_processes=2")
+    result = jobs.run_main(DIGITS, "--num_processes=2")
     assert result.returncode == 2 and "belong together" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
@@ -722,7 +709,7 @@ def compile_cache(tmp_path):
     compilation_cache.reset_cache()
 
 
-def test_a_program_cut_off_in_the_compile_cache_is_compiled_anew(compile_cache, caplog):
+def test_a_program_cut_off_in_the_compile_cache_is_compiled_anew(compile_cache, log):
     def compute():
         jax.clear_caches()
         return float(jax.jit(lambda x: jnp.sin(x).sum() * 3)(jnp.arange(5.0)))
@@ -730,18 +717,17 @@ def test_a_program_cut_off_in_the_compile_cache_is_compiled_anew(compile_cache, 
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         environment._watch_cache()  # catch_warnings has put Python's own back
-        caplog.set_level("INFO", "soft_truncation")
         value = compute()
         kept = {path: path.read_bytes() for path in compile_cache.glob("*-cache")}
-        assert kept and not caplog.messages
+        assert kept and not log.messages
         for path, whole in kept.items():
             path.write_bytes(whole[: len(whole) // 2])
         assert compute() == value
-        damaged = [line for line in caplog.messages if "damaged program" in line]
+        damaged = [line for line in log.messages if "damaged program" in line]
         assert damaged and str(compile_cache) in damaged[0]
-        caplog.clear()
+        log.clear()
         assert compute() == value
-        assert not caplog.messages
+        assert not log.messages
 
 
 def test_a_program_that_was_compiled_is_loaded_from_the_cache(compile_cache):
@@ -764,16 +750,15 @@ def test_a_program_that_was_compiled_is_loaded_from_the_cache(compile_cache):
     assert not loaded
 
 
-def test_a_program_that_can_not_be_replaced_is_told_once(compile_cache, monkeypatch, caplog):
+def test_a_program_that_can_not_be_replaced_is_told_once(compile_cache, monkeypatch, log):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    caplog.set_level("INFO", "soft_truncation")
     (compile_cache / "jit_f-12-cache").touch()
     monkeypatch.setattr(os, "unlink", refuse)
     warning = "Error reading persistent compilation cache entry for 'jit_f-12': denied"
     assert environment.mend_cache(warning) and environment.mend_cache(warning)
-    (said,) = caplog.messages
+    (said,) = log.messages
     assert "neither read nor replaced" in said
 
 
@@ -799,11 +784,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.slow
 def test_damaged_files_are_read_or_refused_in_one_line():
     # LMDB's C library ends the process for some damaged pages.
-    names = ",".join(name for name in fuzz.FORMATS if name != "LSUN lmdb")
-    command = [sys.executable, "-m", "benchmarks.fuzz", "--seconds=0.4", "--seed=1000"]
-    done = subprocess.run([*command, f"--formats={names}"], capture_output=True, text=True)
+    names = [name for name in formats.BROUGHT if name != "LSUN lmdb"]
+    command = [sys.executable, "-m", "tests.stress.fuzz", "--seconds=0.4", "--seed=1000"]
+    done = subprocess.run([*command, "--formats", *names], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("| 0 | 0 |") == 2 * (len(fuzz.FORMATS) - 1)  # as they come, and again
+    assert done.stdout.count("| 0 | 0 |") == len(names)
 
 
 def test_the_newest_checkpoint_that_can_be_read_is_taken(tmp_path, monkeypatch):

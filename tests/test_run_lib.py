@@ -3,12 +3,9 @@
 import functools
 import json
 import os
-import pathlib
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -33,51 +30,22 @@ from modes import sample as sample_mode
 from modes import transfer
 from runtime import checkpointing, exported, locking, workdir
 from runtime.workdir import check_network, claim_workdir
-from tests.helpers import GOLDEN, environment_of, tiny_config
+from tests.helpers import GOLDEN, tiny_config
+from tests.jobs import (
+    DIGITS,
+    ROOT,
+    TINY,
+    assert_identical,
+    kill,
+    losses_of,
+    run_main,
+    start,
+    state_of,
+    wait_until,
+)
 from tests.make_folder import make_folder
 
-ROOT = pathlib.Path(__file__).parent.parent
 NOISE = "--config.model.parametrization=noise"  # as official networks do
-TINY = (
-    "--config.model.nf=8",
-    "--config.model.ch_mult=(1,)",
-    "--config.model.attn_resolutions=()",
-    "--config.training.batch_size=8",
-    "--config.training.log_freq=1",
-    "--config.training.eval_freq=1000",
-    "--config.training.snapshot_freq=1000",
-    "--config.training.snapshot_sampling=False",
-)
-
-
-def command(config, *args):
-    return [sys.executable, str(ROOT / "main.py"), "--config", f"{ROOT}/configs/{config}", *args]
-
-
-def run_main(config, *args, cwd=ROOT, devices=1):
-    return subprocess.run(
-        command(config, *args),
-        cwd=cwd,
-        env=environment_of(devices),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def losses_of(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
-
-def state_of(config, workdir):
-    setup = build.set_up(config)
-    return checkpointing.restore_latest(config, workdir, setup.state_shape)
-
-
-def assert_identical(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def test_a_killed_run_goes_on(tmp_path):
@@ -86,14 +54,9 @@ def test_a_killed_run_goes_on(tmp_path):
         for name, value in fields.items() if section in ("model", "optim", "training") else ():
             args.append(f"--config.{section}.{name}={value}")
     cut = tmp_path / "cut"
-    process = subprocess.Popen(  # with the devices and flags of this process
-        command("vp/digits_st.py", *args, f"--workdir={cut}"), stderr=subprocess.DEVNULL
-    )
-    while not (cut / "checkpoints" / "10").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start(DIGITS, *args, f"--workdir={cut}", devices=4, stderr=subprocess.DEVNULL)
+    wait_until((cut / "checkpoints" / "10").exists, process)
+    kill(process)
     assert max(losses_of(cut)) < 30
     assert_identical(run_lib.train(config, cut), run_lib.train(config, tmp_path / "whole"))
     assert losses_of(cut) == losses_of(tmp_path / "whole")
@@ -106,25 +69,18 @@ def test_a_killed_run_continues_and_ends_bit_identical(tmp_path):
         "--config.training.n_iters=60",
         "--config.training.snapshot_freq_for_preemption=5",
     ]
-    whole = run_main("vp/digits_st.py", *args, f"--workdir={tmp_path}/whole")
+    whole = run_main(DIGITS, *args, f"--workdir={tmp_path}/whole")
     assert whole.returncode == 0, whole.stderr
     assert "60/60" in whole.stderr and "images/s" in whole.stderr and "left" in whole.stderr
 
     cut = tmp_path / "cut"
-    process = subprocess.Popen(
-        command("vp/digits_st.py", *args, f"--workdir={cut}"),
-        env=environment_of(1),
-        stderr=subprocess.DEVNULL,
-    )
-    metrics = cut / "metrics.jsonl"
-    while not ((cut / "checkpoints" / "5").exists() and metrics.read_text().count("loss") > 13):
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start(DIGITS, *args, f"--workdir={cut}", stderr=subprocess.DEVNULL)
+    first, metrics = cut / "checkpoints" / "5", cut / "metrics.jsonl"
+    wait_until(lambda: first.exists() and metrics.read_text().count("loss") > 13, process)
+    kill(process)
     assert max(losses_of(cut)) < 60
 
-    resumed = run_main("vp/digits_st.py", *args, f"--workdir={cut}")
+    resumed = run_main(DIGITS, *args, f"--workdir={cut}")
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed at step" in resumed.stderr
     config = tiny_config()
@@ -419,7 +375,7 @@ def test_a_strangers_folder_trains_with_the_command_of_the_readme(tmp_path):
 def test_a_mistake_is_one_line(tmp_path, args, line):
     devices = 4 if "devices=4" in args else 1
     args = [a for a in args if a != "devices=4"]
-    result = run_main("vp/digits_st.py", f"--workdir={tmp_path}/run", *args, devices=devices)
+    result = run_main(DIGITS, f"--workdir={tmp_path}/run", *args, devices=devices)
     assert result.returncode not in (0, None)
     assert line in result.stderr
     assert "Traceback" not in result.stderr
@@ -551,9 +507,9 @@ def test_several_steps_a_call_with_the_data_on_the_device_are_the_same_run(tmp_p
     losses = losses_of(tmp_path / "one")
     assert list(losses) == [3, 6, 9, 12, 13]
     # A window of the log begins anew after the first call, which compiles.
-    for name, start in (("several", 6), ("resumed", 9)):
+    for name, begin in (("several", 6), ("resumed", 9)):
         ours = losses_of(tmp_path / name)
-        for step in range(start, 13, 3):
+        for step in range(begin, 13, 3):
             np.testing.assert_allclose(ours[step], losses[step], rtol=1e-4)
 
 

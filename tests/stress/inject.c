@@ -1,4 +1,4 @@
-/* Faults in the calls that change files below a folder, for benchmarks/jobs.py: LD_PRELOAD.
+/* Faults in the calls that change files below a folder, for tests/stress/workshop.py: LD_PRELOAD.
    inject_arm(root, kind, at, log) counts from 1 every call that opens a file for writing, writes,
    resizes, syncs, renames, links, makes a folder or deletes; call number `at` suffers the fault. */
 #define _GNU_SOURCE
