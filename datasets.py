@@ -622,6 +622,27 @@ class Units:
         low, high = _ends(self.scale)
         return (low + (high - low) * levels.astype(np.float64)).astype(np.float32)
 
+    def from_files(self, files: np.ndarray, padded: tuple[int, int, int]) -> np.ndarray:
+        """The inverse of `to_files`: pixels (N, H, W, C) of images that files have, padded.
+
+        Raises:
+          UserError: they are of another type, or have levels that the data do not have.
+        """
+        if not self.of_arrays:
+            if files.dtype != np.uint8:
+                raise UserError(f"images must be uint8, from 0 to 255; these are {files.dtype}")
+            levels = np.round(files.astype(np.float32) * (highest(self.num_levels) / 255))
+            levels = levels.astype(np.uint8)
+        elif self.scale:
+            low, high = _ends(self.scale)
+            levels = ((files.astype(np.float64) - low) / (high - low)).astype(np.float32)
+        else:
+            if files.dtype.kind not in "iu" or files.min() < 0 or files.max() >= self.num_levels:
+                raise UserError(f"images must be whole numbers from 0 to {self.num_levels - 1}")
+            levels = files.astype(np.uint8 if self.num_levels <= 256 else np.uint16)
+        more = [(0, end - size) for end, size in zip(padded[:2], files.shape[1:3], strict=True)]
+        return np.pad(levels, [(0, 0), *more, (0, 0)], mode="edge")
+
     def to_pictures(self, levels: np.ndarray) -> np.ndarray:
         """Pixels (N, H, W, C) as pictures, (N, H, W', 1 or 3) uint8."""
         height, width = self.size
