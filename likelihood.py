@@ -39,7 +39,7 @@ from sampling import (
     probability_flow,
     solve_ode,
 )
-from sde_lib import RVESDE, SDE, expand
+from sde_lib import SDE, expand
 
 
 def ode_log_likelihood(
@@ -219,9 +219,7 @@ def largest_eps(sde: SDE, width: float, radius: float = 3.0) -> float | None:
     """The largest ε at which `cell_radius` is `radius`; None if the SDE has no such time."""
     gamma = 2 * np.log(0.5 * width / radius)
     t = float(sde.inverse_gamma(gamma))
-    # RVE's σ at its smallest time is the same whatever that time is.
-    lowest = sde.eps if isinstance(sde, RVESDE) else 0.0
-    return t if lowest < t < sde.T and abs(float(sde.gamma(t)) - gamma) < 0.01 else None
+    return t if sde.smallest_time < t < sde.T and abs(float(sde.gamma(t)) - gamma) < 0.01 else None
 
 
 def truncated_normal(key: Array, shape: tuple[int, ...], radius: Array) -> tuple[Array, Array]:

@@ -31,6 +31,11 @@ class SDE(abc.ABC):
     T: ClassVar[float] = 1.0
     exploding: ClassVar[bool] = False
 
+    @property
+    def smallest_time(self) -> float:
+        """The time below which x_t has no meaning."""
+        return 0.0
+
     @abc.abstractmethod
     def log_mean_coeff(self, t: ArrayLike) -> Array:
         """log α(t) = ∫₀ᵗ f(s) ds."""
@@ -337,6 +342,10 @@ class RVESDE(_VarianceExploding):
     """
 
     eps: float = 1e-5
+
+    @property
+    def smallest_time(self) -> float:
+        return self.eps
 
     def _log_sigma_fraction(self, t: Array) -> tuple[Array, Array]:
         span = t * (1 - self.eps)
