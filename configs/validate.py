@@ -185,7 +185,8 @@ def _problems(
             f"{', '.join(_LSUN_SCENES)}"
         )
     # The name is in the registry: this was checked above.
-    exploding = registries["training.sde"][config.training.sde](config).exploding
+    sde = fields.call(registries["training.sde"][config.training.sde], config, "training", "model")
+    exploding = sde.exploding
     network = registries["model.name"][config.model.name]
     yield from _model_problems(config, network, exploding)
     yield from _size_problems(config)
