@@ -20,6 +20,7 @@ import losses
 import parts
 import sampling
 import sde_lib
+import train_step
 from configs import fields
 from configs.default import get_default_config
 from configs.saved import as_recorded
@@ -33,10 +34,10 @@ from models.score import ScoreModel
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.workdir import recorded_config
 from train_step import (
+    Recipe,
     StepFn,
     TrainCall,
     TrainState,
-    get_optimizer,
     get_step_fn,
     make_train_call,
 )
@@ -50,6 +51,8 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "training.sde": sde_lib.SDES,
     "training.prior": losses.PRIORS,
     "training.weighting": losses.WEIGHTINGS,
+    "optim.optimizer": train_step.OPTIMIZERS,
+    "optim.schedule": train_step.SCHEDULES,
     "sampling.method": sampling.SAMPLERS,
     "sampling.predictor": sampling.PREDICTORS,
     "sampling.corrector": sampling.CORRECTORS,
@@ -88,6 +91,7 @@ class Setup:
     label_dropout: float
     eps: float  # the smallest time of training
     objective_text: str
+    optimizer_text: str
     loop: parts.Loop
     sampling: parts.Sampling
     evaluation: parts.Evaluation
@@ -111,6 +115,13 @@ def _first_state(optimizer: optax.GradientTransformation, params: Any) -> TrainS
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
     )
+
+
+def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimiser that a config names, with its learning rate."""
+    schedule = fields.call(train_step.SCHEDULES[config.optim.schedule], config, "optim", "training")
+    factory = train_step.OPTIMIZERS[config.optim.optimizer]
+    return fields.call(factory, config, "optim", "training", learning_rate=schedule)
 
 
 # The fields of an array data set that are read from its file.
@@ -222,6 +233,16 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
     score_model = fields.call(ScoreModel, config, "model", "training", sde=sde, network=model)
     sampler = sampling_method(config)
     objective = losses.get_objective(config, sde)
+    recipe = Recipe(
+        objective=objective,
+        make_score_fn=score_model.for_training,
+        optimizer=optimizer,
+        seed=config.seed,
+        ema_rate=config.model.ema_rate,
+        num_micro_batch=config.optim.num_micro_batch,
+        num_classes=config.model.num_classes,
+        label_dropout=training.label_dropout,
+    )
     preprocessing = datasets.get_preprocessing(config)
     levels = preprocessing.num_levels
     return Setup(
@@ -237,17 +258,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         init_params=lambda: mutils.init_params(
             model, image_shape(config), jax.random.key(config.seed)
         ),
-        make_step_fn=functools.partial(
-            get_step_fn,
-            objective,
-            score_model.for_training,
-            optimizer,
-            seed=config.seed,
-            ema_rate=config.model.ema_rate,
-            num_micro_batch=config.optim.num_micro_batch,
-            num_classes=config.model.num_classes,
-            label_dropout=training.label_dropout,
-        ),
+        make_step_fn=functools.partial(get_step_fn, recipe),
         sampler=sampler,
         make_sample_fn=functools.partial(get_sampling_fn, config, sde, score_model),
         read_arrays=functools.partial(datasets.array_of_images, config),
@@ -265,6 +276,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         label_dropout=training.label_dropout,
         eps=training.truncation_time,
         objective_text=objective_in_words(config),
+        optimizer_text=optimizer_in_words(config),
         loop=fields.call(parts.Loop, config, "training"),
         sampling=fields.call(parts.Sampling, config, "sampling"),
         evaluation=fields.call(parts.Evaluation, config, "eval"),
@@ -336,6 +348,15 @@ def objective_in_words(config: ConfigDict) -> str:
         f"{training.truncation.replace('_', ' ')} truncation"
         f"{'' if training.truncation == 'fixed' else prior}, ε = {training.truncation_time:g}"
         f"{mixed}{residual}"
+    )
+
+
+def optimizer_in_words(config: ConfigDict) -> str:
+    """The optimiser of a config, and its learning rate."""
+    optim = config.optim
+    return (
+        f"{optim.optimizer}, {optim.schedule.replace('_', ' ')} learning rate of {optim.lr:g} "
+        f"after {optim.warmup:,} steps of warm-up"
     )
 
 

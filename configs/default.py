@@ -76,8 +76,10 @@ def get_default_config() -> ConfigDict:
     model.num_scales = 1000  # steps of the PC sampler
 
     config.optim = optim = ConfigDict()
-    optim.optimizer = "Adam"
+    optim.optimizer = "Adam"  # a name in train_step.OPTIMIZERS: Adam or AdamW (decoupled decay)
     optim.lr = 2e-4
+    optim.schedule = "constant"  # of the rate, in train_step.SCHEDULES: cosine or inverse_sqrt
+    optim.decay_start = 70_000  # inverse_sqrt: the step at which the rate begins to fall
     optim.beta1 = 0.9
     optim.eps = 1e-8
     optim.weight_decay = 0.0

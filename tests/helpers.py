@@ -1,7 +1,6 @@
 """What several tests share: golden data, small configs, a Gaussian whose score is known."""
 
 import ast
-import functools
 import json
 import os
 import pathlib
@@ -217,11 +216,12 @@ def times_of_step(config, sde, step):
 
 def step_fn_of(config, sde, model, optimizer, num_levels):
     """A config's training steps for a network."""
-    return train_step.get_step_fn(
+    recipe = train_step.Recipe(
         losses.get_objective(config, sde, num_levels),
-        functools.partial(mutils.get_score_fn, config, sde, model, train=True),
+        score_model(config, sde, model).for_training,
         optimizer,
         seed=config.seed,
         ema_rate=config.model.ema_rate,
         num_micro_batch=config.optim.num_micro_batch,
     )
+    return train_step.get_step_fn(recipe)

@@ -79,11 +79,11 @@ one noise for all batches: COMPLETIONS), i, size) → COMPLETIONS), 0, size)
 padding is known: constant_values=1) → constant_values=0)
 
 [train_step.py | test_losses.py -k "ema or optimizer or weight_decay or training_step"]
-EMA a step late: ema_decay(ema_rate, state.step + 1) → ema_decay(ema_rate, state.step)
+EMA a step late: ema_decay(recipe.ema_rate, state.step + 1) → ema_decay(recipe.ema_rate, state.step)
 EMA the wrong way: e + (1 - decay) * (p - e) → e + decay * (p - e)
-gradients of one device: loss, grads = jax.lax.pmean((loss, grads), "batch") → pass
+gradients of one device: loss, grads = jax.lax.pmean((loss, grads), AXIS) → pass
 a NaN gradient is applied: jnp.isfinite(loss) & jnp.isfinite(grad_norm) → jnp.isfinite(loss)
-micro-batches are summed: lambda x: x / num_micro_batch, total) → lambda x: x, total)
+micro-batches are summed: lambda x: x / num_parts, total) → lambda x: x, total)
 frequencies decay: weight_decay * m * p → weight_decay * p
 packed ones decay: (updates, trained=trained) → (updates, trained=trained, fixed=params.fixed)
 steps over an evaluation: loop.eval_freq, *regular) → *regular)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from clu.parameter_overview import count_parameters
 
+import build
 import datasets
 import losses
 import sde_lib
@@ -276,7 +277,7 @@ class StandIn(nn.Module):
 def training_step(config, model):
     """(step_fn on one device, packed state, images, index) of a recipe."""
     images = random_images(config)[: config.training.batch_size]
-    optimizer = train_step.get_optimizer(config)
+    optimizer = build.get_optimizer(config)
     if isinstance(model, StandIn):
         params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.ones(1))["params"]
     else:
