@@ -51,6 +51,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "training.sde": sde_lib.SDES,
     "training.prior": losses.PRIORS,
     "training.weighting": losses.WEIGHTINGS,
+    "training.objective": losses.OBJECTIVES,
     "optim.optimizer": train_step.OPTIMIZERS,
     "optim.schedule": train_step.SCHEDULES,
     "sampling.method": sampling.SAMPLERS,
@@ -114,6 +115,46 @@ def _first_state(optimizer: optax.GradientTransformation, params: Any) -> TrainS
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
+    )
+
+
+def get_prior(config: ConfigDict) -> losses.Prior:
+    """The prior on the truncation that a config names."""
+    factory, sde = losses.PRIORS[config.training.prior], sde_lib.get_sde(config)
+    return fields.call(factory, config, "training", "model", sde=sde)
+
+
+def get_weighting(config: ConfigDict) -> losses.Weighting:
+    """The weighting that a config names, a function (sde, t (N,)) → λ(t) (N,)."""
+    training = config.training
+    chosen = "likelihood" if training.likelihood_weighting else "variance"
+    return losses.WEIGHTINGS[training.weighting or chosen]
+
+
+def get_objective(
+    config: ConfigDict,
+    sde: sde_lib.SDE,
+    num_levels: int = 0,
+    axis_name: str | None = train_step.AXIS,
+) -> losses.Objective:
+    """The objective that a config names.
+
+    Args:
+      config: the config.
+      sde: its SDE.
+      num_levels: replaces the data set's number of levels, if it isn't 0.
+      axis_name: of the mapped axis of devices in whose map it is called; None: there is none.
+    """
+    return fields.call(
+        losses.OBJECTIVES[config.training.objective],
+        config,
+        "training",
+        "model",
+        sde=sde,
+        preprocessing=datasets.get_preprocessing(config, num_levels),
+        prior=None if config.training.truncation == "fixed" else get_prior(config),
+        weighting=get_weighting(config),
+        axis_name=axis_name,
     )
 
 
@@ -221,7 +262,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         sample_labels(config.sampling.labels, config.model.num_classes, 0, 1)
     training = config.training
     if training.truncation != "fixed" and training.prior != "power":
-        prior = losses.get_prior(config)
+        prior = get_prior(config)
         losses.check_prior(prior, sde, training.truncation_time, training.prior)
     optimizer = get_optimizer(config)
     try:
@@ -232,7 +273,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         raise UserError(f"config.model: no network can be built: {error}") from error
     score_model = fields.call(ScoreModel, config, "model", "training", sde=sde, network=model)
     sampler = sampling_method(config)
-    objective = losses.get_objective(config, sde)
+    objective = get_objective(config, sde)
     recipe = Recipe(
         objective=objective,
         make_score_fn=score_model.for_training,
@@ -329,8 +370,13 @@ def get_train_call(setup: Setup, train: datasets.Dataset, first_step: int) -> Tr
 
 
 def objective_in_words(config: ConfigDict) -> str:
-    """What a config trains by: SDE, weighting, times, truncation and prior."""
+    """What a config trains by: SDE, weighting, times, truncation and prior.
+
+    Of an objective that a config file registers it is the SDE and the objective's name.
+    """
     training = config.training
+    if training.objective != "score_matching":
+        return f"{training.sde}, {training.objective} objective"
     flag = "likelihood (g²)" if training.likelihood_weighting else "variance (σ²)"
     drawn = "importance-sampled" if training.importance_sampling else "uniform"
     prior = f", k = {training.k:g}" if training.prior == "power" else f", {training.prior} prior"

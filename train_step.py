@@ -323,6 +323,29 @@ def get_step_fn(recipe: Recipe) -> StepFn:
     return step_fn
 
 
+def times_of_step(
+    objective: Objective, seed: int, step: int, images: ArrayLike
+) -> tuple[Array, Array]:
+    """The truncation and the times (N,) of the step with number `step`, from 0.
+
+    `images` is its batch, or images of that number and shape.
+    """
+
+    def call(images: Array) -> tuple[Array, Array]:
+        seen = []
+
+        def score_fn(x: Array, t: Array, dropout_keys: Array | None) -> Array:
+            seen.append(t)
+            return x
+
+        index = jnp.arange(len(images))
+        _, tau = objective(score_fn, step_key(seed, step), images, index, train=False)
+        return tau, seen[0]
+
+    tau, t = jax.vmap(call, axis_name=AXIS)(jnp.asarray(images)[None])
+    return tau[0], t[0]
+
+
 def _on_accelerator() -> bool:
     return jax.default_backend() != "cpu"
 

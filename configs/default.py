@@ -89,6 +89,7 @@ def get_default_config() -> ConfigDict:
 
     config.training = training = ConfigDict()
     training.sde = "vpsde"  # vpsde, subvpsde, vesde or reciprocal_vesde
+    training.objective = "score_matching"  # or one's own, a name in losses.OBJECTIVES
     training.batch_size = 128  # the global batch, over all devices
     training.n_iters = 1_300_001
     training.truncation = "soft"  # fixed, soft or equivalent_weight

@@ -42,12 +42,12 @@ sign of the noise in the loss: (scaled_score + z) ** 2) → (scaled_score - z) *
 closed lowest level: -jnp.inf, error - half → error - half, error - half
 [losses.py | test_losses.py -k "residual or flipped or ratio_of_halves"]
 normaliser of the decoder: - dims * jnp.log(alpha) → + dims * jnp.log(alpha)
-one noise for two terms: for k in (z_key, z_tau_key)) → for k in (z_key, z_key))
+one noise for two terms: normal(draws.keys.residual, → normal(draws.keys.noise,
 training without flips: flip=train) → flip=False)
 balance of one device: if axis_name else mean) → if False else mean)
 balance of wrong pairs: jnp.roll(losses, -1) → jnp.roll(losses, 1)
 [losses.py | test_universal.py -k "stratified_times_are or weighting_is_the_cdf"]
-strata of one device: first + index / → first + jnp.arange(len(u)) /
+strata of one device: + index / → + jnp.arange(len(index)) /
 velocity's weight: jnp.exp(0.5 * gamma) → jnp.exp(gamma)
 
 [likelihood.py | test_likelihood.py -k "fixed_steps or constants or error_of_a_mean or each_nll"]

@@ -16,7 +16,6 @@ from clu.parameter_overview import count_parameters
 
 import build
 import datasets
-import losses
 import sde_lib
 import train_step
 from build import REGISTRIES
@@ -303,7 +302,7 @@ def objectives():
     for name in RECIPES:
         config = reduced(get_recipe(name))
         config.data.image_size = 8
-        objective = losses.get_objective(
+        objective = build.get_objective(
             config, sde_lib.get_sde(config), datasets.get_num_levels(config)
         )
         what = objective, config.optim, config.data.num_channels, config.model.scale_by_sigma

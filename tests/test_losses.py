@@ -152,8 +152,7 @@ def toy_config(truncation, k, likelihood, importance):
 def step_losses_and_grads(config, steps, distinct=4):
     """The (loss, gradient by a, gradient by b) of each of many steps with 4 images, (steps, 3)."""
     sde = sde_lib.get_sde(config)
-    train = not config.training.balanced  # which needs a named axis
-    loss_fn = loss_fn_of(config, sde, LinearModel(), 17, train=train)
+    loss_fn = loss_fn_of(config, sde, LinearModel(), 17, train=True)
     images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (4, 2, 2, 1)), jnp.uint8)
     images = jnp.resize(images[:distinct], images.shape)
 
@@ -632,9 +631,10 @@ def seen_by_the_objective(train, **training):
 
     config = toy_config("fixed", 1.0, likelihood=True, importance=True)
     config.training.update(training)
-    objective = losses.get_objective(config, SDE)
-    own = dataclasses.asdict(objective.preprocessing)
-    objective = dataclasses.replace(objective, preprocessing=Data(**own))
+    own = dataclasses.asdict(datasets.get_preprocessing(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "get_preprocessing", lambda *_: Data(**own))
+        objective = build.get_objective(config, SDE)
 
     def score_fn(x, t, keys):
         calls.append((np.asarray(x), np.asarray(t)))
@@ -662,7 +662,7 @@ def test_the_residual_has_noise_of_its_own():
 def test_the_ratio_of_halves_is_of_pairs_on_all_devices():
     pairs = jnp.array([[3.0, 1.0, 10.0, 2.0], [7.0, 1.0, 9.0, 1.0]])
     first = jnp.array([True, False, True, False])
-    ratio = jax.vmap(
-        lambda own: losses._mean_pair_loss_ratio(own, first, "batch"), axis_name="batch"
-    )(pairs)
+    ratio = jax.vmap(lambda own: losses.mean_pair_ratio(own, first, "batch"), axis_name="batch")(
+        pairs
+    )
     np.testing.assert_allclose(ratio, [6, 6])
