@@ -76,6 +76,14 @@ def test_the_tree_of_the_optimisers_state_is_the_same_for_all_settings():
     assert len(trees) == 1
 
 
+def test_a_checkpoint_of_an_optimiser_of_three_parts_has_its_own_shapes(tmp_path):
+    optimizer = optax.chain(optax.identity(), optax.scale_by_lion(), optax.scale_by_schedule(abs))
+    state = {"opt_state": optimizer.init({"w": np.ones(2, np.float32)})}
+    shapes = {checkpointing._name(path): leaf.shape for path, leaf in checkpointing._leaves(state)}
+    assert checkpointing._UPDATES in shapes
+    checkpointing._check_shapes(tmp_path, shapes, shapes)
+
+
 def test_l2_decay_adds_the_parameters_to_the_gradient_and_spares_frequencies():
     config = config_of()
     config.optim.update(weight_decay=0.5, warmup=0, grad_clip=-1.0)
