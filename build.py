@@ -20,6 +20,7 @@ import losses
 import parts
 import sampling
 import sde_lib
+import train_step
 from configs import fields
 from configs.default import get_default_config
 from configs.saved import as_recorded
@@ -33,10 +34,10 @@ from models.score import ScoreModel
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.workdir import recorded_config
 from train_step import (
+    Recipe,
     StepFn,
     TrainCall,
     TrainState,
-    get_optimizer,
     get_step_fn,
     make_train_call,
 )
@@ -50,6 +51,9 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "training.sde": sde_lib.SDES,
     "training.prior": losses.PRIORS,
     "training.weighting": losses.WEIGHTINGS,
+    "training.objective": losses.OBJECTIVES,
+    "optim.optimizer": train_step.OPTIMIZERS,
+    "optim.schedule": train_step.SCHEDULES,
     "sampling.method": sampling.SAMPLERS,
     "sampling.predictor": sampling.PREDICTORS,
     "sampling.corrector": sampling.CORRECTORS,
@@ -88,6 +92,7 @@ class Setup:
     label_dropout: float
     eps: float  # the smallest time of training
     objective_text: str
+    optimizer_text: str
     loop: parts.Loop
     sampling: parts.Sampling
     evaluation: parts.Evaluation
@@ -111,6 +116,53 @@ def _first_state(optimizer: optax.GradientTransformation, params: Any) -> TrainS
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
     )
+
+
+def get_prior(config: ConfigDict) -> losses.Prior:
+    """The prior on the truncation that a config names."""
+    factory, sde = losses.PRIORS[config.training.prior], sde_lib.get_sde(config)
+    return fields.call(factory, config, "training", "model", sde=sde)
+
+
+def get_weighting(config: ConfigDict) -> losses.Weighting:
+    """The weighting that a config names, a function (sde, t (N,)) → λ(t) (N,)."""
+    training = config.training
+    chosen = "likelihood" if training.likelihood_weighting else "variance"
+    return losses.WEIGHTINGS[training.weighting or chosen]
+
+
+def get_objective(
+    config: ConfigDict,
+    sde: sde_lib.SDE,
+    num_levels: int = 0,
+    axis_name: str | None = train_step.AXIS,
+) -> losses.Objective:
+    """The objective that a config names.
+
+    Args:
+      config: the config.
+      sde: its SDE.
+      num_levels: replaces the data set's number of levels, if it isn't 0.
+      axis_name: of the mapped axis of devices in whose map it is called; None: there is none.
+    """
+    return fields.call(
+        losses.OBJECTIVES[config.training.objective],
+        config,
+        "training",
+        "model",
+        sde=sde,
+        preprocessing=datasets.get_preprocessing(config, num_levels),
+        prior=None if config.training.truncation == "fixed" else get_prior(config),
+        weighting=get_weighting(config),
+        axis_name=axis_name,
+    )
+
+
+def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimiser that a config names, with its learning rate."""
+    schedule = fields.call(train_step.SCHEDULES[config.optim.schedule], config, "optim", "training")
+    factory = train_step.OPTIMIZERS[config.optim.optimizer]
+    return fields.call(factory, config, "optim", "training", learning_rate=schedule)
 
 
 # The fields of an array data set that are read from its file.
@@ -210,7 +262,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         sample_labels(config.sampling.labels, config.model.num_classes, 0, 1)
     training = config.training
     if training.truncation != "fixed" and training.prior != "power":
-        prior = losses.get_prior(config)
+        prior = get_prior(config)
         losses.check_prior(prior, sde, training.truncation_time, training.prior)
     optimizer = get_optimizer(config)
     try:
@@ -221,7 +273,17 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         raise UserError(f"config.model: no network can be built: {error}") from error
     score_model = fields.call(ScoreModel, config, "model", "training", sde=sde, network=model)
     sampler = sampling_method(config)
-    objective = losses.get_objective(config, sde)
+    objective = get_objective(config, sde)
+    recipe = Recipe(
+        objective=objective,
+        make_score_fn=score_model.for_training,
+        optimizer=optimizer,
+        seed=config.seed,
+        ema_rate=config.model.ema_rate,
+        num_micro_batch=config.optim.num_micro_batch,
+        num_classes=config.model.num_classes,
+        label_dropout=training.label_dropout,
+    )
     preprocessing = datasets.get_preprocessing(config)
     levels = preprocessing.num_levels
     return Setup(
@@ -237,17 +299,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         init_params=lambda: mutils.init_params(
             model, image_shape(config), jax.random.key(config.seed)
         ),
-        make_step_fn=functools.partial(
-            get_step_fn,
-            objective,
-            score_model.for_training,
-            optimizer,
-            seed=config.seed,
-            ema_rate=config.model.ema_rate,
-            num_micro_batch=config.optim.num_micro_batch,
-            num_classes=config.model.num_classes,
-            label_dropout=training.label_dropout,
-        ),
+        make_step_fn=functools.partial(get_step_fn, recipe),
         sampler=sampler,
         make_sample_fn=functools.partial(get_sampling_fn, config, sde, score_model),
         read_arrays=functools.partial(datasets.array_of_images, config),
@@ -265,6 +317,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         label_dropout=training.label_dropout,
         eps=training.truncation_time,
         objective_text=objective_in_words(config),
+        optimizer_text=optimizer_in_words(config),
         loop=fields.call(parts.Loop, config, "training"),
         sampling=fields.call(parts.Sampling, config, "sampling"),
         evaluation=fields.call(parts.Evaluation, config, "eval"),
@@ -317,8 +370,13 @@ def get_train_call(setup: Setup, train: datasets.Dataset, first_step: int) -> Tr
 
 
 def objective_in_words(config: ConfigDict) -> str:
-    """What a config trains by: SDE, weighting, times, truncation and prior."""
+    """What a config trains by: SDE, weighting, times, truncation and prior.
+
+    Of an objective that a config file registers it is the SDE and the objective's name.
+    """
     training = config.training
+    if training.objective != "score_matching":
+        return f"{training.sde}, {training.objective} objective"
     flag = "likelihood (g²)" if training.likelihood_weighting else "variance (σ²)"
     drawn = "importance-sampled" if training.importance_sampling else "uniform"
     prior = f", k = {training.k:g}" if training.prior == "power" else f", {training.prior} prior"
@@ -336,6 +394,15 @@ def objective_in_words(config: ConfigDict) -> str:
         f"{training.truncation.replace('_', ' ')} truncation"
         f"{'' if training.truncation == 'fixed' else prior}, ε = {training.truncation_time:g}"
         f"{mixed}{residual}"
+    )
+
+
+def optimizer_in_words(config: ConfigDict) -> str:
+    """The optimiser of a config, and its learning rate."""
+    optim = config.optim
+    return (
+        f"{optim.optimizer}, {optim.schedule.replace('_', ' ')} learning rate of {optim.lr:g} "
+        f"after {optim.warmup:,} steps of warm-up"
     )
 
 

@@ -39,7 +39,7 @@ from sampling import (
     probability_flow,
     solve_ode,
 )
-from sde_lib import RVESDE, SDE, expand
+from sde_lib import SDE, expand
 
 
 def ode_log_likelihood(
@@ -219,9 +219,7 @@ def largest_eps(sde: SDE, width: float, radius: float = 3.0) -> float | None:
     """The largest ε at which `cell_radius` is `radius`; None if the SDE has no such time."""
     gamma = 2 * np.log(0.5 * width / radius)
     t = float(sde.inverse_gamma(gamma))
-    # RVE's σ at its smallest time is the same whatever that time is.
-    lowest = sde.eps if isinstance(sde, RVESDE) else 0.0
-    return t if lowest < t < sde.T and abs(float(sde.gamma(t)) - gamma) < 0.01 else None
+    return t if sde.smallest_time < t < sde.T and abs(float(sde.gamma(t)) - gamma) < 0.01 else None
 
 
 def truncated_normal(key: Array, shape: tuple[int, ...], radius: Array) -> tuple[Array, Array]:
@@ -293,10 +291,23 @@ def nelbo_of_x_eps(
     return 0.5 * 2 * span * u * value
 
 
-def get_nll_fn(
-    config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, num_levels: int = 256
+def make_nll_fn(
+    sde: SDE,
+    make_score_fn: MakeScoreFn,
+    preprocessing: datasets.Preprocessing,
+    eps: float,
+    *,
+    num_steps: int = 0,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
 ) -> Callable[..., dict[str, Array]]:
     """A compiled function that computes the NLL of a batch.
+
+    Args:
+      sde, make_score_fn: the model.
+      preprocessing: of the data, for their units.
+      eps: the time ε.
+      num_steps, rtol, atol: as in `ode_log_likelihood`.
 
     Returns:
       nll_fn(params, key, x, labels=None), with one key or keys (N,), x (N, H, W, C) dequantised and
@@ -309,11 +320,7 @@ def get_nll_fn(
         `nll_truncated_normal`: bits/dim of the levels, for one draw of the noise, (N,).
       The noise can be given as `probe`, `z_eps` and `z_residual`, of x's shape; else it is drawn.
     """
-    eps = config.training.truncation_time
-    solver = {"num_steps": config.eval.nll_steps}
-    if not config.eval.nll_steps:
-        solver = {"rtol": config.eval.rtol, "atol": config.eval.atol}
-    preprocessing = datasets.get_preprocessing(config, num_levels)
+    solver: dict[str, Any] = {"num_steps": num_steps, "rtol": rtol, "atol": atol}
     offset, width = preprocessing.bits_offset, preprocessing.cell_width
 
     def nll_fn(
@@ -352,10 +359,33 @@ def get_nll_fn(
     return jax.jit(nll_fn, static_argnames="truncated_normal")
 
 
-def get_nelbo_fn(
+def get_nll_fn(
     config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, num_levels: int = 256
 ) -> Callable[..., dict[str, Array]]:
+    """`make_nll_fn` with what a config names."""
+    return make_nll_fn(
+        sde,
+        make_score_fn,
+        datasets.get_preprocessing(config, num_levels),
+        config.training.truncation_time,
+        num_steps=config.eval.nll_steps,
+        rtol=config.eval.rtol,
+        atol=config.eval.atol,
+    )
+
+
+def make_nelbo_fn(
+    sde: SDE,
+    make_score_fn: MakeScoreFn,
+    preprocessing: datasets.Preprocessing,
+    eps: float,
+    draws: int,
+) -> Callable[..., dict[str, Array]]:
     """A compiled function that computes the NELBO of a batch.
+
+    Args:
+      sde, make_score_fn, preprocessing, eps: as in `make_nll_fn`.
+      draws: number of times for each image.
 
     Returns:
       nelbo_fn(params, key, x, labels=None), with the arguments of `get_nll_fn`'s function →
@@ -365,10 +395,8 @@ def get_nelbo_fn(
         `nelbo_lossless`: bits/dim of the levels, with their decoder, (N,).
       With `truncated_normal=True`, x is `Preprocessing.to_x0_without_noise`, and the result is
         `nelbo_truncated_normal`: bits/dim of the levels, without a decoder, (N,).
-      The values are means over `eval.nelbo_draws` importance-sampled, stratified times.
+      The values are means over `draws` importance-sampled, stratified times.
     """
-    eps, draws = config.training.truncation_time, config.eval.nelbo_draws
-    preprocessing = datasets.get_preprocessing(config, num_levels)
     offset, grid = preprocessing.bits_offset, preprocessing.level_grid
     width = preprocessing.cell_width
 
@@ -417,3 +445,12 @@ def get_nelbo_fn(
         }
 
     return jax.jit(nelbo_fn, static_argnames=("lossless", "truncated_normal"))
+
+
+def get_nelbo_fn(
+    config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, num_levels: int = 256
+) -> Callable[..., dict[str, Array]]:
+    """`make_nelbo_fn` with what a config names."""
+    preprocessing = datasets.get_preprocessing(config, num_levels)
+    eps, draws = config.training.truncation_time, config.eval.nelbo_draws
+    return make_nelbo_fn(sde, make_score_fn, preprocessing, eps, draws)

@@ -9,22 +9,21 @@ the seed, the step and the image's index in the global batch, so a run gives the
 rounding, on any number of devices and after an interruption.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from ml_collections import ConfigDict
 
-from configs.shapes import image_shape
-from datasets import Preprocessing, get_preprocessing
+from datasets import Preprocessing
 from errors import UserError
-from sde_lib import SDE, expand, get_sde, one_minus_exp, safe_log
+from sde_lib import SDE, expand, one_minus_exp, safe_log
 
 
 class Prior(Protocol):
@@ -163,20 +162,24 @@ class WeightingPrior:
         return jax.lax.fori_loop(0, 40, halve, (low, high))[1]
 
 
-def _sigmoid_prior(config: ConfigDict) -> Prior:
+def power_prior(k: float, truncation_time: float) -> TruncationPrior:
+    """P(τ) ∝ τ^-k from the truncation time to 1."""
+    return TruncationPrior(k, truncation_time)
+
+
+def sigmoid_prior(sde: SDE, truncation_time: float, sigmoid_bias: float) -> WeightingPrior:
     """w = sigmoid(γ + b), as of arXiv 2303.00848 with its λ = -γ."""
-    bias = config.training.sigmoid_bias
 
     def weight(gamma: Array) -> Array:
-        return jax.nn.sigmoid(gamma + bias)
+        return jax.nn.sigmoid(gamma + sigmoid_bias)
 
     def inverse(w: Array) -> Array:
-        return jnp.log(w) - jnp.log1p(-w) - bias
+        return jnp.log(w) - jnp.log1p(-w) - sigmoid_bias
 
-    return WeightingPrior(get_sde(config), config.training.truncation_time, weight, inverse)
+    return WeightingPrior(sde, truncation_time, weight, inverse)
 
 
-def _velocity_prior(config: ConfigDict) -> Prior:
+def velocity_prior(sde: SDE, truncation_time: float) -> WeightingPrior:
     """w = e^{γ/2}, that of flow matching (arXiv 2303.00848)."""
 
     def weight(gamma: Array) -> Array:
@@ -185,14 +188,15 @@ def _velocity_prior(config: ConfigDict) -> Prior:
     def inverse(w: Array) -> Array:
         return 2 * jnp.log(w)
 
-    return WeightingPrior(get_sde(config), config.training.truncation_time, weight, inverse)
+    return WeightingPrior(sde, truncation_time, weight, inverse)
 
 
-# The priors on τ that `training.prior` can name.
-PRIORS: dict[str, Callable[[ConfigDict], Prior]] = {
-    "power": lambda config: TruncationPrior(config.training.k, config.training.truncation_time),
-    "sigmoid": _sigmoid_prior,
-    "velocity": _velocity_prior,
+# The priors on τ that `training.prior` can name: functions whose parameters are named after fields
+# of a config, or `sde` (configs.fields.call).
+PRIORS: dict[str, Callable[..., Prior]] = {
+    "power": power_prior,
+    "sigmoid": sigmoid_prior,
+    "velocity": velocity_prior,
 }
 
 
@@ -233,11 +237,6 @@ def check_prior(prior: Prior, sde: SDE, eps: float, name: str) -> None:
         raise wrong(f"cdf(icdf({u[i]:.4g})) is {at[i]:.4g}; icdf must be the inverse of cdf")
 
 
-def get_prior(config: ConfigDict) -> Prior:
-    """The prior on the truncation that a config names."""
-    return PRIORS[config.training.prior](config)
-
-
 def draw_times(
     sde: SDE, u: Array, tau: ArrayLike, importance_sampling: bool
 ) -> tuple[Array, Array]:
@@ -274,13 +273,6 @@ WEIGHTINGS: dict[str, Weighting] = {
     "likelihood": lambda sde, t: sde.diffusion(t) ** 2,
     "variance": lambda sde, t: sde.std(t) ** 2,
 }
-
-
-def get_weighting(config: ConfigDict) -> Weighting:
-    """The weighting that a config names, a function (sde, t (N,)) → λ(t) (N,)."""
-    training = config.training
-    chosen = "likelihood" if training.likelihood_weighting else "variance"
-    return WEIGHTINGS[training.weighting or chosen]
 
 
 def perturb(sde: SDE, x0: Array, t: Array, z: Array) -> Array:
@@ -426,13 +418,90 @@ def drop_labels(key: Array, index: Array, classes: Array, rate: float, none: int
     return jnp.where(dropped, none, classes)
 
 
-def _split_image_key(image_key: Array, i: Array) -> Array:
-    """Five keys of an image: for its data, time, noise, dropout, and noise at the truncation."""
-    return jax.random.split(jax.random.fold_in(image_key, i), 5)
+class ImageKeys(NamedTuple):
+    """Keys of images, (N,) each."""
+
+    data: Array  # for flips and dequantisation
+    time: Array
+    noise: Array
+    dropout: Array
+    residual: Array  # for the noise of the reconstruction term
+
+
+def split_step_key(key: Array, index: Array) -> tuple[Array, Array, ImageKeys]:
+    """The keys of a training step: for its truncation, for its batch, and for each image.
+
+    Args:
+      key: the key of the step (`step_key`).
+      index: the images' indices in the global batch, (N,).
+    """
+    tau_key, batch_key = jax.random.split(key)
+    split = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(batch_key, i), 5), out_axes=1)
+    return tau_key, batch_key, ImageKeys(*split(index))
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class Draws:
+    """What the loss of a mini-batch of images is computed from, besides the network."""
+
+    index: Array  # the images' indices in the global batch, (N,)
+    keys: ImageKeys
+    train: bool
+    tau: Array  # the truncation, a scalar
+    x0: Array  # scaled data, (N, H, W, C)
+    z: Array  # noise, of x0's shape
+    t: Array  # times, (N,)
+    weight: Array  # λ(t) over the density that t was drawn with, (N,)
+
+    @property
+    def dropout_keys(self) -> Array | None:
+        """(N,), or None without dropout."""
+        return self.keys.dropout if self.train else None
+
+
+class Objective(abc.ABC):
+    """The interface of an objective: the loss of the images of a training step."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, score_fn: ScoreFn, key: Array, images: Array, index: Array, train: bool
+    ) -> tuple[Array, Array]:
+        """The loss of each image (N,), and the step's truncation τ, a scalar.
+
+        Args:
+          score_fn: (x (N, H, W, C), t (N,), dropout keys (N,) or None) → score (N, H, W, C).
+          key: the key of the step.
+          images: levels, (N, H, W, C).
+          index: the images' indices in the global batch, (N,).
+          train: whether to flip images at random and to apply dropout.
+        """
+
+    def for_test(self, batch_size: int) -> "Objective":
+        """The objective that is computed on test images, in batches of `batch_size`."""
+        del batch_size
+        return self
+
+
+class DrawnObjective(Objective):
+    """An objective that first draws all random numbers, and then computes losses from them."""
+
+    @abc.abstractmethod
+    def draw(self, key: Array, images: Array, index: Array, train: bool) -> Draws:
+        """Draw what the losses are computed from; the arguments are those of a call."""
+
+    @abc.abstractmethod
+    def losses(self, score_fn: ScoreFn, draws: Draws) -> Array:
+        """The loss of each image, (N,)."""
+
+    def __call__(
+        self, score_fn: ScoreFn, key: Array, images: Array, index: Array, train: bool
+    ) -> tuple[Array, Array]:
+        draws = self.draw(key, images, index, train)
+        return self.losses(score_fn, draws), draws.tau
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreMatching(DrawnObjective):
     """Soft truncation's estimate of ½ ∫_τ^T λ(t) E‖s_θ(x_t, t) - ∇ log p_0t(x_t | x_0)‖² dt.
 
     τ ~ `prior` is drawn anew for each mini-batch (arXiv 2106.05527, §4). It is a function of the
@@ -440,66 +509,40 @@ class Objective:
 
     Attributes:
       sde: the SDE.
-      weighting: λ(t).
+      preprocessing: from levels to x_0.
       eps: ε, the smallest time.
       prior: the prior on τ; None: τ = ε.
       weigh_by_prior: weigh by P(τ ≤ t) instead of drawing τ, with the same expectation.
+      weighting: λ(t).
       importance_sampling: draw t ~ g²/σ² on [τ, T] instead of uniformly.
-      preprocessing: from levels to x_0.
-      variance_half: use λ = σ² and uniform t for the images with odd index.
-      variance_factor: a factor of these images' losses.
-      balanced: scale these images' losses to the size of the others' first, over all devices.
-      reconstruction: add the residual at τ.
       stratified: the size N of the global batch, whose times come from u_i = (u_0 + i/N) mod 1
         with one u_0 (arXiv 2107.00630, app. I.1); 0: from independent u_i.
-      scale: a factor of the loss: 1 or 1 / (number of dimensions).
+      reduce_mean: whether the loss of an image is per dimension.
     """
 
     sde: SDE
-    weighting: Weighting
+    preprocessing: Preprocessing
     eps: float
     prior: Prior | None
     weigh_by_prior: bool
+    weighting: Weighting
     importance_sampling: bool
-    preprocessing: Preprocessing
-    variance_half: bool
-    variance_factor: float
-    balanced: bool
-    reconstruction: bool
     stratified: int
-    scale: float
+    reduce_mean: bool
 
-    def __call__(
-        self, score_fn: ScoreFn, key: Array, images: Array, index: Array, train: bool
-    ) -> tuple[Array, Array]:
-        """The loss of each image (N,), and τ.
-
-        Args:
-          score_fn: (x (N, H, W, C), t (N,), dropout keys (N,) or None) → score (N, H, W, C).
-          key: the key of the step.
-          images, index: levels, uint8 (N, H, W, C), and their indices in the global batch, (N,).
-          train: flip images at random, apply dropout, and be in a pmap with axis name "batch".
-        """
-        tau_key, image_key = jax.random.split(key)
+    def draw(self, key: Array, images: Array, index: Array, train: bool) -> Draws:
+        tau_key, batch_key, keys = split_step_key(key, index)
         tau = self.draw_truncation(tau_key)  # one for the whole mini-batch: soft truncation
+        x0 = self.preprocessing.to_x0(images, keys.data, flip=train)
+        z = normal(keys.noise, x0)
+        t, weight = self.draw_times(batch_key, keys.time, index, tau)
+        return Draws(index, keys, train, tau, x0, z, t, weight)
 
-        def draw(i: Array) -> tuple[Array, Array, Array, Array, Array]:
-            data_key, t_key, z_key, dropout_key, z_tau_key = _split_image_key(image_key, i)
-            z, z_tau = (jax.random.normal(k, images.shape[1:]) for k in (z_key, z_tau_key))
-            return data_key, jax.random.uniform(t_key), z, dropout_key, z_tau
-
-        data_keys, u, z, dropout_keys, z_tau = jax.vmap(draw)(index)
-        u = self.stratify(u, image_key, index)
-        x0 = self.preprocessing.to_x0(images, data_keys, flip=train)
-        t, weight = self.draw_times(u, index, tau)  # on [τ, T]; λ(t) over the density of t
-        x_t = perturb(self.sde, x0, t, z)
-        score = score_fn(x_t, t, dropout_keys if train else None)
-        losses = weighted_error(self.sde, score, t, z, weight)
-        if self.variance_half:
-            losses = losses * self._half_factors(losses, index, train)
-        if self.reconstruction:
-            losses += self._residual(score_fn, x0, tau, z_tau, dropout_keys if train else None)
-        return losses * self.scale, tau
+    def losses(self, score_fn: ScoreFn, draws: Draws) -> Array:
+        x_t = perturb(self.sde, draws.x0, draws.t, draws.z)
+        score = score_fn(x_t, draws.t, draws.dropout_keys)
+        error = weighted_error(self.sde, score, draws.t, draws.z, draws.weight)
+        return error * _scale(draws.x0, self.reduce_mean)
 
     def draw_truncation(self, key: Array) -> Array:
         """The truncation of one step, a scalar: drawn from the prior, or ε."""
@@ -507,75 +550,171 @@ class Objective:
             return jnp.asarray(self.eps, jnp.float32)
         return self.prior.icdf(jax.random.uniform(key))
 
-    def stratify(self, u: Array, image_key: Array, index: Array) -> Array:
-        """Uniforms of images for their times, (N,): `u`, or evenly spread over the global batch."""
-        if not self.stratified:
-            return u
-        first = jax.random.uniform(image_key)
-        return (first + index / self.stratified) % 1.0
-
-    def draw_times(self, u: Array, index: Array, tau: Array) -> tuple[Array, Array]:
+    def draw_times(
+        self, batch_key: Array, keys: Array, index: Array, tau: Array
+    ) -> tuple[Array, Array]:
         """Times t of images on [τ, T], and λ(t) over the density of t; (N,) each."""
+        if self.stratified:
+            u = (jax.random.uniform(batch_key) + index / self.stratified) % 1.0
+        else:
+            u = jax.vmap(jax.random.uniform)(keys)
         t, inverse_density = draw_times(self.sde, u, tau, self.importance_sampling)
         weight = self.weighting(self.sde, t) * inverse_density
-        if self.variance_half:
-            other_t, other_inverse = draw_times(self.sde, u, tau, importance_sampling=False)
-            other_weight = WEIGHTINGS["variance"](self.sde, other_t) * other_inverse
-            first = index % 2 == 0
-            t = jnp.where(first, t, other_t)
-            weight = jnp.where(first, weight, other_weight)
         if self.weigh_by_prior and self.prior is not None:
             weight = weight * self.prior.cdf(t)
         return t, weight
 
-    def times_of_step(self, seed: int, step: int, batch_size: int) -> tuple[Array, Array]:
-        """The truncation and the times (batch_size,) of the step with number `step`, from 0."""
-        tau_key, image_key = jax.random.split(step_key(seed, step))
-        tau, index = self.draw_truncation(tau_key), jnp.arange(batch_size)
-        u = jax.vmap(lambda i: jax.random.uniform(_split_image_key(image_key, i)[1]))(index)
-        u = self.stratify(u, image_key, index)
-        return tau, self.draw_times(u, index, tau)[0]
+    def for_test(self, batch_size: int) -> "ScoreMatching":
+        """It has the same expectation without the variance of one truncation for each batch."""
+        stratified = batch_size if self.stratified else 0
+        return dataclasses.replace(self, weigh_by_prior=True, stratified=stratified)
 
-    def _half_factors(self, losses: Array, index: Array, train: bool) -> Array:
-        ratio, first = jnp.ones(()), index % 2 == 0
-        if self.balanced:
-            ratio = _mean_pair_loss_ratio(losses, first, "batch" if train else None)
-        return jnp.where(first, 2, 2 * self.variance_factor * ratio)
 
-    def _residual(
-        self, score_fn: ScoreFn, x0: Array, tau: Array, z: Array, dropout_keys: Array | None
-    ) -> Array:
+@dataclasses.dataclass(frozen=True)
+class Mixed(DrawnObjective):
+    """One objective for the images with even index, and another for the rest.
+
+    A batch's mean loss is the mean of the first objective's, plus `factor` times the second's.
+
+    Attributes:
+      first, second: the objectives, which have the same data and noise, but other times.
+      factor: the second one's.
+      balanced: scale the second one's losses to the size of the first one's before.
+      axis_name: of the mapped axis of devices over which the ratio of these sizes is a mean; None:
+        the ratio is that of the images given.
+    """
+
+    first: ScoreMatching
+    second: ScoreMatching
+    factor: float
+    balanced: bool = False
+    axis_name: str | None = None
+
+    def draw(self, key: Array, images: Array, index: Array, train: bool) -> Draws:
+        first, second = (o.draw(key, images, index, train) for o in (self.first, self.second))
+        even = index % 2 == 0
+        t = jnp.where(even, first.t, second.t)
+        weight = jnp.where(even, first.weight, second.weight)
+        return dataclasses.replace(first, t=t, weight=weight)
+
+    def losses(self, score_fn: ScoreFn, draws: Draws) -> Array:
+        losses, even = self.first.losses(score_fn, draws), draws.index % 2 == 0
+        ratio = mean_pair_ratio(losses, even, self.axis_name) if self.balanced else jnp.ones(())
+        return losses * jnp.where(even, 2, 2 * self.factor * ratio)
+
+    def for_test(self, batch_size: int) -> "Mixed":
+        """The ratio of the halves, which depends on τ other than by the weight, is left out."""
+        first, second = (o.for_test(batch_size) for o in (self.first, self.second))
+        return dataclasses.replace(self, first=first, second=second, balanced=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class WithReconstruction(DrawnObjective):
+    """An objective with the residual at τ, the reconstruction term of the bound.
+
+    Attributes:
+      objective: the other terms.
+      sde, preprocessing, reduce_mean: as in `ScoreMatching`.
+    """
+
+    objective: DrawnObjective
+    sde: SDE
+    preprocessing: Preprocessing
+    reduce_mean: bool
+
+    def draw(self, key: Array, images: Array, index: Array, train: bool) -> Draws:
+        return self.objective.draw(key, images, index, train)
+
+    def losses(self, score_fn: ScoreFn, draws: Draws) -> Array:
         def score_at(x: Array, t: Array) -> Array:
-            return score_fn(x, t, dropout_keys)
+            return score_fn(x, t, draws.dropout_keys)
 
+        x0, z = draws.x0, normal(draws.keys.residual, draws.x0)
         if self.preprocessing.dequantization == "lossless":
             lowest, width = self.preprocessing.level_grid
-            return discrete_decoder_loss(score_at, self.sde, x0, tau, z, lowest, width)
-        return reconstruction_loss(score_at, self.sde, x0, tau, z)
+            residual = discrete_decoder_loss(score_at, self.sde, x0, draws.tau, z, lowest, width)
+        else:
+            residual = reconstruction_loss(score_at, self.sde, x0, draws.tau, z)
+        return self.objective.losses(score_fn, draws) + residual * _scale(x0, self.reduce_mean)
+
+    def for_test(self, batch_size: int) -> Objective:
+        """Without the residual, which depends on τ other than by the weight."""
+        return self.objective.for_test(batch_size)
 
 
-def get_objective(config: ConfigDict, sde: SDE, num_levels: int = 0) -> Objective:
-    """The objective of a config; `num_levels` replaces the data set's number of levels."""
-    training, dims = config.training, math.prod(image_shape(config))
-    return Objective(
-        sde=sde,
-        weighting=get_weighting(config),
-        eps=training.truncation_time,
-        prior=None if training.truncation == "fixed" else get_prior(config),
-        weigh_by_prior=training.truncation == "equivalent_weight",
-        importance_sampling=training.importance_sampling,
-        preprocessing=get_preprocessing(config, num_levels),
-        variance_half=training.mixed,
-        variance_factor=training.ddpm_weight,
-        balanced=training.balanced,
-        reconstruction=training.reconstruction_loss,
-        stratified=training.batch_size if training.stratified_times else 0,
-        scale=1.0 / dims if training.reduce_mean else 1.0,
-    )
+def normal(keys: Array, x0: Array) -> Array:
+    """Standard normal noise of x0's shape, (N, ...), with a key for each image."""
+    return jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(keys)
 
 
-def _mean_pair_loss_ratio(losses: Array, first: Array, axis_name: str | None) -> Array:
-    """The mean, over all devices, of each first loss over the next one; it has no gradient."""
-    ratios = jnp.where(first, losses / jnp.roll(losses, -1), 0)
-    mean = jnp.sum(ratios) / jnp.sum(first)
+def _scale(x0: Array, reduce_mean: bool) -> float:
+    """The factor of an image's loss: 1, or 1 / (number of dimensions)."""
+    return 1.0 / math.prod(x0.shape[1:]) if reduce_mean else 1.0
+
+
+def mean_pair_ratio(losses: Array, even: Array, axis_name: str | None) -> Array:
+    """The mean of each even image's loss over the next one's, a scalar without a gradient.
+
+    Args:
+      losses: (N,).
+      even: which have an even index, (N,).
+      axis_name: of the mapped axis of devices over which it is a mean, too; None: there is none.
+    """
+    ratios = jnp.where(even, losses / jnp.roll(losses, -1), 0)
+    mean = jnp.sum(ratios) / jnp.sum(even)
     return jax.lax.stop_gradient(jax.lax.pmean(mean, axis_name) if axis_name else mean)
+
+
+def score_matching(
+    sde: SDE,
+    preprocessing: Preprocessing,
+    prior: Prior | None,
+    weighting: Weighting,
+    axis_name: str | None,
+    *,
+    truncation: str,
+    truncation_time: float,
+    importance_sampling: bool,
+    stratified_times: bool,
+    batch_size: int,
+    reduce_mean: bool,
+    mixed: bool,
+    ddpm_weight: float,
+    balanced: bool,
+    reconstruction_loss: bool,
+) -> Objective:
+    """The built-in objective.
+
+    Args:
+      sde, preprocessing, weighting: as in `ScoreMatching`.
+      prior: the prior on τ; None for the fixed truncation.
+      axis_name: as in `Mixed`.
+      truncation: equivalent_weight: weigh by the prior instead of drawing from it.
+      truncation_time, importance_sampling, stratified_times, batch_size, reduce_mean, mixed,
+      ddpm_weight, balanced, reconstruction_loss: the fields of `config.training`.
+    """
+    plain = ScoreMatching(
+        sde=sde,
+        preprocessing=preprocessing,
+        eps=truncation_time,
+        prior=prior,
+        weigh_by_prior=truncation == "equivalent_weight",
+        weighting=weighting,
+        importance_sampling=importance_sampling,
+        stratified=batch_size if stratified_times else 0,
+        reduce_mean=reduce_mean,
+    )
+    objective: DrawnObjective = plain
+    if mixed:
+        variance = WEIGHTINGS["variance"]
+        second = dataclasses.replace(plain, weighting=variance, importance_sampling=False)
+        objective = Mixed(plain, second, ddpm_weight, balanced, axis_name)
+    if reconstruction_loss:
+        objective = WithReconstruction(objective, sde, preprocessing, reduce_mean)
+    return objective
+
+
+# The objectives that `training.objective` can name: classes and functions whose parameters are
+# named after fields of a config (configs.fields.call), or sde, preprocessing, prior, weighting or
+# axis_name, as above.
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"score_matching": score_matching}

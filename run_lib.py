@@ -204,6 +204,7 @@ def _log_start(setup: Setup, data: Data, workdir: pathlib.Path) -> None:
         len(data.train) / batch,
     )
     log.info("objective: %s", setup.objective_text)
+    log.info("optimiser: %s", setup.optimizer_text)
 
 
 def _goes_on_from(workdir: pathlib.Path) -> str:

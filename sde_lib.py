@@ -17,6 +17,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
+from configs import fields
+
 
 class SDE(abc.ABC):
     """The interface of an SDE.
@@ -30,6 +32,11 @@ class SDE(abc.ABC):
 
     T: ClassVar[float] = 1.0
     exploding: ClassVar[bool] = False
+
+    @property
+    def smallest_time(self) -> float:
+        """The time below which x_t has no meaning."""
+        return 0.0
 
     @abc.abstractmethod
     def log_mean_coeff(self, t: ArrayLike) -> Array:
@@ -338,6 +345,10 @@ class RVESDE(_VarianceExploding):
 
     eps: float = 1e-5
 
+    @property
+    def smallest_time(self) -> float:
+        return self.eps
+
     def _log_sigma_fraction(self, t: Array) -> tuple[Array, Array]:
         span = t * (1 - self.eps)
         return (t - self.eps) / span, self.eps * (1 - t) / span
@@ -365,17 +376,21 @@ class RVESDE(_VarianceExploding):
         return -1 / jnp.asarray(c)
 
 
-# The SDEs that `training.sde` can name; a config file can register more (docs/extending.md).
-SDES: dict[str, Callable[[ConfigDict], SDE]] = {
-    "vpsde": lambda config: VPSDE(config.model.beta_min, config.model.beta_max),
-    "subvpsde": lambda config: SubVPSDE(config.model.beta_min, config.model.beta_max),
-    "vesde": lambda config: VESDE(config.model.sigma_min, config.model.sigma_max),
-    "reciprocal_vesde": lambda config: RVESDE(
-        config.model.sigma_min, config.model.sigma_max, eps=config.training.truncation_time
-    ),
+def reciprocal_vesde(sigma_min: float, sigma_max: float, truncation_time: float) -> RVESDE:
+    """RVE whose smallest σ is that of the truncation time."""
+    return RVESDE(sigma_min, sigma_max, eps=truncation_time)
+
+
+# The SDEs that `training.sde` can name: classes and functions whose parameters are named after
+# fields of a config. A config file can register more (docs/extending.md).
+SDES: dict[str, Callable[..., SDE]] = {
+    "vpsde": VPSDE,
+    "subvpsde": SubVPSDE,
+    "vesde": VESDE,
+    "reciprocal_vesde": reciprocal_vesde,
 }
 
 
 def get_sde(config: ConfigDict) -> SDE:
     """The SDE that `config.training.sde` names."""
-    return SDES[config.training.sde](config)
+    return fields.call(SDES[config.training.sde], config, "training", "model")

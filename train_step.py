@@ -15,13 +15,14 @@ import optax
 from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
-from ml_collections import ConfigDict
 
 import datasets
 from losses import Objective, ScoreFn, drop_labels, step_key
 from parts import Loop
 
 log = logging.getLogger("soft_truncation")
+
+AXIS = "batch"  # the name of the mapped axis of devices
 
 
 @struct.dataclass
@@ -48,7 +49,7 @@ def _trainable_mask(params: Any) -> Any:
     )
 
 
-def _decay(weight_decay: float) -> optax.GradientTransformation:
+def decay(weight_decay: float) -> optax.GradientTransformation:
     """L2 decay of trained parameters, or of the trained vector of `Packed`, without a state."""
 
     def add(updates: Any, params: Any) -> Any:
@@ -61,22 +62,76 @@ def _decay(weight_decay: float) -> optax.GradientTransformation:
     return optax.stateless(add) if weight_decay else optax.identity()
 
 
-def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Clipping by global norm, L2 decay, and Adam with linear warm-up from 0, as officially.
+def clip(grad_clip: float) -> optax.GradientTransformation:
+    """Clipping by the global norm; a negative `grad_clip` is none."""
+    return optax.clip_by_global_norm(grad_clip) if grad_clip >= 0 else optax.identity()
+
+
+def adam(
+    learning_rate: optax.Schedule, grad_clip: float, weight_decay: float, beta1: float, eps: float
+) -> optax.GradientTransformation:
+    """Adam with clipping and L2 decay, as officially.
 
     The tree of its state does not depend on the settings, so that they may change during a run.
     """
-    optim = config.optim
-    if optim.warmup:
-        schedule = optax.linear_schedule(0.0, optim.lr, optim.warmup)
-    else:
-        schedule = optax.constant_schedule(optim.lr)
     return optax.chain(
-        optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip >= 0 else optax.identity(),
-        _decay(optim.weight_decay),
-        optax.scale_by_adam(b1=optim.beta1, b2=0.999, eps=optim.eps),
-        optax.scale_by_learning_rate(schedule),
+        clip(grad_clip),
+        decay(weight_decay),
+        optax.scale_by_adam(b1=beta1, b2=0.999, eps=eps),
+        optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def adamw(
+    learning_rate: optax.Schedule, grad_clip: float, weight_decay: float, beta1: float, eps: float
+) -> optax.GradientTransformation:
+    """Adam with clipping and decoupled decay (arXiv 1711.05101): its strength is lr · decay."""
+    return optax.chain(
+        clip(grad_clip),
+        optax.scale_by_adam(b1=beta1, b2=0.999, eps=eps),
+        decay(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+# The optimisers that `optim.optimizer` can name: functions whose parameters are named after fields
+# of a config (configs.fields.call), or `learning_rate`, a schedule.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "Adam": adam,
+    "AdamW": adamw,
+}
+
+
+def constant(lr: float, warmup: int) -> optax.Schedule:
+    """A linear warm-up from 0, then `lr`."""
+    return optax.linear_schedule(0.0, lr, warmup) if warmup else optax.constant_schedule(lr)
+
+
+def cosine(lr: float, warmup: int, n_iters: int) -> optax.Schedule:
+    """A linear warm-up from 0, then a half wave of the cosine from `lr` to 0 at `n_iters`."""
+    return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, n_iters)
+
+
+def inverse_sqrt(lr: float, warmup: int, decay_start: int) -> optax.Schedule:
+    """A linear warm-up from 0, then `lr`, and lr/√(step/decay_start) from `decay_start` on.
+
+    It is EDM2's (arXiv 2312.02696).
+    """
+    before = constant(lr, warmup)
+
+    def learning_rate(step: ArrayLike) -> Array:
+        return before(step) * jax.lax.rsqrt(jnp.maximum(jnp.asarray(step) / decay_start, 1.0))
+
+    return learning_rate
+
+
+# The learning rates that `optim.schedule` can name: functions whose parameters are named after
+# fields of a config, to a function step → learning rate.
+SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "inverse_sqrt": inverse_sqrt,
+}
 
 
 def ema_decay(rate: float, num_updates: ArrayLike) -> Array:
@@ -143,29 +198,105 @@ def unpack_state(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: unpack(x) if is_packed(x) else x, state, is_leaf=is_packed)
 
 
-def get_step_fn(
-    objective: Objective,
-    make_score_fn: Callable[..., ScoreFn],
-    optimizer: optax.GradientTransformation,
-    *,
-    seed: int,
-    ema_rate: float,
-    num_micro_batch: int = 1,
-    num_classes: int = 0,
-    label_dropout: float = 0.0,
-) -> StepFn:
-    """A function for one or more training steps, to be called in a pmap with axis name "batch".
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a training step does.
 
-    Args:
+    Attributes:
       objective: the loss.
       make_score_fn: (parameters, labels if there are any) → (x, t, dropout keys) → score.
-      optimizer: from `get_optimizer`.
+      optimizer: one of `OPTIMIZERS`.
       seed: the run's seed.
       ema_rate: the decay rate of the parameters' moving average.
       num_micro_batch: number of sequential parts of a device's batch, to save memory; their
         gradients are averaged.
       num_classes: the number of labels that the network knows; 0: none.
       label_dropout: the share of labels that it isn't told.
+    """
+
+    objective: Objective
+    make_score_fn: Callable[..., ScoreFn]
+    optimizer: optax.GradientTransformation
+    seed: int
+    ema_rate: float
+    num_micro_batch: int = 1
+    num_classes: int = 0
+    label_dropout: float = 0.0
+
+
+def mean_loss(
+    params: Any, recipe: Recipe, key: Array, images: Array, index: Array, labels: Array | None
+) -> tuple[Array, Array]:
+    """The mean loss of images, and τ, for the key of a step; the other arguments as of a step."""
+    if labels is None:
+        score_fn = recipe.make_score_fn(params)
+    else:
+        told = drop_labels(key, index, labels, recipe.label_dropout, recipe.num_classes)
+        score_fn = recipe.make_score_fn(params, told)
+    losses, tau = recipe.objective(score_fn, key, images, index, train=True)
+    return jnp.mean(losses), tau
+
+
+def loss_and_gradient(
+    packed: Packed, recipe: Recipe, key: Array, *batch: Array | None
+) -> tuple[Array, Array, Packed]:
+    """The mean loss of a device's images, τ and the gradient; the arguments as of `mean_loss`."""
+    grad_fn, params = jax.value_and_grad(mean_loss, has_aux=True), unpack(packed)
+    if recipe.num_micro_batch == 1:
+        (loss, tau), grads = grad_fn(params, recipe, key, *batch)
+        return loss, tau, pack(grads)
+
+    def accumulate(total: Any, part: tuple[Array, ...]) -> tuple[Any, Array]:
+        (loss, tau), grads = grad_fn(params, recipe, key, *part)
+        return jax.tree.map(jnp.add, total, (loss, pack(grads))), tau
+
+    num_parts = recipe.num_micro_batch
+    parts = jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), batch)
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, packed))
+    # XLA's CPU backend runs convolution gradients 6 to 32 times slower inside a loop.
+    unroll = num_parts if jax.default_backend() == "cpu" else 1
+    total, taus = jax.lax.scan(accumulate, zero, parts, unroll=unroll)
+    loss, grads = jax.tree.map(lambda x: x / num_parts, total)
+    return loss, taus[0], grads
+
+
+def move_average(ema_params: Any, params: Any, decay: ArrayLike) -> Any:
+    """The moving average of parameters after one more of them."""
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema_params, params)
+
+
+def update(
+    state: TrainState, recipe: Recipe, loss: Array, grads: Packed
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after a step with the global batch's loss and gradient, and the step's metrics."""
+    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params = params.replace(fixed=state.params.fixed)  # whatever the optimiser does with them
+    ema_params = move_average(state.ema_params, params, ema_decay(recipe.ema_rate, state.step + 1))
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params, ema_params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, ema_params, opt_state),
+        (state.params, state.ema_params, state.opt_state),
+    )
+    metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": 1 - finite}
+    return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+
+def one_step(
+    state: TrainState, recipe: Recipe, images: Array, index: Array, labels: Array | None
+) -> tuple[TrainState, dict[str, Array]]:
+    """One training step; see `get_step_fn`."""
+    key = step_key(recipe.seed, state.step)
+    loss, tau, grads = loss_and_gradient(state.params, recipe, key, images, index, labels)
+    loss, grads = jax.lax.pmean((loss, grads), AXIS)
+    state, metrics = update(state, recipe, loss, grads)
+    return state, {**metrics, "tau": tau}
+
+
+def get_step_fn(recipe: Recipe) -> StepFn:
+    """A function for one or more training steps, to be called in a pmap with axis name `AXIS`.
 
     Returns:
       step_fn(state, images, index, labels) → (state, metrics). The state is packed
@@ -176,76 +307,43 @@ def get_step_fn(
       norm of the gradient is not finite, `skipped` is 1 and only the state's `step` changes.
     """
 
-    def mean_loss(
-        params: Any, key: Array, images: Array, index: Array, labels: Array | None
-    ) -> tuple[Array, Array]:
-        if labels is None:
-            score_fn = make_score_fn(params)
-        else:
-            told = drop_labels(key, index, labels, label_dropout, num_classes)
-            score_fn = make_score_fn(params, told)
-        losses, tau = objective(score_fn, key, images, index, train=True)
-        return jnp.mean(losses), tau
-
-    grad_fn = jax.value_and_grad(mean_loss, has_aux=True)
-
-    def loss_and_grads(
-        packed: Packed, key: Array, images: Array, index: Array, labels: Array | None
-    ) -> tuple[Array, Array, Packed]:
-        params = unpack(packed)
-        if num_micro_batch == 1:
-            (loss, tau), grads = grad_fn(params, key, images, index, labels)
-            return loss, tau, pack(grads)
-
-        def accumulate(total: Any, batch: tuple[Array, ...]) -> tuple[Any, Array]:
-            (loss, tau), grads = grad_fn(params, key, *batch)
-            return jax.tree.map(jnp.add, total, (loss, pack(grads))), tau
-
-        def split(x: Array) -> Array:
-            return x.reshape(num_micro_batch, -1, *x.shape[1:])
-
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, packed))
-        # XLA's CPU backend runs convolution gradients 6 to 32 times slower inside a loop.
-        unroll = num_micro_batch if jax.default_backend() == "cpu" else 1
-        batches = jax.tree.map(split, (images, index, labels))
-        total, taus = jax.lax.scan(accumulate, zero, batches, unroll=unroll)
-        loss, grads = jax.tree.map(lambda x: x / num_micro_batch, total)
-        return loss, taus[0], grads
-
-    def one_step(
-        state: TrainState, images: Array, index: Array, labels: Array | None
-    ) -> tuple[TrainState, dict[str, Array]]:
-        key = step_key(seed, state.step)
-        loss, tau, grads = loss_and_grads(state.params, key, images, index, labels)
-        loss, grads = jax.lax.pmean((loss, grads), "batch")
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = ema_decay(ema_rate, state.step + 1)
-        ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        params, ema_params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, ema_params, opt_state),
-            (state.params, state.ema_params, state.opt_state),
-        )
-        metrics = {"loss": loss, "grad_norm": grad_norm, "tau": tau, "skipped": 1 - finite}
-        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
-
     def step_fn(
         state: TrainState, images: Array, index: Array, labels: Array | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         if len(images) > 1:
 
             def next_step(state: TrainState, batch: Any) -> Any:
-                return one_step(state, batch[0], index, batch[1])
+                return one_step(state, recipe, batch[0], index, batch[1])
 
             return jax.lax.scan(next_step, state, (images, labels))
         first = None if labels is None else labels[0]
-        state, metrics = one_step(state, images[0], index, first)  # no loop: slow on a CPU
+        state, metrics = one_step(state, recipe, images[0], index, first)  # a loop is slow on a CPU
         return state, jax.tree.map(lambda x: x[None], metrics)
 
     return step_fn
+
+
+def times_of_step(
+    objective: Objective, seed: int, step: int, images: ArrayLike
+) -> tuple[Array, Array]:
+    """The truncation and the times (N,) of the step with number `step`, from 0.
+
+    `images` is its batch, or images of that number and shape.
+    """
+
+    def call(images: Array) -> tuple[Array, Array]:
+        seen = []
+
+        def score_fn(x: Array, t: Array, dropout_keys: Array | None) -> Array:
+            seen.append(t)
+            return x
+
+        index = jnp.arange(len(images))
+        _, tau = objective(score_fn, step_key(seed, step), images, index, train=False)
+        return tau, seen[0]
+
+    tau, t = jax.vmap(call, axis_name=AXIS)(jnp.asarray(images)[None])
+    return tau[0], t[0]
 
 
 def _on_accelerator() -> bool:
@@ -304,14 +402,14 @@ def make_train_call(
         indices_only=whole is not None,
     )
     if whole is None:
-        parallel = jax.pmap(step_fn, axis_name="batch", donate_argnums=0)
+        parallel = jax.pmap(step_fn, axis_name=AXIS, donate_argnums=0)
     else:
 
         def step_of_resident(state: Any, whole: Any, chosen: Array, index: Array) -> Any:
             images, *labels = (part[chosen] for part in whole)
             return step_fn(state, images, index, *labels)
 
-        parallel = jax.pmap(step_of_resident, axis_name="batch", donate_argnums=0)
+        parallel = jax.pmap(step_of_resident, axis_name=AXIS, donate_argnums=0)
         parts = (whole["image"], whole["label"].astype(np.int32))
         resident = (replicate(parts if labelled else parts[:1], num_local),)
         log.info("the training images are in the device's memory")
@@ -337,7 +435,7 @@ def make_train_call(
 def replicate(tree: Any, num_local: int) -> Any:
     """Copy a tree to each of this process's devices, along a new first axis of its arrays."""
     # By a pmap with the step's axis name; with another sharding the step would compile twice.
-    copy = jax.pmap(lambda _, tree: tree, axis_name="batch", in_axes=(0, None))
+    copy = jax.pmap(lambda _, tree: tree, axis_name=AXIS, in_axes=(0, None))
     return copy(np.arange(num_local), tree)
 
 

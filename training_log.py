@@ -25,6 +25,7 @@ from train_step import (
     LossSums,
     TrainState,
     first_copy,
+    times_of_step,
     unpack_state,
 )
 
@@ -121,11 +122,13 @@ class TrainingLog:
         self._compiled = True
         self._window_start, self._window_steps = time.monotonic(), 0
 
+    def _images(self, step: int) -> np.ndarray:
+        seed, size = self._setup.seed, self._setup.loop.batch_size
+        return next(datasets.train_batches(self._train, size, seed, step - 1))["image"]
+
     def _fault(self, step: int, values: dict[str, Array], packed: TrainState) -> str:
         """What of a step is not finite, the first of what follows from each other."""
-        seed, size = self._setup.seed, self._setup.loop.batch_size
-        images = next(datasets.train_batches(self._train, size, seed, step - 1))["image"]
-        if not np.isfinite(images).all():
+        if not np.isfinite(self._images(step)).all():
             return "data"
         params = unpack_state(first_copy(packed)).params
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
@@ -137,7 +140,7 @@ class TrainingLog:
     ) -> NoReturn:
         """Write what is known of the step to not_finite.json, and raise a UserError."""
         setup = self._setup
-        tau, t = setup.objective.times_of_step(setup.seed, step - 1, setup.loop.batch_size)
+        tau, t = times_of_step(setup.objective, setup.seed, step - 1, self._images(step))
         path = self._workdir / "not_finite.json"
         numbers = {name: repr(float(values[name])) for name in ("loss", "grad_norm")}
         fault, times = self._fault(step, values, packed), np.asarray(t, float).tolist()

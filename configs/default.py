@@ -76,8 +76,10 @@ def get_default_config() -> ConfigDict:
     model.num_scales = 1000  # steps of the PC sampler
 
     config.optim = optim = ConfigDict()
-    optim.optimizer = "Adam"
+    optim.optimizer = "Adam"  # a name in train_step.OPTIMIZERS: Adam or AdamW (decoupled decay)
     optim.lr = 2e-4
+    optim.schedule = "constant"  # of the rate, in train_step.SCHEDULES: cosine or inverse_sqrt
+    optim.decay_start = 70_000  # inverse_sqrt: the step at which the rate begins to fall
     optim.beta1 = 0.9
     optim.eps = 1e-8
     optim.weight_decay = 0.0
@@ -87,6 +89,7 @@ def get_default_config() -> ConfigDict:
 
     config.training = training = ConfigDict()
     training.sde = "vpsde"  # vpsde, subvpsde, vesde or reciprocal_vesde
+    training.objective = "score_matching"  # or one's own, a name in losses.OBJECTIVES
     training.batch_size = 128  # the global batch, over all devices
     training.n_iters = 1_300_001
     training.truncation = "soft"  # fixed, soft or equivalent_weight

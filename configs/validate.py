@@ -37,7 +37,6 @@ _CHOICES = {
     "model.progressive_input": ("none", "input_skip", "residual"),
     "model.progressive_combine": ("sum", "cat"),
     "model.embedding_type": ("positional", "fourier"),
-    "optim.optimizer": ("Adam",),
     "training.truncation": ("fixed", "soft", "equivalent_weight"),
     "sampling.task": ("generate", "inpaint", "colorize"),
     "sampling.format": ("npz", "npy", "png"),
@@ -71,6 +70,7 @@ _POSITIVE = [
     "model.num_scales",
     "optim.lr",
     "optim.eps",
+    "optim.decay_start",
     "optim.num_micro_batch",
     "training.batch_size",
     "training.n_iters",
@@ -149,6 +149,11 @@ def _problems(
     clip = config.optim.grad_clip
     if math.isnan(clip) or clip == 0:
         yield f"optim.grad_clip is {clip}; it must be positive, or negative for no clipping"
+    if config.optim.schedule == "cosine" and config.training.n_iters <= config.optim.warmup:
+        yield (
+            f"training.n_iters is {config.training.n_iters}; optim.schedule=cosine ends there, so "
+            f"it must be more than optim.warmup, {config.optim.warmup}"
+        )
     if config.model.beta_max <= config.model.beta_min:
         yield "model.beta_max must be larger than model.beta_min"
     if config.data.num_channels not in (1, 3) and config.data.dataset != "array":
@@ -185,7 +190,8 @@ def _problems(
             f"{', '.join(_LSUN_SCENES)}"
         )
     # The name is in the registry: this was checked above.
-    exploding = registries["training.sde"][config.training.sde](config).exploding
+    sde = fields.call(registries["training.sde"][config.training.sde], config, "training", "model")
+    exploding = sde.exploding
     network = registries["model.name"][config.model.name]
     yield from _model_problems(config, network, exploding)
     yield from _size_problems(config)

@@ -21,14 +21,20 @@ def _report_of(workdir: pathlib.Path, step: int, params: Any) -> dict[str, Any] 
 
 
 def model_card(
-    name: str, config: ConfigDict, objective: str, workdir: pathlib.Path, step: int, params: Any
+    name: str,
+    config: ConfigDict,
+    objective: str,
+    optimizer: str,
+    workdir: pathlib.Path,
+    step: int,
+    params: Any,
 ) -> str:
     """The README.md of an exported model.
 
     Args:
       name: the model's name.
       config: the run's config.
-      objective: what it was trained by, in words.
+      objective, optimizer: what it was trained by, in words.
       workdir: the run, whose report is quoted if it is of these weights.
       step: the step of the weights.
       params: the weights.
@@ -43,6 +49,7 @@ def model_card(
         "network": f"{config.model.name}, {count_parameters(params):,} parameters, predicts the "
         f"{config.model.parametrization}",
         "objective": objective,
+        "optimiser": optimizer,
         "training": f"{step:,} steps of {training.batch_size} images",
     }
     lines = [f"# {name}", "", "The EMA weights of a score-based diffusion model are in "]

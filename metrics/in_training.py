@@ -1,6 +1,5 @@
 """What training shows of a network: its loss on test images, and grids of its samples."""
 
-import dataclasses
 import logging
 import pathlib
 from collections.abc import Callable
@@ -35,15 +34,7 @@ def get_test_loss(setup: Setup, test: datasets.Dataset) -> Callable[[Any], float
     images, labels = chosen["image"], chosen["label"]
     size = min(len(images), setup.loop.batch_size)
     size = max(size - size % 2, 1)  # `mixed` needs pairs
-    # The same expectation without the variance of drawing a single truncation for the batch, and
-    # without terms that depend on τ other than by the weight.
-    objective = dataclasses.replace(
-        setup.objective,
-        weigh_by_prior=True,
-        reconstruction=False,
-        balanced=False,
-        stratified=size if setup.objective.stratified else 0,
-    )
+    objective = setup.objective.for_test(size)
 
     @jax.jit
     def mean_loss(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 
-from build import objective_in_words, set_up, with_data_facts
+from build import objective_in_words, optimizer_in_words, set_up, with_data_facts
 from configs import fields
 from errors import UserError
 from metrics.card import model_card
@@ -46,7 +46,7 @@ def import_official(
     """
     config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
     setup = set_up(config)
-    fields.call(import_checkpoint.check_network, config, "model")
+    fields.call(import_checkpoint.check_network, config, "model", "optim")
     state = import_checkpoint.load_state(path, setup.state_shape.params, setup.optimizer)
     exported.refuse(workdir)
     if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
@@ -119,7 +119,8 @@ def export(
         with _exporting(folder) as partial:
             partial.mkdir()
             (partial / "config.json").write_text(own.to_json_best_effort(indent=1) + "\n")
-            card = model_card(folder.name, own, objective_in_words(own), workdir, step, params)
+            words = objective_in_words(own), optimizer_in_words(own)
+            card = model_card(folder.name, own, *words, workdir, step, params)
             (partial / "README.md").write_text(card)
             exported.write(partial, params, step)
         size = (folder / exported.WEIGHTS).stat().st_size / 2**20
@@ -149,7 +150,7 @@ def export_official(
     setup, file = set_up(config), pathlib.Path(to).absolute()
     step = hosts.on_main(lambda: chosen_step(setup, workdir))
     exported.refuse(workdir)
-    fields.call(import_checkpoint.check_network, config, "model")
+    fields.call(import_checkpoint.check_network, config, "model", "optim")
     shape = setup.state_shape
     state = checkpointing.restore_step(setup.fields, workdir, shape, step, weights_only=False)
 

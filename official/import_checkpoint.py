@@ -143,8 +143,10 @@ def _check_shapes(path: str | pathlib.Path, official: _Official, expected: Any) 
                 )
 
 
-def check_network(name: str, parametrization: str, num_classes: int) -> None:
-    """Raise a UserError if the release has no checkpoints of `config.model`'s kind of network."""
+def check_network(
+    name: str, parametrization: str, num_classes: int, optimizer: str = "Adam"
+) -> None:
+    """Raise a UserError if the release has no checkpoints of such a network and optimiser."""
     if not NETWORKS[name].in_release:
         known = [known for known, network in NETWORKS.items() if network.in_release]
         raise UserError(f"model.name is {name}; official checkpoints are of {' and '.join(known)}")
@@ -152,6 +154,8 @@ def check_network(name: str, parametrization: str, num_classes: int) -> None:
         raise UserError("official networks predict the noise: model.parametrization must be noise")
     if num_classes:
         raise UserError("official networks are not told labels: model.num_classes must be 0")
+    if optimizer != "Adam":
+        raise UserError("official checkpoints are of Adam: optim.optimizer must be Adam")
 
 
 def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:

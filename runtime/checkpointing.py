@@ -108,7 +108,8 @@ def _name(path: Any) -> str:
 
 def _check_shapes(path: pathlib.Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise a UserError that names the arrays of a checkpoint that differ from the wanted ones."""
-    there = {_UPDATES_OF_SCHEDULE: there[_UPDATES], **there} if _UPDATES in there else there
+    if _UPDATES in there and _UPDATES_OF_SCHEDULE in wanted:
+        there = {_UPDATES_OF_SCHEDULE: there[_UPDATES], **there}
     differ = [
         f"{name} is {there.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
         for name in sorted(wanted.keys() | there.keys())

@@ -1,7 +1,6 @@
 """What several tests share: golden data, small configs, a Gaussian whose score is known."""
 
 import ast
-import functools
 import json
 import os
 import pathlib
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import losses
+import build
 import train_step
 from configs import fields
 from configs.default import get_default_config
@@ -200,7 +199,7 @@ class Gaussian:
 
 def loss_fn_of(config, sde, model, num_levels, train):
     """A config's objective for a network: (params, key, images, index) → (losses (N,), τ)."""
-    objective = losses.get_objective(config, sde, num_levels)
+    objective = build.get_objective(config, sde, num_levels, axis_name=None)
 
     def loss_fn(params, key, images, index):
         score_fn = mutils.get_score_fn(config, sde, model, params, train=train)
@@ -211,17 +210,19 @@ def loss_fn_of(config, sde, model, num_levels, train):
 
 def times_of_step(config, sde, step):
     """τ and the times that a step trains at."""
-    objective = losses.get_objective(config, sde)
-    return objective.times_of_step(config.seed, step, config.training.batch_size)
+    images = np.zeros((config.training.batch_size, 2, 2, 1), np.uint8)
+    objective = build.get_objective(config, sde)
+    return train_step.times_of_step(objective, config.seed, step, images)
 
 
 def step_fn_of(config, sde, model, optimizer, num_levels):
     """A config's training steps for a network."""
-    return train_step.get_step_fn(
-        losses.get_objective(config, sde, num_levels),
-        functools.partial(mutils.get_score_fn, config, sde, model, train=True),
+    recipe = train_step.Recipe(
+        build.get_objective(config, sde, num_levels),
+        score_model(config, sde, model).for_training,
         optimizer,
         seed=config.seed,
         ema_rate=config.model.ema_rate,
         num_micro_batch=config.optim.num_micro_batch,
     )
+    return train_step.get_step_fn(recipe)

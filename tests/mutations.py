@@ -42,12 +42,12 @@ sign of the noise in the loss: (scaled_score + z) ** 2) → (scaled_score - z) *
 closed lowest level: -jnp.inf, error - half → error - half, error - half
 [losses.py | test_losses.py -k "residual or flipped or ratio_of_halves"]
 normaliser of the decoder: - dims * jnp.log(alpha) → + dims * jnp.log(alpha)
-one noise for two terms: for k in (z_key, z_tau_key)) → for k in (z_key, z_key))
+one noise for two terms: normal(draws.keys.residual, → normal(draws.keys.noise,
 training without flips: flip=train) → flip=False)
 balance of one device: if axis_name else mean) → if False else mean)
 balance of wrong pairs: jnp.roll(losses, -1) → jnp.roll(losses, 1)
 [losses.py | test_universal.py -k "stratified_times_are or weighting_is_the_cdf"]
-strata of one device: first + index / → first + jnp.arange(len(u)) /
+strata of one device: + index / → + jnp.arange(len(index)) /
 velocity's weight: jnp.exp(0.5 * gamma) → jnp.exp(gamma)
 
 [likelihood.py | test_likelihood.py -k "fixed_steps or constants or error_of_a_mean or each_nll"]
@@ -79,11 +79,11 @@ one noise for all batches: COMPLETIONS), i, size) → COMPLETIONS), 0, size)
 padding is known: constant_values=1) → constant_values=0)
 
 [train_step.py | test_losses.py -k "ema or optimizer or weight_decay or training_step"]
-EMA a step late: ema_decay(ema_rate, state.step + 1) → ema_decay(ema_rate, state.step)
+EMA a step late: ema_decay(recipe.ema_rate, state.step + 1) → ema_decay(recipe.ema_rate, state.step)
 EMA the wrong way: e + (1 - decay) * (p - e) → e + decay * (p - e)
-gradients of one device: loss, grads = jax.lax.pmean((loss, grads), "batch") → pass
+gradients of one device: loss, grads = jax.lax.pmean((loss, grads), AXIS) → pass
 a NaN gradient is applied: jnp.isfinite(loss) & jnp.isfinite(grad_norm) → jnp.isfinite(loss)
-micro-batches are summed: lambda x: x / num_micro_batch, total) → lambda x: x, total)
+micro-batches are summed: lambda x: x / num_parts, total) → lambda x: x, total)
 frequencies decay: weight_decay * m * p → weight_decay * p
 packed ones decay: (updates, trained=trained) → (updates, trained=trained, fixed=params.fixed)
 steps over an evaluation: loop.eval_freq, *regular) → *regular)

@@ -22,7 +22,6 @@ from readers.source import ArraySource
 from runtime import checkpointing
 from tests.helpers import tiny_config
 from tests.jobs import assert_identical, state_of
-from train_step import get_optimizer
 
 
 def config_of(n_iters=2, **model):
@@ -73,8 +72,16 @@ def test_the_tree_of_the_optimisers_state_is_the_same_for_all_settings():
     for change in ({}, {"warmup": 0}, {"weight_decay": 0.1}, {"grad_clip": -1.0}):
         config = config_of()
         config.optim.update(change)
-        trees.add(jax.tree.structure(get_optimizer(config).init(params)))
+        trees.add(jax.tree.structure(build.get_optimizer(config).init(params)))
     assert len(trees) == 1
+
+
+def test_a_checkpoint_of_an_optimiser_of_three_parts_has_its_own_shapes(tmp_path):
+    optimizer = optax.chain(optax.identity(), optax.scale_by_lion(), optax.scale_by_schedule(abs))
+    state = {"opt_state": optimizer.init({"w": np.ones(2, np.float32)})}
+    shapes = {checkpointing._name(path): leaf.shape for path, leaf in checkpointing._leaves(state)}
+    assert checkpointing._UPDATES in shapes
+    checkpointing._check_shapes(tmp_path, shapes, shapes)
 
 
 def test_l2_decay_adds_the_parameters_to_the_gradient_and_spares_frequencies():
@@ -82,7 +89,7 @@ def test_l2_decay_adds_the_parameters_to_the_gradient_and_spares_frequencies():
     config.optim.update(weight_decay=0.5, warmup=0, grad_clip=-1.0)
     params = {"Dense_0": np.full(2, 4.0, np.float32), "GaussianFourierProjection_0": np.ones(1)}
     gradient = {"Dense_0": np.array([-2.0, 1.0]), "GaussianFourierProjection_0": np.zeros(1)}
-    optimizer = get_optimizer(config)
+    optimizer = build.get_optimizer(config)
     _, state = optimizer.update(gradient, optimizer.init(params), params)
     mu = jax.tree.map(lambda m: m / 0.1, state[2].mu)  # Adam's first moment is 0.1 of the gradient
     np.testing.assert_allclose(mu["Dense_0"], [0.0, 3.0], atol=1e-6)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import build
 import likelihood
 import losses
 import sampling
@@ -95,7 +96,9 @@ def gaussian_score(sde):
 def functions_of_time(sde):
     priors = {f"prior {k}": losses.TruncationPrior(k, EPS) for k in (0.5, 1.0, 1.2, 3.0)}
     config = tiny_config(sde=NAMES[type(sde)], truncation_time=EPS)
-    priors |= {name: losses.PRIORS[name](config) for name in ("sigmoid", "velocity")}
+    for name in ("sigmoid", "velocity"):
+        config.training.prior = name
+        priors[name] = build.get_prior(config)
     return {
         "mean_coeff": sde.mean_coeff,
         "std": sde.std,
@@ -146,21 +149,23 @@ def test_objective(sde, weighting, prior, rows):
         "power": losses.TruncationPrior(1.2, EPS),
         "sigmoid": losses.WeightingPrior(sde, EPS, jax.nn.sigmoid),
     }
-    kinds = {"uniform": {}, "lossless": {"variance_half": True, "importance_sampling": True}}
-    for dequantization, more in kinds.items():
-        objective = losses.Objective(
+    for dequantization, mixed in (("uniform", False), ("lossless", True)):
+        objective = losses.score_matching(
             sde=sde,
-            weighting=losses.WEIGHTINGS[weighting],
-            eps=EPS,
-            prior=priors.get(prior.split()[-1]),
-            weigh_by_prior="weigh" in prior,
             preprocessing=Preprocessing(2, True, dequantization, True),
-            **{"importance_sampling": False, "variance_half": False, **more},
-            variance_factor=0.5,
-            balanced=bool(more),
-            reconstruction="weigh" not in prior,
-            stratified=ROWS if more else 0,
-            scale=1.0,
+            prior=priors.get(prior.split()[-1]),
+            weighting=losses.WEIGHTINGS[weighting],
+            axis_name=None,
+            truncation="equivalent_weight" if "weigh" in prior else "soft",
+            truncation_time=EPS,
+            importance_sampling=mixed,
+            stratified_times=mixed,
+            batch_size=ROWS,
+            reduce_mean=False,
+            mixed=mixed,
+            ddpm_weight=0.5,
+            balanced=mixed,
+            reconstruction_loss="weigh" not in prior,
         )
         assert_same(
             f"objective, {weighting} weighting, {prior}, {dequantization}",

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from clu.parameter_overview import count_parameters
 
+import build
 import datasets
-import losses
 import sde_lib
 import train_step
 from build import REGISTRIES
@@ -276,7 +276,7 @@ class StandIn(nn.Module):
 def training_step(config, model):
     """(step_fn on one device, packed state, images, index) of a recipe."""
     images = random_images(config)[: config.training.batch_size]
-    optimizer = train_step.get_optimizer(config)
+    optimizer = build.get_optimizer(config)
     if isinstance(model, StandIn):
         params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), jnp.ones(1))["params"]
     else:
@@ -302,7 +302,7 @@ def objectives():
     for name in RECIPES:
         config = reduced(get_recipe(name))
         config.data.image_size = 8
-        objective = losses.get_objective(
+        objective = build.get_objective(
             config, sde_lib.get_sde(config), datasets.get_num_levels(config)
         )
         what = objective, config.optim, config.data.num_channels, config.model.scale_by_sigma

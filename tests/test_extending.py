@@ -19,6 +19,7 @@ import likelihood
 import losses
 import sampling
 import sde_lib
+import train_step
 from configs.saved import as_recorded
 from configs.shapes import size_factor
 from configs.validate import validate
@@ -26,8 +27,15 @@ from errors import UserError
 from experiments.sweep import load_sweep
 from models import utils as mutils
 from runtime.workdir import claim_workdir
-from tests.helpers import environment_of, loss_fn_of, score_model, times_of_step, tiny_config
-from tests.test_losses import LinearModel, step_losses_and_grads, toy_config
+from tests.helpers import (
+    environment_of,
+    loss_fn_of,
+    score_model,
+    step_fn_of,
+    times_of_step,
+    tiny_config,
+)
+from tests.test_losses import LinearModel, step_losses_and_grads, toy_config, training_steps
 from tests.test_sampling import COUNT, DATA, check_moments, exact_flow, sampling_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -42,6 +50,7 @@ whole_config = get_config
 def get_config():
     config = whole_config()
     config.model.update(nf=8, ch_mult=(1,), attn_resolutions=())
+    config.optim.warmup = 1
     config.training.update(batch_size=8, n_iters=3, log_freq=1, snapshot_sampling=False)
     config.training.update(snapshot_freq=100, snapshot_freq_for_preemption=100)
     config.sampling.update(num_steps=3, n_images=8)
@@ -80,7 +89,7 @@ def mine(folder, registries):
 
 @pytest.fixture(scope="module")
 def sde():
-    return sde_lib.SDES["cosine"](None)
+    return sde_lib.SDES["cosine"]()
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.findall(r"\w+", block)[-1])
@@ -193,7 +202,7 @@ def test_an_sde_says_itself_whether_it_is_of_ves_kind(monkeypatch):
 
 @pytest.mark.parametrize("sde_name", ["vpsde", "vesde", "cosine"])
 def test_min_snr_weights_the_error_of_the_predicted_data(sde_name):
-    sde = sde_lib.SDES[sde_name](tiny_config())
+    sde = sde_lib.get_sde(tiny_config(sde=sde_name))
     rng = np.random.default_rng(0)
     t = jnp.asarray(np.geomspace(1e-2, 1, 64), jnp.float32)
     x0, z = (jnp.asarray(rng.standard_normal((64, 2, 2, 1)), jnp.float32) for _ in range(2))
@@ -241,7 +250,7 @@ def prior_config(truncation, log_mean=-2.0):
 @pytest.mark.slow
 def test_the_priors_icdf_cdf_and_draws_agree(mine):
     config = mine.get_config()
-    prior = losses.get_prior(config)
+    prior = build.get_prior(config)
     u = np.linspace(0, 1, 1001).astype(np.float32)
     tau = np.asarray(prior.icdf(u))
     assert tau.dtype == np.float32 and (np.diff(tau) > 0).all()
@@ -251,7 +260,7 @@ def test_the_priors_icdf_cdf_and_draws_agree(mine):
     expected = (scipy.stats.norm.cdf(np.log(TIMES), -4, 1.5) - ends[0]) / (ends[1] - ends[0])
     np.testing.assert_allclose(prior.cdf(TIMES), np.clip(expected, 0, 1), atol=1e-6)
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = jax.vmap(losses.get_objective(config, sde_lib.get_sde(config)).draw_truncation)(keys)
+    drawn = jax.vmap(build.get_objective(config, sde_lib.get_sde(config)).draw_truncation)(keys)
     test = scipy.stats.kstest(np.asarray(drawn, float), lambda t: np.asarray(prior.cdf(t)))
     assert test.pvalue > 1e-3
 
@@ -311,6 +320,82 @@ def test_a_field_that_is_missing_is_named(mine, section, field, told):
         build.set_up(config)
 
 
+# The objective
+
+
+def edm_config():
+    config = toy_config("soft", 1, likelihood=True, importance=True)
+    config.training.objective = "edm"
+    config.model.sigma_data = 0.5
+    return config
+
+
+@pytest.mark.parametrize("sde_name", ["vpsde", "cosine"])
+def test_the_objective_weighs_the_error_of_the_denoised_image(sde_name):
+    config, seen = edm_config(), []
+    config.training.update(sde=sde_name, truncation_time=1e-4)
+    sde = sde_lib.get_sde(config)
+    objective = build.get_objective(config, sde)
+
+    def score_fn(x, t, dropout_keys):
+        seen.append((x, t))
+        return jnp.zeros_like(x)  # so that the denoised image is x/α
+
+    images = np.zeros((500, 2, 2, 1), np.uint8)
+    losses_, tau = objective(score_fn, jax.random.key(0), images, jnp.arange(500), train=False)
+    ((x, t),) = seen
+    ratio = np.asarray(sde.std(t) / sde.mean_coeff(t), np.float64)
+    statistic = scipy.stats.kstest(np.log(ratio), scipy.stats.norm(-1.2, 1.2).cdf)
+    assert statistic.pvalue > 1e-3 and tau == np.float32(1e-4)
+    keys = losses.split_step_key(jax.random.key(0), jnp.arange(500))[2]
+    x0 = objective.preprocessing.to_x0(images, keys.data, flip=False)
+    error = np.mean((x / sde.mean_coeff(t)[:, None, None, None] - x0) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(losses_, (ratio**2 + 0.25) / (0.25 * ratio**2) * error, rtol=2e-3)
+
+
+def test_an_objective_of_ones_own_trains():
+    config = edm_config()
+    config.optim.update(lr=0.1, warmup=0)
+    assert build.objective_in_words(config) == "vpsde, edm objective"
+    sde, optimizer = sde_lib.get_sde(config), build.get_optimizer(config)
+    params = {"a": jnp.array(3.0), "b": jnp.array(1.0)}
+    state = train_step.TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
+    step_fn = step_fn_of(config, sde, LinearModel(), optimizer, 17)
+    step = jax.jit(jax.vmap(step_fn, axis_name=train_step.AXIS))
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (1, 1, 64, 2, 2, 1)), jnp.uint8)
+    packed = jax.tree.map(lambda x: x[None], train_step.pack_state(state))
+    values = []
+    for _ in range(20):
+        packed, metrics = step(packed, images, jnp.arange(64)[None])
+        values.append(float(metrics["loss"][0, 0]))
+    assert np.mean(values[-5:]) < 0.5 * np.mean(values[:5])
+    objective = build.get_objective(config, sde)
+    assert objective.for_test(4) is objective
+
+
+# The optimiser and the schedule
+
+
+def test_the_schedule_goes_up_and_down(mine):
+    schedule = train_step.SCHEDULES["linear"](2.0, 10, 110)
+    values = [float(schedule(step)) for step in (0, 5, 10, 60, 110)]
+    np.testing.assert_allclose(values, [0, 1, 2, 1, 0], atol=1e-6)
+    text = build.optimizer_in_words(mine.get_config())
+    assert text == "Lion, linear learning rate of 0.0003 after 100 steps of warm-up"
+
+
+def test_the_optimiser_steps_by_the_sign_and_leaves_frequencies_alone():
+    config = tiny_config()
+    config.optim.update(optimizer="Lion", lr=0.25, warmup=0, weight_decay=0.5)
+    params = {"w": jnp.array(10.0), "GaussianFourierProjection_0": {"W": jnp.ones(2)}}
+    states = training_steps(
+        lambda params, x: 3 * params["w"] + 0 * x, params, 2, optimizer=build.get_optimizer(config)
+    )
+    assert [float(state.params["w"]) for state, _ in states] == [8.5, 7.1875]  # 10 - (1 + 5)/4 …
+    for state, _ in states:
+        np.testing.assert_array_equal(state.params["GaussianFourierProjection_0"]["W"], 1)
+
+
 # The samplers
 
 
@@ -325,7 +410,7 @@ def sample_with(sde, churn=None, **options):
 
 @pytest.mark.parametrize("sde_name", ["cosine", "vpsde", "vesde"])
 def test_the_stochastic_sampler_samples_a_gaussian(sde_name):
-    sde = sde_lib.SDES[sde_name](tiny_config())
+    sde = sde_lib.get_sde(tiny_config(sde=sde_name))
     x, nfe = sample_with(sde, churn=20.0, method="edm_stochastic", num_steps=100)
     assert nfe == 201
     check_moments(x, slack=0.015)
@@ -395,6 +480,7 @@ def test_main_trains_and_samples(folder):
         trained.stderr
     )
     assert "k = " not in trained.stderr
+    assert "optimiser: Lion, linear learning rate" in trained.stderr
     sampled = main(*args, "--mode=sample", "--config.sampling.churn=1", cwd=folder)
     assert sampled.returncode == 0, sampled.stderr
     assert np.load(folder / "run" / "samples" / "samples.npz")["samples"].shape == (8, 8, 8, 1)
@@ -420,6 +506,9 @@ def test_a_field_of_ones_own_is_compared_when_a_run_goes_on(tmp_path):
         ("--config.training.sde=cosin", "vpsde, subvpsde, vesde, reciprocal_vesde, cosine"),
         ("--config.training.weighting=min_snr", "likelihood, variance, min_snr_5"),
         ("--config.training.prior=lognormal", "velocity, log_normal"),
+        ("--config.training.objective=EDM", "score_matching, edm"),
+        ("--config.optim.optimizer=lion", "Adam, AdamW, Lion"),
+        ("--config.optim.schedule=exponential", "constant, cosine, inverse_sqrt, linear"),
         ("--config.sampling.method=edm", "pc, ode, heun, dpm_solver, edm_stochastic"),
         ("--config.sampling.predictor=DDIM", "ancestral_sampling, ddim"),
     ],

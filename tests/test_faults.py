@@ -272,7 +272,7 @@ def test_what_is_not_finite_first_is_told(tmp_path):
 
 def poisoned(monkeypatch, steps):
     """The loss of the steps after so many is not a number."""
-    seed, loss_fn = tiny_config().seed, losses.Objective.__call__
+    seed, loss_fn = tiny_config().seed, losses.DrawnObjective.__call__
     keys = jax.vmap(lambda n: jax.random.key_data(losses.step_key(seed, n)))(steps)
 
     def poisoned_fn(objective, score_fn, key, images, index, train):
@@ -280,7 +280,7 @@ def poisoned(monkeypatch, steps):
         hit = (jax.random.key_data(key) == keys).all(axis=-1).any()
         return values * jax.numpy.where(hit, jax.numpy.nan, 1), tau
 
-    monkeypatch.setattr(losses.Objective, "__call__", poisoned_fn)
+    monkeypatch.setattr(losses.DrawnObjective, "__call__", poisoned_fn)
 
 
 @pytest.mark.slow
@@ -314,7 +314,7 @@ def test_the_times_of_a_step_are_those_it_trains_at(mixed):
 
     key, images = losses.step_key(config.seed, 5), np.zeros((8, 8, 8, 1), np.uint8)
     _, tau = setup.objective(score_fn, key, images, np.arange(8), train=False)
-    expected_tau, expected = setup.objective.times_of_step(config.seed, 5, 8)
+    expected_tau, expected = train_step.times_of_step(setup.objective, config.seed, 5, images)
     np.testing.assert_array_equal(tau, expected_tau)
     np.testing.assert_array_equal(seen[0], expected)
 

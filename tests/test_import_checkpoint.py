@@ -3,6 +3,7 @@ import numpy as np
 import optax
 import pytest
 
+import build
 import run_lib
 from configs import fields
 from configs.shapes import image_shape
@@ -13,7 +14,6 @@ from official import export_checkpoint, import_checkpoint
 from official.pth_reader import read_pth
 from official.pth_writer import write_pth
 from tests.helpers import GOLDEN, golden_config, param_shapes, tiny_config
-from train_step import get_optimizer
 
 PTH = GOLDEN / "vp_ddpmpp.pth"
 
@@ -26,7 +26,7 @@ def test_a_config_of_another_network_is_refused_by_the_tensor():
 
 
 def load_state(path, config):
-    return import_checkpoint.load_state(path, param_shapes(config), get_optimizer(config))
+    return import_checkpoint.load_state(path, param_shapes(config), build.get_optimizer(config))
 
 
 def official_names(config):
@@ -184,6 +184,9 @@ def test_what_the_release_does_not_have_is_not_exported():
     config.model.update(parametrization="noise", num_classes=10)
     with pytest.raises(UserError, match=r"not told labels"):
         fields.call(import_checkpoint.check_network, config, "model")
+    config.model.num_classes, config.optim.optimizer = 0, "AdamW"
+    with pytest.raises(UserError, match=r"checkpoints are of Adam"):
+        fields.call(import_checkpoint.check_network, config, "model", "optim")
 
 
 def test_a_checkpoint_of_another_form_is_refused(tmp_path):

@@ -13,6 +13,9 @@ import datasets
 import losses
 import sde_lib
 import train_step
+from configs import fields
+from configs.validate import validate
+from errors import UserError
 from models import utils as mutils
 from official import import_checkpoint
 from tests.helpers import (
@@ -149,8 +152,7 @@ def toy_config(truncation, k, likelihood, importance):
 def step_losses_and_grads(config, steps, distinct=4):
     """The (loss, gradient by a, gradient by b) of each of many steps with 4 images, (steps, 3)."""
     sde = sde_lib.get_sde(config)
-    train = not config.training.balanced  # which needs a named axis
-    loss_fn = loss_fn_of(config, sde, LinearModel(), 17, train=train)
+    loss_fn = loss_fn_of(config, sde, LinearModel(), 17, train=True)
     images = jnp.asarray(np.random.default_rng(0).integers(0, 17, (4, 2, 2, 1)), jnp.uint8)
     images = jnp.resize(images[:distinct], images.shape)
 
@@ -279,7 +281,7 @@ def test_ema_follows_the_official_rule():
 def test_optimizer_warms_up_from_zero_and_clips():
     config = tiny_config()
     config.optim.update(lr=0.1, warmup=4, grad_clip=1.0, eps=1e-8)
-    optimizer = train_step.get_optimizer(config)
+    optimizer = build.get_optimizer(config)
     params = {"w": jnp.zeros(2)}
     opt_state = optimizer.init(params)
     sizes = []
@@ -295,11 +297,57 @@ def test_optimizer_warms_up_from_zero_and_clips():
 def test_weight_decay_is_added_to_the_clipped_gradient():
     config = tiny_config()
     config.optim.update(grad_clip=1.0, weight_decay=0.5)
-    optimizer = train_step.get_optimizer(config)
+    optimizer = build.get_optimizer(config)
     params = {"w": jnp.array([2.0, -4.0])}
     _, opt_state = optimizer.update({"w": jnp.array([30.0, 40.0])}, optimizer.init(params), params)
     mean = optax.tree_utils.tree_get(opt_state, "mu")["w"] / (1 - 0.9)
     np.testing.assert_allclose(mean, [0.6 + 1.0, 0.8 - 2.0], rtol=1e-5)
+
+
+def test_adamw_is_optaxs():
+    config = tiny_config()
+    config.optim.update(optimizer="AdamW", lr=0.1, warmup=0, grad_clip=-1.0, weight_decay=0.5)
+    params = {"w": jnp.array([2.0, -4.0])}
+    updates = []
+    for optimizer in (
+        build.get_optimizer(config),
+        optax.adamw(0.1, b1=config.optim.beta1, eps=config.optim.eps, weight_decay=0.5),
+    ):
+        state, given, of_steps = optimizer.init(params), params, []
+        for grads in ([3.0, 4.0], [-1.0, 2.0]):
+            update, state = optimizer.update({"w": jnp.array(grads)}, state, given)
+            given = optax.apply_updates(given, update)
+            of_steps.append(update["w"])
+        updates.append(of_steps)
+    np.testing.assert_allclose(*updates, rtol=1e-6)
+    np.testing.assert_allclose(updates[0][0], [-0.1 - 0.1, -0.1 + 0.2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "expected"),
+    [
+        ("constant", (0, 5, 10, 1000), (0, 1, 2, 2)),
+        ("cosine", (0, 5, 10, 60, 110), (0, 1, 2, 1, 0)),
+        ("inverse_sqrt", (0, 5, 10, 40, 160), (0, 1, 2, 2, 1)),
+    ],
+)
+@pytest.mark.parametrize("warmup", [10, 0])
+def test_schedules_warm_up_and_fall(schedule, steps, expected, warmup):
+    config = tiny_config(n_iters=110 if warmup else 100)
+    config.optim.update(schedule=schedule, lr=2.0, warmup=warmup, decay_start=40)
+    validate(config, 1, build.REGISTRIES)
+    learning_rate = fields.call(train_step.SCHEDULES[schedule], config, "optim", "training")
+    if warmup:
+        np.testing.assert_allclose([learning_rate(s) for s in steps], expected, atol=1e-6)
+    else:
+        assert float(learning_rate(0)) == 2.0
+
+
+def test_a_cosine_needs_steps_after_its_warm_up():
+    config = tiny_config(n_iters=12)
+    config.optim.update(schedule="cosine", warmup=12)
+    with pytest.raises(UserError, match=r"n_iters is 12; optim\.schedule=cosine ends there"):
+        validate(config, 1, build.REGISTRIES)
 
 
 @pytest.mark.parametrize("sde", ["subvpsde", "vesde", "reciprocal_vesde"])
@@ -483,9 +531,10 @@ def training_steps(loss, params, count, devices=1, optimizer=None, **options):
         return loss(params, images.reshape(-1)), jnp.zeros(())
 
     optimizer = optimizer or optax.sgd(1.0)
-    step_fn = train_step.get_step_fn(
+    recipe = train_step.Recipe(
         objective, lambda params: params, optimizer, seed=0, ema_rate=0.999, **options
     )
+    step_fn = train_step.get_step_fn(recipe)
     step = jax.jit(jax.vmap(step_fn, axis_name="batch"))
     index = jnp.arange(8).reshape(devices, -1)
     images = index.astype(jnp.float32).reshape(devices, 1, -1, 1, 1, 1)
@@ -537,7 +586,7 @@ def test_a_training_step_whose_gradient_alone_is_not_finite_is_skipped():
 def test_the_optimizer_does_not_decay_fixed_frequencies():
     config = tiny_config()
     config.optim.update(weight_decay=0.5, warmup=1)
-    optimizer = train_step.get_optimizer(config)
+    optimizer = build.get_optimizer(config)
     params = {"GaussianFourierProjection_0": {"W": jnp.ones(2)}, "Conv_0": {"kernel": jnp.ones(2)}}
     for given in (params, train_step.pack(params)):
         nothing, state = jax.tree.map(jnp.zeros_like, given), optimizer.init(given)
@@ -582,9 +631,10 @@ def seen_by_the_objective(train, **training):
 
     config = toy_config("fixed", 1.0, likelihood=True, importance=True)
     config.training.update(training)
-    objective = losses.get_objective(config, SDE)
-    own = dataclasses.asdict(objective.preprocessing)
-    objective = dataclasses.replace(objective, preprocessing=Data(**own))
+    own = dataclasses.asdict(datasets.get_preprocessing(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "get_preprocessing", lambda *_: Data(**own))
+        objective = build.get_objective(config, SDE)
 
     def score_fn(x, t, keys):
         calls.append((np.asarray(x), np.asarray(t)))
@@ -612,7 +662,7 @@ def test_the_residual_has_noise_of_its_own():
 def test_the_ratio_of_halves_is_of_pairs_on_all_devices():
     pairs = jnp.array([[3.0, 1.0, 10.0, 2.0], [7.0, 1.0, 9.0, 1.0]])
     first = jnp.array([True, False, True, False])
-    ratio = jax.vmap(
-        lambda own: losses._mean_pair_loss_ratio(own, first, "batch"), axis_name="batch"
-    )(pairs)
+    ratio = jax.vmap(lambda own: losses.mean_pair_ratio(own, first, "batch"), axis_name="batch")(
+        pairs
+    )
     np.testing.assert_allclose(ratio, [6, 6])

@@ -171,7 +171,7 @@ def test_what_has_no_velocity_is_refused():
 
 def prior_of(sde, name, bias=0.0):
     config = tiny_config(sde=sde, prior=name, sigmoid_bias=bias)
-    return losses.get_prior(config)
+    return build.get_prior(config)
 
 
 OTHERS = ("subvpsde", "vesde", "reciprocal_vesde")
@@ -248,7 +248,7 @@ def test_what_is_no_prior_is_refused_at_the_start(monkeypatch):
     refused(hump, "training.weighting")
     falls = dataclasses.replace(hump, weight=lambda gamma: gamma + 20 + 3 * jnp.sin(gamma))
     refused(falls, r"falls between t = .* and .*training\.weighting")
-    monkeypatch.setitem(losses.PRIORS, "mine", lambda config: WithoutCdf())
+    monkeypatch.setitem(losses.PRIORS, "mine", WithoutCdf)
     with pytest.raises(UserError, match=r"training\.prior=mine: it has no cdf"):
         build.set_up(tiny_config(prior="mine"))
 
@@ -265,10 +265,11 @@ def test_stratified_times_are_evenly_spread_and_the_same_on_any_device(mixed):
     spaces = np.diff(np.sort(u))
     np.testing.assert_allclose(spaces, 1 / len(u), atol=2e-3)
     # A device has some of the images, and each has the time of its index.
-    objective = losses.get_objective(config, sde)
+    objective = build.get_objective(config, sde)
+    objective = objective.first if mixed else objective
     key = jax.random.split(losses.step_key(config.seed, 5))[1]
     whole, part = (
-        objective.stratify(jnp.zeros(len(index)), key, index)
+        objective.draw_times(key, jax.random.split(key, len(index)), index, 1e-5)[0]
         for index in (jnp.arange(32), jnp.arange(8, 16))
     )
     np.testing.assert_array_equal(whole[8:16], part)
