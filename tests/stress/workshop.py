@@ -116,8 +116,8 @@ JOBS = {
         ("given.pth",),
     ),
     "experiments.run": Job(
-        ("{folder}/sweep.py", "--out={folder}/out", "--workdirs={folder}/runs"),
-        ("out/rows/*.json",),
+        ("{folder}/sweep.py", "--out={folder}/out.jsonl", "--workdirs={folder}/runs"),
+        ("out.jsonl",),
         ("sweep.py",),
         program="experiments.run",
     ),
