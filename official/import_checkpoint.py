@@ -152,6 +152,8 @@ def check_network(name: str, parametrization: str, num_classes: int) -> None:
         raise UserError("official networks predict the noise: model.parametrization must be noise")
     if num_classes:
         raise UserError("official networks are not told labels: model.num_classes must be 0")
+    if config.model.patch_size > 1:
+        raise UserError("official networks do not fold pixels: model.patch_size must be 1")
 
 
 def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:
