@@ -143,7 +143,7 @@ def _check_shapes(path: str | pathlib.Path, official: _Official, expected: Any) 
                 )
 
 
-def check_network(name: str, parametrization: str, num_classes: int) -> None:
+def check_network(name: str, parametrization: str, num_classes: int, patch_size: int) -> None:
     """Raise a UserError if the release has no checkpoints of `config.model`'s kind of network."""
     if not NETWORKS[name].in_release:
         known = [known for known, network in NETWORKS.items() if network.in_release]
@@ -152,7 +152,7 @@ def check_network(name: str, parametrization: str, num_classes: int) -> None:
         raise UserError("official networks predict the noise: model.parametrization must be noise")
     if num_classes:
         raise UserError("official networks are not told labels: model.num_classes must be 0")
-    if config.model.patch_size > 1:
+    if patch_size > 1:
         raise UserError("official networks do not fold pixels: model.patch_size must be 1")
 
 

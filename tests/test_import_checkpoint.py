@@ -184,6 +184,9 @@ def test_what_the_release_does_not_have_is_not_exported():
     config.model.update(parametrization="noise", num_classes=10)
     with pytest.raises(UserError, match=r"not told labels"):
         fields.call(import_checkpoint.check_network, config, "model")
+    config.model.update(num_classes=0, patch_size=2)
+    with pytest.raises(UserError, match=r"do not fold pixels"):
+        fields.call(import_checkpoint.check_network, config, "model")
 
 
 def test_a_checkpoint_of_another_form_is_refused(tmp_path):
