@@ -60,6 +60,7 @@ def get_default_config() -> ConfigDict:
     model.embedding_dim = 0  # width of the positional embedding; 0: nf
     model.fourier_scale = 16.0
     model.fourier_feature = False  # sines and cosines of the pixels as additional input
+    model.patch_size = 1  # P×P pixels become the channels of one position; 1: none
     model.scale_by_sigma = False  # VE and RVE: the network's output is divided by σ(t)
     model.num_classes = 0  # of labels that the network is told; 0: none; -1: the data set's
     # What the network F predicts. noise: the noise, or VE's and RVE's score, as in the release;

@@ -60,6 +60,7 @@ _POSITIVE = [
     "data.num_channels",
     "model.nf",
     "model.num_res_blocks",
+    "model.patch_size",
     "data.max_pixels",
     "model.ema_rate",
     "model.beta_max",

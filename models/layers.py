@@ -115,6 +115,24 @@ def downsample(x: Array, fir_kernel: Sequence[float] = ()) -> Array:
     return x.reshape(n, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
+def fold(x: Array, size: int) -> Array:
+    """Make each size×size pixels one position: (N, H, W, C) → (N, H/size, W/size, C size²)."""
+    if size == 1:
+        return x
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, h // size, w // size, size * size * c)
+
+
+def unfold(x: Array, size: int) -> Array:
+    """Undo `fold`: (N, H, W, C size²) → (N, H size, W size, C)."""
+    if size == 1:
+        return x
+    n, h, w, c = x.shape
+    x = x.reshape(n, h, w, size, size, c // size**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, h * size, w * size, c // size**2)
+
+
 def add_bias(y: Array, bias: Array) -> Array:
     """y + bias in y's dtype: (…, C) and (C,) → (…, C).
 

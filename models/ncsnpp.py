@@ -46,6 +46,8 @@ class NCSNpp(nn.Module):
       dtype: compute dtype; parameters are float32.
       remat: for the gradient, keep only the results of convolutions and compute the rest again.
       num_classes: the number of classes whose labels it can be told; 0: none.
+      patch_size: P, for which each P×P pixels of the image become the channels of one position;
+        the levels' sizes are those of the folded image.
     """
 
     nf: int
@@ -71,6 +73,7 @@ class NCSNpp(nn.Module):
     dtype: layers.Dtype = jnp.float32
     remat: bool = False
     num_classes: int = 0
+    patch_size: int = 1
 
     @property
     def sees_sigma(self) -> bool:
@@ -216,7 +219,8 @@ class NCSNpp(nn.Module):
         """The network's output.
 
         Args:
-          x: images, (N, H, W, C); H and W divisible by 2^(len(ch_mult) - 1).
+          x: images, (N, H, W, C); H and W divisible by
+            patch_size · 2^(len(ch_mult) - 1).
           time_cond: (N,), the time as the network is told it; `models.score` computes it.
           train: whether to apply dropout.
           dropout_keys: (N,), one key for each image; needed for dropout.
@@ -230,10 +234,11 @@ class NCSNpp(nn.Module):
         if train and keys is None and self.dropout:
             raise ValueError("train=True takes dropout_keys, one key an image")
         res_block, attend = self._blocks(self._embed(time_cond, labels), keys, train)
-        x = x if self.centered else 2 * x - 1
+        x = layers.fold(x if self.centered else 2 * x - 1, self.patch_size)
         h, skips = self._encode(x, res_block, attend)
         h = attend(res_block(h, h.shape[-1]))
         h = res_block(h, h.shape[-1])
         h = self._decode(h, skips, x.shape[-1], res_block, attend, train).astype(jnp.float32)
+        h = layers.unfold(h, self.patch_size)
         divides = self.scale_by_sigma and self.sees_sigma
         return h / time_cond[:, None, None, None] if divides else h

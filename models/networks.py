@@ -82,7 +82,7 @@ def _problems_of_ncsnv2(
 def _unet(**about: Any) -> Network:
     return Network(
         NCSNpp,
-        size_factor=lambda ch_mult: 2 ** (len(ch_mult) - 1),
+        size_factor=lambda ch_mult, patch_size: patch_size * 2 ** (len(ch_mult) - 1),
         problems=_problems_of_unet,
         in_release=True,
         **about,
@@ -106,6 +106,7 @@ NETWORKS: dict[str, Network] = {
             "embedding_type": "positional",
             "embedding_dim": 0,
             "fourier_feature": False,
+            "patch_size": 1,
         },
     ),
     **{name: _ncsnv2(stages) for name, stages in STAGES.items()},

@@ -144,7 +144,7 @@ def _check_shapes(path: str | pathlib.Path, official: _Official, expected: Any) 
 
 
 def check_network(
-    name: str, parametrization: str, num_classes: int, optimizer: str = "Adam"
+    name: str, parametrization: str, num_classes: int, patch_size: int, optimizer: str = "Adam"
 ) -> None:
     """Raise a UserError if the release has no checkpoints of such a network and optimiser."""
     if not NETWORKS[name].in_release:
@@ -156,6 +156,8 @@ def check_network(
         raise UserError("official networks are not told labels: model.num_classes must be 0")
     if optimizer != "Adam":
         raise UserError("official checkpoints are of Adam: optim.optimizer must be Adam")
+    if patch_size > 1:
+        raise UserError("official networks do not fold pixels: model.patch_size must be 1")
 
 
 def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:

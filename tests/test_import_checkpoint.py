@@ -184,7 +184,10 @@ def test_what_the_release_does_not_have_is_not_exported():
     config.model.update(parametrization="noise", num_classes=10)
     with pytest.raises(UserError, match=r"not told labels"):
         fields.call(import_checkpoint.check_network, config, "model")
-    config.model.num_classes, config.optim.optimizer = 0, "AdamW"
+    config.model.update(num_classes=0, patch_size=2)
+    with pytest.raises(UserError, match=r"do not fold pixels"):
+        fields.call(import_checkpoint.check_network, config, "model")
+    config.model.patch_size, config.optim.optimizer = 1, "AdamW"
     with pytest.raises(UserError, match=r"checkpoints are of Adam"):
         fields.call(import_checkpoint.check_network, config, "model", "optim")
 

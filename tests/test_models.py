@@ -98,6 +98,13 @@ OPTIONS = {
     },
     "Fourier features": {"fourier_feature": True},
     "Fourier embedding": {"embedding_type": "fourier"},
+    "patches": {"patch_size": 2},
+    "patches, Fourier features, pyramids": {
+        "patch_size": 2,
+        "fourier_feature": True,
+        "progressive": "output_skip",
+        "progressive_input": "input_skip",
+    },
     "DDPM": {"name": "ddpm"},
 }
 
@@ -361,6 +368,27 @@ def test_features_of_an_image_and_of_a_time_are_waves_of_their_formulas():
     expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
     ours = embedding.apply({"params": {"W": frequencies}}, t)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_folded_pixels_are_neighbours_and_unfolding_restores_the_image():
+    x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    for size in (1, 2):
+        folded = layers.fold(jnp.asarray(x), size)
+        assert folded.shape == (2, 4 // size, 6 // size, 3 * size**2)
+        np.testing.assert_array_equal(layers.unfold(folded, size), x)
+    np.testing.assert_array_equal(folded[1, 0, 2].reshape(2, 2, 3), x[1, :2, 4:6])
+
+
+def test_patches_of_one_pixel_change_nothing_and_larger_ones_divide_the_image():
+    config = tiny_config()
+    assert mutils.create_model(config).patch_size == 1
+    shape = param_shapes(config)
+    config.model.patch_size = 2
+    patches = param_shapes(config)
+    assert shape["Conv_0"]["kernel"].shape[2:] == (1, config.model.nf)
+    assert patches["Conv_0"]["kernel"].shape[2:] == (4, config.model.nf)
+    assert patches["Conv_1"]["kernel"].shape[2:] == (config.model.nf, 4)
+    assert patches["ResBlock_0"] == shape["ResBlock_0"]
 
 
 def test_each_layer_drops_values_of_its_own():
