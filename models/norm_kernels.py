@@ -79,7 +79,7 @@ def _lower() -> None:
 
 @functools.cache
 def work() -> bool:
-    """Whether the kernels work here. If not, or if a later JAX will drop them, it is logged once."""
+    """Whether the kernels work here. Logs it once if not, or if a later JAX will drop them."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
