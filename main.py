@@ -204,7 +204,13 @@ def _run(config: ConfigDict, workdir: str) -> None:
 def main(argv: list[str]) -> None:
     """Run the chosen mode, and tell what the user can mend in one line."""
     del argv
-    workdir = _WORKDIR.value or _default_workdir()
+    from runtime import hosts
+
+    with hosts.ending_together():
+        _connect_and_run(_WORKDIR.value or _default_workdir())
+
+
+def _connect_and_run(workdir: str) -> None:
     from runtime import hosts
 
     try:
@@ -220,23 +226,15 @@ def main(argv: list[str]) -> None:
         logging.getLogger("soft_truncation").setLevel(level)
         _check_flags()
         _run(_CONFIG.value, workdir)
-        hosts.leave(well=True)
     except UserError as error:
-        hosts.leave(well=False)
         _fail(UserError(f"{error}{_hint_at_config_file(error)}"))
     except KeyboardInterrupt:
-        hosts.leave(well=False)
         _fail(UserError("interrupted; the same command goes on from what is kept"), 130)
     except OSError as error:
         if error.errno is None:
-            hosts.end_after_error()
             raise
-        hosts.leave(well=False)
         where = error.filename or workdir
         _fail(UserError(f"{where}: {error.strerror}; mend that and run the same command again"))
-    except Exception:
-        hosts.end_after_error()
-        raise
 
 
 if __name__ == "__main__":

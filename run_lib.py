@@ -112,7 +112,6 @@ def _loop(
     draw_grid = get_grid_fn(setup, data.test, workdir)
     training_log = TrainingLog(setup, data.train, files, workdir)
     most = steps_a_call(loop)
-    hosts.describe_run(lambda: (f" at step {step}", _goes_on_from(workdir)))
     while step < loop.n_iters:
         count = most if step % most == 0 and step + most <= loop.n_iters else 1
         packed, values = train_call(packed, count)
@@ -205,8 +204,3 @@ def _log_start(setup: Setup, data: Data, workdir: pathlib.Path) -> None:
     )
     log.info("objective: %s", setup.objective_text)
     log.info("optimiser: %s", setup.optimizer_text)
-
-
-def _goes_on_from(workdir: pathlib.Path) -> str:
-    steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
-    return f"from step {max(steps)}" if steps else "from the start"

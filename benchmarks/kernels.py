@@ -67,7 +67,7 @@ def main() -> None:
     parser = get_parser(__doc__)
     parser.add_argument("--small", action="store_true", help="a few small shapes")
     flags = parser.parse_args()
-    if norm_kernels.backend() is None:
+    if not norm_kernels.work():
         raise SystemExit("there are no kernels to measure")
     print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}")
     measured = []

@@ -4,14 +4,11 @@
 memory and writes the result once, where XLA makes several passes over memory. The numbers of
 pixels and channels must be divisible by those of a tile, which are powers of 2.
 
-`norm_pallas` has the kernels for Pallas' Triton backend, which JAX 0.11 deprecates and a later one
-will remove, `norm_triton` the same ones for jax-triton. The first that works is taken: Pallas'
-have been measured, and XLA can record them in a CUDA graph. Without either, XLA is used instead.
-On a CPU, tests run both in interpreters.
+`norm_pallas` has the kernels, for Pallas' Triton backend, which JAX 0.11 deprecates and a later one
+will remove. Where they do not work XLA is used instead. On a CPU, tests run them in an interpreter.
 """
 
 import functools
-import importlib
 import logging
 import warnings
 from typing import Any, NamedTuple
@@ -66,62 +63,53 @@ def pays(x: Array) -> bool:
     return pixels <= 32 * 32 or programs >= getattr(jax.devices()[0], "core_count", 132) / 2
 
 
-# In this order of preference.
-BACKENDS = {"norm_pallas": "Pallas' Triton backend", "norm_triton": "jax-triton"}
 DEPRECATED = "The Pallas Triton backend is deprecated"
 
 
-def _lower(module: Any) -> None:
-    """Lower a small kernel of `module` for this machine's GPU; any exception if it can't be."""
+def _lower() -> None:
+    """Lower a small kernel for this machine's GPU; any exception if it can't be."""
     x = jax.ShapeDtypeStruct((1, 8, 8, 32), jnp.bfloat16)
     vector = jax.ShapeDtypeStruct((32,), jnp.float32)
 
     def run(*given: Array) -> Any:
-        return _forward(module, Options(8, True), *given, None, None)
+        return _forward(Options(8, True), *given, None, None)
 
     jax.jit(run).trace(x, vector, vector).lower()
 
 
 @functools.cache
-def backend() -> Any:
-    """The module whose kernels work here, or None. What differs from the usual is logged once."""
-    failures = []
-    for name, title in BACKENDS.items():
-        try:
-            module = importlib.import_module(f"models.{name}")
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                _lower(module)
-        except Exception as error:  # a backend that is deprecated or missing may fail in any way
-            failures.append(f"{title}: {next(iter(str(error).splitlines()), repr(error))}")
-            continue
-        if any(str(warning.message).startswith(DEPRECATED) for warning in caught):
-            log.info(
-                "the normalisation kernels use %s, which a later JAX will drop; then jax-triton "
-                "takes its place if it is installed, else XLA",
-                title,
-            )
-            # JAX would say so again for each kernel that it compiles.
-            warnings.filterwarnings("ignore", DEPRECATED, DeprecationWarning)
-        if failures:
-            log.info("the normalisation kernels use %s (%s)", title, "; ".join(failures))
-        return module
-    log.warning(
-        "group normalisation is left to XLA: its kernels do not work here (%s)", "; ".join(failures)
-    )
-    return None
+def work() -> bool:
+    """Whether the kernels work here. Logs it once if not, or if a later JAX will drop them."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _lower()
+    except Exception as error:  # a backend that is deprecated or missing may fail in any way
+        reason = next(iter(str(error).splitlines()), repr(error))
+        log.warning("group normalisation is left to XLA: its kernels do not work here (%s)", reason)
+        return False
+    if any(str(warning.message).startswith(DEPRECATED) for warning in caught):
+        log.info(
+            "the normalisation kernels use Pallas' Triton backend, which a later JAX will drop; "
+            "then XLA takes its place"
+        )
+        # JAX would say so again for each kernel that it compiles.
+        warnings.filterwarnings("ignore", DEPRECATED, DeprecationWarning)
+    return True
 
 
 def _call(
-    module: Any, direction: str, options: Options, inputs: dict[str, Any], outputs: dict[str, Any]
+    direction: str, options: Options, inputs: dict[str, Any], outputs: dict[str, Any]
 ) -> dict[str, Array]:
     """Run a kernel over all images; inputs that are None are left out."""
+    from models import norm_pallas  # a later JAX may lack what it imports
+
     n, h, w, channels = inputs["x"].shape
 
     def flat(shape: tuple[int, ...]) -> tuple[int, ...]:
         return (n, h * w, channels) if len(shape) == 4 else shape
 
-    results = module.call(
+    results = norm_pallas.call(
         direction,
         options,
         _tile(inputs["x"]),
@@ -131,12 +119,12 @@ def _call(
     return {name: results[name].reshape(x.shape) for name, x in outputs.items()}
 
 
-def _forward(module: Any, options: Options, *given: Any) -> tuple[Array, Any]:
+def _forward(options: Options, *given: Any) -> tuple[Array, Any]:
     inputs = dict(zip(("x", "scale", "bias", "shift", "keys"), given, strict=True))
     x = inputs["x"]
     per_image = jax.ShapeDtypeStruct((len(x), x.shape[-1]), jnp.float32)
     outputs = {"y": x, "mean": per_image, "factor": per_image}
-    results = _call(module, "forward", options, inputs, outputs)
+    results = _call("forward", options, inputs, outputs)
     return results.pop("y"), inputs | results
 
 
@@ -150,27 +138,23 @@ def fused(
     keys: Array | None = None,
 ) -> Array:
     """`norm_act` as a kernel, and its gradient as another. Forward-mode derivatives do not work."""
-    return _fused_forward(options, x, scale, bias, shift, keys)[0]
+    return _forward(options, x, scale, bias, shift, keys)[0]
 
 
-def _fused_forward(options: Options, *given: Any) -> tuple[Array, Any]:
-    return _forward(backend(), options, *given)
-
-
-def _fused_backward(options: Options, saved: Any, dy: Array) -> tuple[Array | None, ...]:
+def _backward(options: Options, saved: Any, dy: Array) -> tuple[Array | None, ...]:
     x, shift = saved["x"], saved["shift"]
     per_image = jax.ShapeDtypeStruct((len(x), x.shape[-1]), jnp.float32)
     outputs: dict[str, Any] = {"dx": x, "dscale": per_image, "dbias": per_image}
     if shift is not None:
         outputs["dshift"] = per_image
-    d = _call(backend(), "backward", options, saved | {"dy": dy}, outputs)
+    d = _call("backward", options, saved | {"dy": dy}, outputs)
     dscale, dbias = (
         d["d" + name].sum(axis=0).astype(saved[name].dtype) for name in ("scale", "bias")
     )
     return d["dx"], dscale, dbias, None if shift is None else d["dshift"].astype(shift.dtype), None
 
 
-fused.defvjp(_fused_forward, _fused_backward)
+fused.defvjp(_forward, _backward)
 
 
 def norm_act(
@@ -182,12 +166,12 @@ def norm_act(
     keys: Array | None = None,
     train: bool = False,
 ) -> Array:
-    """`normalization.norm_act`, by a kernel in training on a GPU if the kernel works there.
+    """`normalization.norm_act`, by a kernel in training on a GPU if the kernels work there.
 
     Evaluation does not use the kernels: it needs forward-mode derivatives, and XLA to distribute
     the computation over the devices. In training, pmap gives each device its part.
     """
     on_gpu = train and jax.default_backend() == "gpu"
-    if on_gpu and fits(options, x) and pays(x) and backend() is not None:
+    if on_gpu and fits(options, x) and pays(x) and work():
         return fused(options, x, scale, bias, shift, keys)
     return normalization.norm_act(options, x, scale, bias, shift, keys)

@@ -1,7 +1,6 @@
 """The kernels of `norm_kernels` in Pallas, for its Triton backend; without a GPU, interpreted.
 
-JAX 0.11 and 0.12 have that backend, deprecated; `norm_triton` has the same kernels for when it is
-gone.
+JAX 0.11 and 0.12 have that backend, deprecated.
 """
 
 import functools

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import pathlib
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +12,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
-from orbax.checkpoint._src.futures import future as orbax_future
 
 from configs.saved import as_recorded, read_object
 from errors import UserError
@@ -42,6 +40,8 @@ def checkpoints(workdir: pathlib.Path, keep_period: int | None = None) -> ocp.Ch
             cleanup_tmp_directories=True,
             create=False,
             multiprocessing_options=_alone(),
+            # Else a save whose folder can't be made leaves threads that wait for it for minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
     return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
 
@@ -203,7 +203,6 @@ class Saver:
             self._manager.save(step, args=args, force=True, custom_metadata=facts)
             self._pending = step
         except Exception as error:  # Orbax raises many kinds of error for a failing disk
-            _release_waiting()
             self._failed(step, error)
         if self._on_first:
             self.settle()
@@ -216,7 +215,6 @@ class Saver:
                 self._manager.wait_until_finished()
                 self._failures = 0
             except Exception as error:  # as in `save`
-                _release_waiting()
                 self._failed(step, error)
             else:
                 self._after_first()
@@ -244,18 +242,6 @@ class Saver:
                 f"that are there: {steps}"
             ) from error
         log.warning("%s; training goes on, and the next save tries again", reason)
-
-
-def _release_waiting() -> None:
-    """End the threads of Orbax that wait for a part of a save that has failed.
-
-    They would wait for ten minutes, and the program with them when it ends.
-    """
-    for thread in threading.enumerate():
-        if isinstance(thread, orbax_future._SignalingThread):
-            thread.cancel()
-            awaited, operation = thread._receive_signals, thread._operation_id
-            orbax_future.set_signals(awaited, operation_id=operation)
 
 
 def steps_to_evaluate(

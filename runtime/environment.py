@@ -10,8 +10,6 @@ import logging
 import os
 import pathlib
 import re
-import sys
-import traceback
 import warnings
 from typing import Any
 
@@ -203,19 +201,6 @@ def keep_freed_memory() -> None:
     _mallopt(arena_max=0)
 
 
-def _show_unless_of_orbax(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Show an unraisable exception, unless it comes from an unfinished save of Orbax.
-
-    `runtime.checkpointing` has logged those failures already.
-    """
-    frames = traceback.walk_tb(unraisable.exc_traceback)
-    files = [frame.f_code.co_filename for frame, _ in frames]
-    where = f"{files} {unraisable.object!r} {unraisable.exc_value!r}"
-    # Orbax's event loop can be closed while a failed save still reports to it.
-    if not any(name in where for name in ("orbax", "tensorstore", "Event loop is closed")):
-        sys.__unraisablehook__(unraisable)
-
-
 def hide_gpus_from_tensorflow() -> None:
     """Keep TensorFlow, which prepares data sets, off the GPUs.
 
@@ -241,11 +226,6 @@ def prepare() -> None:
     _keep_programs()
     _watch_cache()
     _listen()
-    # Of a save of Orbax that has failed, which `runtime.checkpointing` logs.
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would show a traceback for a full disk
-    # For the same reason: Orbax's threads would print the exceptions that they cannot raise.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _show_unless_of_orbax
     logging.basicConfig(force=True)
     logging.root.handlers[0].setFormatter(_OneLine("%(asctime)s %(message)s", "%H:%M:%S"))

@@ -3,31 +3,36 @@
 All run the same program. Only process 0, the main process, reads and writes the workdir.
 """
 
+import contextlib
+import ctypes
 import io
 import json
 import logging
 import os
+import re
 import signal
-import socket
+import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.typing import ArrayLike
 
 from errors import UserError
-from runtime.peers import Peers
+from runtime import last_line
 
 log = logging.getLogger("soft_truncation")
 
 
-# The other processes of this run, if there are any.
-_peers: list[Peers] = []
+# Seconds without a sign of life after which a process counts as lost. A thread in C++ gives the
+# signs, also while Python is busy.
+_PATIENCE = 12
+_GRACE = 3.0  # seconds for the others to end by themselves: all may have the same error
 
 
 def initialize(
@@ -39,15 +44,17 @@ def initialize(
 ) -> None:
     """Connect to the other processes; call it before JAX is used for anything else.
 
+    From then on this process ends, with one line, if another one is lost (`runtime.last_line`).
+
     Args:
       coordinator: host:port of process 0, the same for every process; None: this process runs
         alone, or the address is detected.
       num_processes, process_id: the number of processes, and the index of this one.
       detect: get these three from SLURM, Open MPI or the TPU's metadata.
-      timeout: seconds to wait for the others.
+      timeout: seconds to wait for the others. If they do not come, the process ends with a line.
 
     Raises:
-      UserError: only some of the three are given, or the other processes can't be reached.
+      UserError: only some of the three are given, they are wrong, or the port can't be used.
     """
     given = [x is not None for x in (coordinator, num_processes, process_id)]
     if not any(given) and not detect:
@@ -58,80 +65,54 @@ def initialize(
             "--distributed alone asks SLURM, Open MPI or the TPU for them"
         )
     if coordinator and num_processes is not None and process_id is not None:
-        _meet(coordinator, num_processes, process_id, timeout)
+        _check_place(coordinator, num_processes, process_id)
+    last_line.relay()
+    # JAX aborts when a process is lost. Then neither memory is dumped nor does the shell say so.
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGABRT, libc._exit)
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=timeout
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=_PATIENCE,
         )
     except (ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the other processes can't be joined: {reason}") from error
-    if not coordinator:
-        _meet_detected(timeout)
 
 
-def _meet(coordinator: str, count: int, index: int, timeout: int) -> None:
-    """Wait for the other processes, and watch them from then on (`runtime.peers`)."""
+def _check_place(coordinator: str, count: int, index: int) -> None:
     host, _, port = coordinator.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator_address is {coordinator!r}; it must be host:port")
     if not 0 <= index < count:
         raise UserError(f"--process_id is {index}; it must be from 0 to {count - 1}")
-    peers = Peers(index, count)
-    try:
-        if index:
-            peers.join(host, int(port), timeout)
-        else:
-            peers.gather(int(port), timeout)
-    except OSError as error:
-        where = f"at {coordinator} within {timeout} seconds (--timeout)"
-        raise UserError(f"the processes did not meet {where}: {error}") from error
-    _peers.append(peers)
 
 
-def _meet_detected(timeout: int) -> None:
-    """Watch the other processes that JAX has found."""
-    peers, port = Peers(jax.process_index(), jax.process_count()), 0
-    if is_main():
-        port = peers.gather()
-    host, port = share((socket.gethostname(), port))
-    if not is_main():
-        try:
-            peers.join(host, port, min(timeout, 20))
-        except OSError as error:
-            log.warning(
-                "process 0 is not reached at %s:%d (%s): if one is lost, the others end after "
-                "100 seconds, not at once",
-                host,
-                port,
-                error,
-            )
-            return
-    _peers.append(peers)
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Within it an error of one process ends the others, too; a process that is alone just raises.
 
-
-def leave(well: bool) -> None:
-    """Say to the other processes that this one ends, as it should or by an error of its own."""
-    for peers in _peers:
-        peers.leave(well)
-
-
-def end_after_error() -> None:
-    """End one of several processes after an error that is no UserError; return if it is alone.
-
-    If the error comes from the loss of another process, its line is the last one; else the
-    traceback is. At a usual exit JAX would wait for the others, and then abort with a stack dump.
+    At a usual exit JAX would wait for the others. They notice within seconds that this one is gone.
     """
-    for peers in _peers:
-        peers.wait_if_lost()
-        traceback.print_exc()
-        os._exit(1)
-
-
-def describe_run(describe: Callable[[], tuple[str, str]]) -> None:
-    """Set what is said when a process is lost: where the run is, and from where it goes on."""
-    for peers in _peers:
-        peers.describe = describe
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        status: Any = 1
+        if isinstance(error, SystemExit):
+            status = error.code
+        else:
+            if re.match("[A-Z_]+: ", str(error)):  # as XLA's errors begin
+                # It may come from the loss of another process, whose line is then the last one.
+                time.sleep(_PATIENCE + 3)
+            traceback.print_exc()
+        sys.stderr.flush()
+        time.sleep(_GRACE)
+        os._exit(status)
 
 
 _PART = 2**28  # bytes that are sent to the other processes at a time
@@ -155,15 +136,12 @@ def share(value: Any, like: Any = None) -> Any:
     data = np.zeros(0, np.uint8)
     if is_main():
         data = _pack(jax.tree.leaves(value) if is_tree and value is not None else value)
-    size = _read_length(multihost_utils.broadcast_one_to_all(_length(len(data))))
-    received = []
     # In parts, since the whole would have to fit into a device's memory several times over.
-    for start in range(0, size, _PART):
-        part = (
-            data[start : start + _PART]
-            if is_main()
-            else np.zeros(min(_PART, size - start), np.uint8)
-        )
+    lengths = multihost_utils.broadcast_one_to_all(np.array(divmod(len(data), _PART), np.int32))
+    parts, rest = (int(length) for length in lengths)
+    received = []
+    for i, size in enumerate([_PART] * parts + [rest]):
+        part = data[i * _PART :][:size] if is_main() else np.zeros(size, np.uint8)
         received.append(np.asarray(multihost_utils.broadcast_one_to_all(part)))
     value = _unpack(np.concatenate(received))
     return jax.tree.unflatten(jax.tree.structure(like), value) if is_tree and value else value
@@ -194,16 +172,6 @@ def _unpack(data: np.ndarray) -> Any:
             return file[f"arr_{fields[_ARRAY]}"] if _ARRAY in fields else fields
 
         return json.loads(bytes(file["json"]), object_hook=array)
-
-
-def _length(size: int) -> np.ndarray:
-    """A length as two numbers of 32 bits, since JAX has none of 64 bits by default."""
-    return np.array(divmod(size, 2**32), np.uint32)
-
-
-def _read_length(numbers: ArrayLike) -> int:
-    high, low = (int(number) for number in np.asarray(numbers))
-    return high * 2**32 + low
 
 
 def on_main(fn: Callable[[], Any], like: Any = None) -> Any:

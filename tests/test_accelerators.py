@@ -57,11 +57,6 @@ def finish(processes):
     return outputs
 
 
-@pytest.mark.parametrize("size", [0, 7, 2**31 + 5, 7_000_000_000, 2**40])
-def test_lengths_above_2_gib_are_sent(size):
-    assert hosts._read_length(jnp.asarray(hosts._length(size))) == size
-
-
 @pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 5000])
 def test_a_large_state_is_shared_in_parts(monkeypatch, size):
     state = np.random.default_rng(0).integers(0, 256, size, np.uint8)
@@ -393,11 +388,9 @@ def test_a_killed_process_ends_the_other_with_one_line(tmp_path, victim):
     processes[victim].kill()
     began = time.monotonic()
     output = processes[1 - victim].communicate(timeout=60)[0]
-    assert time.monotonic() - began < 20 and processes[1 - victim].returncode == 1
-    told = output.splitlines()[-1]
-    assert told.startswith(f"error: process {victim} was lost")
-    if victim:  # process 0 knows more
-        assert " at step " in told and int(told.rsplit(" ", 1)[1]) >= 40
+    assert time.monotonic() - began < 30 and processes[1 - victim].returncode > 0
+    assert output.count("error: ") == 1 and "Traceback" not in output and "***" not in output
+    assert output.splitlines()[-1].startswith(f"error: process {victim} was lost")
 
 
 @pytest.mark.slow

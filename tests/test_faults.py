@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -24,7 +25,6 @@ import numpy as np
 import pytest
 from flax import serialization
 from jax.experimental.compilation_cache import compilation_cache
-from orbax.checkpoint._src.futures.future import _SignalingThread
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -40,7 +40,7 @@ from errors import UserError
 from metrics.report import earlier_scores
 from readers import cache, tfrecords
 from readers.source import ArraySource
-from runtime import checkpointing, environment, exported, files, hosts, locking
+from runtime import checkpointing, checksums, environment, exported, files, hosts, locking
 from runtime.metrics_log import Metrics, read_metrics
 from runtime.progress import Progress
 from runtime.workdir import record_data
@@ -235,13 +235,13 @@ def test_a_save_that_fails_leaves_no_thread_that_waits(tmp_path, monkeypatch):
         make(path, *args, **kwargs)
 
     with checkpointing.checkpoints(tmp_path, 6) as manager:
-        saver = checkpointing.Saver(manager, max_failures=2)
+        saver, before = checkpointing.Saver(manager, max_failures=2), set(threading.enumerate())
         monkeypatch.setattr(os, "mkdir", mkdir)
         saver.save(1, {"x": np.ones(3)})
         assert not saver.settle()
         monkeypatch.undo()
         until = time.monotonic() + 5
-        while any(isinstance(t, _SignalingThread) for t in threading.enumerate()):
+        while set(threading.enumerate()) - before:
             assert time.monotonic() < until
             time.sleep(0.05)
         saver.save(2, {"x": np.ones(3)})
@@ -437,6 +437,28 @@ def test_no_flipped_bit_is_read_as_something_else(kind):
     assert not wrong and counts["noticed"]
 
 
+def test_files_with_the_checksums_from_before_crc_32c_are_read_and_compared(tmp_path, monkeypatch):
+    told = checksums.earlier_checksum(np.arange(5000, dtype=np.float32))
+    assert told == "90ca8db1f6781f7c"  # what the code of that time gave
+    (tmp_path / "model").mkdir()
+    with monkeypatch.context() as patch:
+        before = functools.partial(checksums.checksums, of_array=checksums.earlier_checksum)
+        patch.setattr(checkpointing, "checksums", before)
+        patch.setattr(exported, "checksums", before)
+        formats.write_checkpoint(tmp_path)
+        formats.write_model(tmp_path / "model")
+    kept = formats.read_checkpoint(tmp_path), formats.read_model(tmp_path / "model")
+    wanted = (formats.STATE, (7, formats.PARAMS))
+    assert jax.tree.all(jax.tree.map(np.array_equal, kept, wanted))
+    path = tmp_path / "checkpoints" / "7" / "_CHECKPOINT_METADATA"
+    facts = json.loads(path.read_text())
+    sums = facts["custom_metadata"]["checksums"]
+    sums |= dict.fromkeys(list(sums)[:1], told)
+    path.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="its checksum is another"):
+        formats.read_checkpoint(tmp_path)
+
+
 def test_files_without_checksums_are_read_as_before(tmp_path, caplog):
     model, params = tmp_path / "model", formats.PARAMS
     model.mkdir()
@@ -500,7 +522,7 @@ def test_of_a_damaged_report_nothing_is_kept_and_a_line_says_so(tmp_path, caplog
     assert caplog.text.count("report.json is damaged") == len(caplog.messages) == 1
 
 
-def test_data_that_changed_between_two_trainings_of_a_run_are_told_of(tmp_path, caplog):
+def test_data_that_changed_between_two_trainings_of_a_run_are_wanted(tmp_path, caplog):
     for i in range(40):
         Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")
     config = tiny_config()
@@ -594,7 +616,7 @@ def test_without_a_home_directory_a_run_goes_on_and_a_cache_is_asked_for(monkeyp
         environment.cache_dir()
 
 
-def test_a_workdir_that_is_moved_is_told_of_and_not_made_anew(tmp_path, caplog):
+def test_a_workdir_that_is_moved_is_wanted_and_not_made_anew(tmp_path, caplog):
     (tmp_path / "run").mkdir()
     with checkpointing.checkpoints(tmp_path / "run", 6) as manager:
         saver = checkpointing.Saver(manager, max_failures=2)

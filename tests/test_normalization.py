@@ -1,7 +1,6 @@
 """Group normalisation is Flax's, its gradients in both modes are, and its kernels agree with it."""
 
 import sys
-import types
 import warnings
 
 import flax.linen as nn
@@ -136,7 +135,7 @@ def test_training_on_a_gpu_gets_the_kernels(use, kernels, monkeypatch):
     inputs, words, direction = _inputs(16, 64, jnp.bfloat16)
     options = normalization.Options(16, True, 0.1)
     monkeypatch.setattr(norm_kernels.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(norm_kernels, "backend", lambda: norm_pallas)
+    monkeypatch.setattr(norm_kernels, "work", lambda: True)
 
     def function(*args):
         return norm_kernels.norm_act(options, *args, words)
@@ -159,26 +158,20 @@ def test_training_on_a_gpu_gets_the_kernels(use, kernels, monkeypatch):
 
 
 @pytest.fixture
-def choose(monkeypatch):
-    """`backend()` of a GPU whose modules of kernels are those given."""
-
-    def choose(**modules):
-        for name, module in modules.items():
-            monkeypatch.setitem(sys.modules, f"models.{name}", module)
-        norm_kernels.backend.cache_clear()
-        return norm_kernels.backend()
-
+def on_gpu(monkeypatch):
+    """A GPU, as far as `norm_kernels` is told; what it finds out about its kernels is forgotten."""
     # Lowering for what is a CPU in fact fails as it does for a GPU that Triton does not know.
     monkeypatch.setattr(norm_kernels.jax, "default_backend", lambda: "gpu")
+    norm_kernels.work.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        yield choose
-    norm_kernels.backend.cache_clear()
+        yield
+    norm_kernels.work.cache_clear()
 
 
 @pytest.mark.parametrize("gone", [False, True])
 def test_training_on_a_gpu_is_left_to_xla_where_the_kernels_do_not_work(
-    gone, choose, monkeypatch, caplog
+    gone, on_gpu, monkeypatch, caplog
 ):
     inputs, words, direction = _inputs(8, 32, jnp.float32)
     options = normalization.Options(8, True, 0.1)
@@ -187,8 +180,10 @@ def test_training_on_a_gpu_is_left_to_xla_where_the_kernels_do_not_work(
             1
         ](direction)
     )(*inputs)
-    _hide_triton(gone, monkeypatch)
-    assert choose(norm_triton=None) is None
+    if gone:
+        monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+        monkeypatch.delattr("jax.experimental.pallas.triton", raising=False)
+    assert not norm_kernels.work()
     ours = jax.jit(lambda *args: _training(options, args, words, direction))(*inputs)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -196,44 +191,23 @@ def test_training_on_a_gpu_is_left_to_xla_where_the_kernels_do_not_work(
     assert "left to XLA" in line and "\n" not in line
 
 
-def _hide_triton(gone, monkeypatch):
-    if gone:
-        monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
-        monkeypatch.delattr("jax.experimental.pallas.triton", raising=False)
+def test_the_kernels_are_taken_where_they_work_and_a_deprecation_is_logged_once(
+    on_gpu, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
 
-
-def _stand_in(warning=None):
-    """A module of kernels whose results are 0."""
-
-    def call(direction, options, tile, inputs, outputs):
-        if warning:
-            warnings.warn(warning, DeprecationWarning, stacklevel=2)
+    def call(direction, options, tile, inputs, outputs):  # kernels whose results are 0
+        text = norm_kernels.DEPRECATED + " and will be removed"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
         return {name: jnp.zeros(x.shape, x.dtype) for name, x in outputs.items()}
 
-    return types.SimpleNamespace(call=call)
-
-
-def test_jax_triton_s_kernels_are_taken_where_pallas_has_no_triton(choose, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    _hide_triton(True, monkeypatch)
-    kernels = _stand_in()
-    assert choose(norm_triton=kernels) is kernels
-    (line,) = caplog.messages
-    assert "use jax-triton (Pallas' Triton backend: " in line
-    inputs, words, _ = _inputs(8, 32, jnp.float32)
-    options = normalization.Options(8, True, 0.1)
-    assert not norm_kernels.norm_act(options, *inputs, words, train=True).any()
-
-
-def test_pallas_kernels_are_taken_where_they_work_and_a_deprecation_is_logged_once(choose, caplog):
-    caplog.set_level("INFO")
-    kernels = _stand_in(norm_kernels.DEPRECATED + " and will be removed")
-    assert choose(norm_pallas=kernels, norm_triton=_stand_in()) is kernels
+    monkeypatch.setattr(norm_pallas, "call", call)
+    assert norm_kernels.work()
     inputs, words, _ = _inputs(8, 32, jnp.float32)
     with warnings.catch_warnings(record=True) as caught:
-        norm_kernels.norm_act(normalization.Options(8, True), *inputs, words, train=True)
+        y = norm_kernels.norm_act(normalization.Options(8, True), *inputs, words, train=True)
     (line,) = caplog.messages
-    assert "jax-triton" in line and not caught
+    assert "XLA takes its place" in line and not caught and not y.any()
 
 
 def test_images_that_do_not_fit_a_tile_are_left_to_xla():
