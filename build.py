@@ -14,17 +14,19 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-import datasets
 import likelihood
 import losses
 import parts
 import sampling
 import sde_lib
 from configs import fields
+from configs.data import data_spec
 from configs.default import get_default_config
 from configs.saved import as_recorded
-from configs.shapes import array_shape, image_shape
+from configs.shapes import image_shape
 from configs.validate import check_array_fields, validate
+from data import arrays, loading, pixels
+from data.batches import Dataset
 from errors import UserError
 from labels import check_labels, sample_labels
 from models import utils as mutils
@@ -64,8 +66,8 @@ class Setup:
     model: mutils.Model
     optimizer: optax.GradientTransformation
     objective: losses.Objective
-    preprocessing: datasets.Preprocessing
-    units: datasets.Units
+    preprocessing: pixels.Preprocessing
+    units: pixels.Units
     make_score_fn: sampling.MakeScoreFn  # (params, labels, guidance) → (x, t) → score
     make_train_score_fn: Callable[..., losses.ScoreFn]  # … → (x, t, dropout keys) → score
     state_shape: TrainState  # of jax.ShapeDtypeStruct
@@ -73,7 +75,7 @@ class Setup:
     make_step_fn: Callable[[], StepFn]
     sampler: sampling.SamplerFn
     make_sample_fn: Callable[[int], Any]  # number of samples → (params, keys, labels) → (x, nfe)
-    read_arrays: Callable[..., tuple[datasets.Dataset, list[str] | None]]  # of a user's own file
+    read_arrays: Callable[..., tuple[Dataset, list[str] | None]]  # of a user's own file
     make_nll_fn: Callable[[], Callable[..., dict[str, Array]]]
     make_nelbo_fn: Callable[[], Callable[..., dict[str, Array]]]
     seed: int
@@ -155,7 +157,7 @@ def with_data_facts(
         config.data.classes = run.data.classes
     if is_array:
         check_array_fields(config)
-        facts = dict(run.data) if run else datasets.array_facts(config)
+        facts = dict(run.data) if run else arrays.array_facts(data_spec(config))
         own = {name: config.data[name] for name in ("scale", "num_levels") if config.data[name]}
         config.data.update({name: facts[name] for name in _OF_ARRAYS if name in facts} | own)
     if config.model.num_classes != -1:
@@ -163,14 +165,14 @@ def with_data_facts(
     if run:
         config.model.num_classes = run.model.num_classes
         return config
-    train = datasets.get_dataset(config, "train")
+    train = loading.load(data_spec(config)).train
     if not train.num_classes:
         raise UserError(f"model.num_classes is -1, and {train.name} has no labels")
     config.model.num_classes = train.num_classes
     return config
 
 
-def with_classes(setup: Setup, train: datasets.Dataset, anew: bool = False) -> Setup:
+def with_classes(setup: Setup, train: Dataset, anew: bool = False) -> Setup:
     """The parts of a run with the names of the labels that its network is told.
 
     They must be those of the training images, unless the run starts `anew` with these.
@@ -222,7 +224,8 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
     score_model = fields.call(ScoreModel, config, "model", "training", sde=sde, network=model)
     sampler = sampling_method(config)
     objective = losses.get_objective(config, sde)
-    preprocessing = datasets.get_preprocessing(config)
+    data = data_spec(config)
+    preprocessing = pixels.get_preprocessing(data)
     levels = preprocessing.num_levels
     return Setup(
         sde=sde,
@@ -230,7 +233,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         optimizer=optimizer,
         objective=objective,
         preprocessing=preprocessing,
-        units=datasets.get_units(config),
+        units=pixels.get_units(data),
         make_score_fn=score_model,
         make_train_score_fn=score_model.for_training,
         state_shape=shape,
@@ -250,16 +253,16 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         ),
         sampler=sampler,
         make_sample_fn=functools.partial(get_sampling_fn, config, sde, score_model),
-        read_arrays=functools.partial(datasets.array_of_images, config),
+        read_arrays=functools.partial(arrays.array_of_images, data),
         make_nll_fn=functools.partial(likelihood.get_nll_fn, config, sde, score_model, levels),
         make_nelbo_fn=functools.partial(likelihood.get_nelbo_fn, config, sde, score_model, levels),
         seed=config.seed,
         dtype=config.model.dtype,
         network=config.model.name,
-        shape=array_shape(config),
-        padded_shape=image_shape(config),
-        dequantization=config.data.dequantization,
-        centered=config.data.centered,
+        shape=data.shape,
+        padded_shape=data.padded_shape,
+        dequantization=data.dequantization,
+        centered=data.centered,
         num_classes=config.model.num_classes,
         classes=tuple(config.data.classes),
         label_dropout=training.label_dropout,
@@ -310,7 +313,7 @@ def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return changed
 
 
-def get_train_call(setup: Setup, train: datasets.Dataset, first_step: int) -> TrainCall:
+def get_train_call(setup: Setup, train: Dataset, first_step: int) -> TrainCall:
     """The training function (`make_train_call`) of a run, whose first call is `first_step`."""
     size, labelled = setup.loop.batch_size, setup.num_classes > 0
     return make_train_call(setup.make_step_fn(), train, size, setup.seed, first_step, labelled)

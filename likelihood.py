@@ -28,8 +28,9 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-import datasets
 import losses
+from configs.data import data_spec
+from data import pixels
 from sampling import (
     MakeScoreFn,
     ScoreFn,
@@ -313,7 +314,7 @@ def get_nll_fn(
     solver = {"num_steps": config.eval.nll_steps}
     if not config.eval.nll_steps:
         solver = {"rtol": config.eval.rtol, "atol": config.eval.atol}
-    preprocessing = datasets.get_preprocessing(config, num_levels)
+    preprocessing = pixels.get_preprocessing(data_spec(config), num_levels)
     offset, width = preprocessing.bits_offset, preprocessing.cell_width
 
     def nll_fn(
@@ -368,7 +369,7 @@ def get_nelbo_fn(
       The values are means over `eval.nelbo_draws` importance-sampled, stratified times.
     """
     eps, draws = config.training.truncation_time, config.eval.nelbo_draws
-    preprocessing = datasets.get_preprocessing(config, num_levels)
+    preprocessing = pixels.get_preprocessing(data_spec(config), num_levels)
     offset, grid = preprocessing.bits_offset, preprocessing.level_grid
     width = preprocessing.cell_width
 

@@ -21,8 +21,10 @@ from jax import Array
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
+from configs.data import data_spec
 from configs.shapes import image_shape
-from datasets import Preprocessing, get_preprocessing
+from data import pixels
+from data.pixels import Preprocessing
 from errors import UserError
 from sde_lib import SDE, expand, get_sde, one_minus_exp, safe_log
 
@@ -564,7 +566,7 @@ def get_objective(config: ConfigDict, sde: SDE, num_levels: int = 0) -> Objectiv
         prior=None if training.truncation == "fixed" else get_prior(config),
         weigh_by_prior=training.truncation == "equivalent_weight",
         importance_sampling=training.importance_sampling,
-        preprocessing=get_preprocessing(config, num_levels),
+        preprocessing=pixels.get_preprocessing(data_spec(config), num_levels),
         variance_half=training.mixed,
         variance_factor=training.ddpm_weight,
         balanced=training.balanced,

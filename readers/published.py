@@ -5,9 +5,9 @@ import math
 import pathlib
 from collections.abc import Callable
 
-from ml_collections import ConfigDict
 from PIL import Image
 
+from data.spec import DataSpec
 from errors import UserError
 from readers import (
     arrays,
@@ -36,7 +36,7 @@ class Published:
     Attributes:
       title: its usual name.
       files: the authors' files and where to get them, for messages.
-      find: (path, config) → what a reader of the authors' files found.
+      find: (path, settings) → what a reader of the authors' files found.
       classes: the number of classes; 0: there are no labels; None: folders may be classes.
       counts: the numbers of training and test images.
       native: side of all images in pixels; 0: any.
@@ -48,7 +48,7 @@ class Published:
 
     title: str
     files: str
-    find: Callable[[pathlib.Path, ConfigDict], Found | None]
+    find: Callable[[pathlib.Path, DataSpec], Found | None]
     classes: int | None = 0
     counts: tuple[int, int] | None = None
     native: int = 0
@@ -60,9 +60,9 @@ class Published:
     pad: bool = False
 
 
-def _find_imagenet32(path: pathlib.Path, config: ConfigDict) -> Found | None:
+def _find_imagenet32(path: pathlib.Path, spec: DataSpec) -> Found | None:
     """The older set or that of 2017; UserError if the files are of the one that is not wanted."""
-    of_2017, wanted = cifar.find_imagenet32_2017(path), config.data.dataset
+    of_2017, wanted = cifar.find_imagenet32_2017(path), spec.dataset
     older = None if of_2017 else image_files.find_splits(path, 0, what="the authors' images")
     if of_2017 and wanted == "IMAGENET32":
         raise UserError(
@@ -77,10 +77,10 @@ def _find_imagenet32(path: pathlib.Path, config: ConfigDict) -> Found | None:
     return of_2017 or older
 
 
-def _find_faces(path: pathlib.Path, config: ConfigDict) -> Found | None:
-    data, known = config.data, PUBLISHED[config.data.dataset]
+def _find_faces(path: pathlib.Path, spec: DataSpec) -> Found | None:
+    known = PUBLISHED[spec.dataset]
     if path.is_dir():
-        of_size = f"*-r{round(math.log2(data.image_size)):02}.tfrecords"
+        of_size = f"*-r{round(math.log2(spec.shape[0])):02}.tfrecords"
         files = sorted(path.glob(of_size))
         if len(files) > 1:
             raise UserError(f"data.path: {path} has {', '.join(f.name for f in files)}; name one")
@@ -107,7 +107,7 @@ PUBLISHED = {
         "CIFAR-10",
         "cifar-10-python.tar.gz or cifar-10-binary.tar.gz, packed or unpacked, of "
         "https://www.cs.toronto.edu/~kriz/cifar.html",
-        lambda path, config: cifar.find_cifar10(path),
+        lambda path, spec: cifar.find_cifar10(path),
         classes=10,
         counts=(50_000, 10_000),
         native=32,
@@ -116,7 +116,7 @@ PUBLISHED = {
     "SVHN": Published(
         "SVHN",
         "train_32x32.mat and test_32x32.mat of http://ufldl.stanford.edu/housenumbers",
-        lambda path, config: svhn.find(path),
+        lambda path, spec: svhn.find(path),
         classes=10,
         counts=(73_257, 26_032),
         native=32,
@@ -125,7 +125,7 @@ PUBLISHED = {
     "STL10": Published(
         "STL-10",
         "stl10_binary.tar.gz, packed or unpacked, of https://cs.stanford.edu/~acoates/stl10",
-        lambda path, config: stl10.find(path),
+        lambda path, spec: stl10.find(path),
         counts=(105_000, 8_000),
         tfds="stl10",
         tfds_splits=("train+unlabelled", "test"),
@@ -135,7 +135,7 @@ PUBLISHED = {
         "Fashion-MNIST",
         "the four IDX files of https://github.com/zalandoresearch/fashion-mnist, or Debian's "
         "package dataset-fashion-mnist",
-        lambda path, config: idx.find(path),
+        lambda path, spec: idx.find(path),
         classes=10,
         counts=(60_000, 10_000),
         native=28,
@@ -167,7 +167,7 @@ PUBLISHED = {
         "CelebA",
         "img_align_celeba.zip (or unpacked) and list_eval_partition.txt of "
         "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-        lambda path, config: celeba.find(path),
+        lambda path, spec: celeba.find(path),
         counts=(162_770, 19_962),
         tfds="celeb_a",
         crop=140,
@@ -195,14 +195,14 @@ PUBLISHED = {
         "LSUN",
         "SCENE_train_lmdb.zip and SCENE_val_lmdb.zip of https://github.com/fyu/lsun, unpacked, or "
         "what its data.py exports of them, as train/ and val/",
-        lambda path, config: lsun.find(path, config.data.category),
+        lambda path, spec: lsun.find(path, spec.category),
         tfds="lsun/{category}",
         tfds_splits=("train", "validation"),
     ),
     "folder": Published(
         "images",
         "a folder, a zip or a tar of images, parquet files, or arrays",
-        lambda path, config: _find_folder(path, config.model.num_classes != 0),
+        lambda path, spec: _find_folder(path, spec.labelled),
         classes=None,
         resampling=Image.Resampling.LANCZOS,
     ),
@@ -217,38 +217,35 @@ def _other_ways(known: Published) -> str:
     return f"{ways}; docs/data.md has all ways"
 
 
-def get_fit(data: ConfigDict) -> Fit:
-    """The conversion of a data set's images to the size and channels in `config.data`."""
-    known = PUBLISHED[data.dataset]
-    shape = data.image_size, data.num_channels
-    return Fit(*shape, known.crop, known.resampling, known.pad, data.max_pixels)
+def get_fit(spec: DataSpec) -> Fit:
+    """The conversion of a data set's images to the size and channels of training."""
+    known, (size, _, channels) = PUBLISHED[spec.dataset], spec.shape
+    return Fit(size, channels, known.crop, known.resampling, known.pad, spec.max_pixels)
 
 
-def find(config: ConfigDict) -> Found:
-    """Find the data set at the path in `config.data`, or download it.
+def find(spec: DataSpec) -> Found:
+    """Find a published data set at its path, or download it.
 
     Raises:
       UserError: it is missing, can't be downloaded, or has an unknown format; the message says
         which files are needed.
     """
-    data, known = config.data, PUBLISHED[config.data.dataset]
-    path = data.path or ("" if data.tfds_dir else data.tfrecords_path)
-    if not path and data.tfds_dir:
-        return _check_opened(_find_tfds(data, known), known)
-    if not path and data.dataset == "fashion_mnist" and pathlib.Path(FASHION_MNIST_PATH).is_dir():
+    known, path = PUBLISHED[spec.dataset], spec.path
+    if not path and spec.tfds_dir:
+        return _check_opened(_find_tfds(spec, known), known)
+    if not path and spec.dataset == "fashion_mnist" and pathlib.Path(FASHION_MNIST_PATH).is_dir():
         path = FASHION_MNIST_PATH
-    if not path and data.dataset in download.FILES:
-        path = str(download.fetch(data.dataset, _other_ways(known)))
+    if not path and spec.dataset in download.FILES:
+        path = str(download.fetch(spec.dataset, _other_ways(known)))
     if not path:
         raise UserError(
             f"{known.title} has no stable address to be downloaded from: {_other_ways(known)}"
         )
     place = pathlib.Path(path).expanduser()
     if not place.exists():
-        option = "data.path" if data.path else "data.tfrecords_path"
-        raise UserError(f"{option}: there is no file or folder {place}; {_other_ways(known)}")
-    found = known.find(place, config)
-    if found is None and data.dataset != "folder":
+        raise UserError(f"data.path: there is no file or folder {place}; {_other_ways(known)}")
+    found = known.find(place, spec)
+    if found is None and spec.dataset != "folder":
         found = (
             parquet.find(place, needs_splits=True)
             or arrays.find(place, needs_splits=True)
@@ -261,12 +258,12 @@ def find(config: ConfigDict) -> Found:
     return _check_opened(found, known)
 
 
-def _find_tfds(data: ConfigDict, known: Published) -> Found:
+def _find_tfds(spec: DataSpec, known: Published) -> Found:
     if not known.tfds:
         raise UserError(f"data.tfds_dir: TFDS does not have {known.title}; {_other_ways(known)}")
     return tfds.find(
-        known.tfds.format(size=data.image_size, category=data.category),
-        pathlib.Path(data.tfds_dir).expanduser(),
+        known.tfds.format(size=spec.shape[0], category=spec.category),
+        pathlib.Path(spec.tfds_dir).expanduser(),
         known.tfds_splits,
         known.classes or 0,
         known.held_out,

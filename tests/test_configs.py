@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from clu.parameter_overview import count_parameters
 
-import datasets
 import losses
 import sde_lib
 import train_step
 from build import REGISTRIES
+from configs.data import data_spec
 from configs.default import get_default_config
 from configs.validate import validate
 from models import utils as mutils
@@ -259,7 +259,7 @@ class JittedNetwork:
 def random_images(config):
     """Two images of a data set's size and levels."""
     shape = (2, config.data.image_size, config.data.image_size, config.data.num_channels)
-    levels = datasets.get_num_levels(config)
+    levels = data_spec(config).num_levels
     return np.random.default_rng(0).integers(0, levels, shape, dtype=np.uint8)
 
 
@@ -283,7 +283,7 @@ def training_step(config, model):
         params = random_params(config)
     state = train_step.TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
     step_fn = step_fn_of(
-        config, sde_lib.get_sde(config), model, optimizer, datasets.get_num_levels(config)
+        config, sde_lib.get_sde(config), model, optimizer, data_spec(config).num_levels
     )
     # One device under the step's axis name; nothing but the first argument is mapped.
     mapped = jax.vmap(
@@ -303,7 +303,7 @@ def objectives():
         config = reduced(get_recipe(name))
         config.data.image_size = 8
         objective = losses.get_objective(
-            config, sde_lib.get_sde(config), datasets.get_num_levels(config)
+            config, sde_lib.get_sde(config), data_spec(config).num_levels
         )
         what = objective, config.optim, config.data.num_channels, config.model.scale_by_sigma
         found.setdefault(repr(what), (name, config))

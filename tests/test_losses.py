@@ -13,6 +13,8 @@ import datasets
 import losses
 import sde_lib
 import train_step
+from data import pixels
+from data.batches import train_batches
 from models import utils as mutils
 from official import import_checkpoint
 from tests.helpers import (
@@ -193,7 +195,7 @@ def pmapped_step(config, num_devices):
     devices = jax.devices()[:num_devices]
     state = train_step.pack_state(setup.init_state())
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), state)
-    batches = datasets.train_batches(data.train, config.training.batch_size, config.seed)
+    batches = train_batches(data.train, config.training.batch_size, config.seed)
     return state, jax.pmap(step_fn, axis_name="batch", devices=devices), batches
 
 
@@ -377,7 +379,7 @@ def test_mixed_training_is_the_same_on_several_devices():
 def test_the_lossless_decoder_is_a_distribution_over_levels():
     # For each pixel the probabilities of all levels sum to 1, and the likely one is near the mean.
     data, num_levels = Gaussian((1, 1, 1), 0.2, 0.1), 9
-    lowest, width = datasets.Preprocessing(num_levels, True, "none", False).level_grid
+    lowest, width = pixels.Preprocessing(num_levels, True, "none", False).level_grid
     levels = jnp.linspace(-1, 1, num_levels)[:, None, None, None]
     np.testing.assert_allclose(levels[1] - levels[0], width, rtol=1e-6)
     for eps in (1e-5, 1e-3, 0.1, 1.0):
@@ -575,7 +577,7 @@ def seen_by_the_objective(train, **training):
     """The (x, t) of each call of the score, and `flip`, for 500 images of four pixels at 0."""
     calls = []
 
-    class Data(datasets.Preprocessing):
+    class Data(pixels.Preprocessing):
         def to_x0(self, images, keys, flip):
             calls.append(flip)
             return jnp.zeros(images.shape)

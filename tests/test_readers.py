@@ -18,6 +18,7 @@ from PIL import Image
 
 import datasets
 from configs.default import get_default_config
+from data.batches import in_order
 from errors import UserError
 from readers import cache, download, image_files, lsun
 from readers.decode import Fit, open_image
@@ -51,7 +52,7 @@ def config_of(made):
 
 def load(config):
     data = datasets.load_data(config)
-    return data, {split: datasets.in_order(getattr(data, split)) for split in ("train", "test")}
+    return data, {split: in_order(getattr(data, split)) for split in ("train", "test")}
 
 
 def expected_images(made, split, config):
@@ -227,14 +228,14 @@ def test_without_room_in_the_cache_files_are_read_as_needed(problem, tmp_path, m
     broken.write_bytes(b"not an image")
     data = datasets.load_data(config_of(made))
     with pytest.raises(UserError, match=f"{broken.name} is not a readable image"):
-        datasets.in_order(data.train)
+        in_order(data.train)
 
 
 def _load_in_process(config_json, folder, queue):
     os.environ["XDG_CACHE_HOME"] = folder
     config = get_default_config()
     config.data.update(json.loads(config_json))
-    queue.put(float(datasets.in_order(datasets.load_data(config).test)["image"].mean()))
+    queue.put(float(in_order(datasets.load_data(config).test)["image"].mean()))
 
 
 def test_two_starts_at_once_decode_once(tmp_path, cache_folder):
