@@ -1,5 +1,8 @@
 import gzip
+import pathlib
 import struct
+import subprocess
+import sys
 import time
 
 import jax
@@ -18,7 +21,9 @@ from readers.containers import Folder
 from readers.decode import Fit
 from readers.image_files import records_of
 from readers.source import ArraySource, RecordSource
-from tests.helpers import tiny_config
+from tests.helpers import environment_of, tiny_config
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_digits_split_every_image_once():
@@ -316,3 +321,30 @@ def test_levels_without_noise_are_the_middles_of_their_cells(dequantization, cen
 
 def test_values_at_both_ends_are_counted():
     assert pixels.share_at_ends(np.array([0, 0, 1, 15, 16, 16, 16, 9]), 17) == 5 / 8
+
+
+USE_AS_A_LIBRARY = """
+import sys
+sys.path[:0] = sys.argv[1:]  # the stand-in's folder, and the repository
+import datasets
+import jax
+import likelihood, losses, sampling, session
+from metrics import bits_per_dim, classifier, inception, scorers
+from readers import samples
+from tests.helpers import random_params, tiny_config
+
+config = tiny_config()
+config.model.update(nf=4, num_res_blocks=1)
+config.sampling.update(method="heun", num_steps=1)
+sample = session.get_sampler(config, session.set_up(config), 2)
+print(datasets.NAME, sample(random_params(config), jax.random.key(0)).levels.shape)
+"""
+
+
+def test_library_use_leaves_the_name_datasets_to_others(tmp_path):
+    (tmp_path / "datasets.py").write_text("NAME = 'another library'\n")
+    command = [sys.executable, "-c", USE_AS_A_LIBRARY, str(tmp_path), str(ROOT)]
+    done = subprocess.run(
+        command, env=environment_of(1), capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "another library (2, 8, 8, 1)\n", done.stderr
