@@ -32,6 +32,7 @@ from labels import check_labels, sample_labels
 from models import utils as mutils
 from models.networks import NETWORKS
 from models.score import ScoreModel
+from readers import published
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.workdir import recorded_config
 from train_step import (
@@ -49,6 +50,7 @@ log = logging.getLogger("soft_truncation")
 # The values that these fields can name; a config file can register more (docs/extending.md).
 REGISTRIES: dict[str, dict[str, Any]] = {
     "model.name": NETWORKS,
+    "data.dataset": published.PUBLISHED,
     "training.sde": sde_lib.SDES,
     "training.prior": losses.PRIORS,
     "training.weighting": losses.WEIGHTINGS,

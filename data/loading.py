@@ -1,10 +1,8 @@
 """Loading the data set that its settings name."""
 
-import collections
 import logging
 import pathlib
-from collections.abc import Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
@@ -68,8 +66,6 @@ _OTHERS: dict[str, Callable[[DataSpec], Data]] = {
     "digits": _load_digits,
     "array": arrays.load_arrays,
 }
-# All names of data sets.
-DATA_SETS: MutableMapping[str, Any] = collections.ChainMap(_OTHERS, published.PUBLISHED)
 
 
 def load(spec: DataSpec) -> Data:

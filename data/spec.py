@@ -9,7 +9,7 @@ class DataSpec:
     """Which data set is read, and what becomes of its images.
 
     Attributes:
-      dataset: the data set's name, in `data.loading.DATA_SETS`.
+      dataset: digits, array, or a name in `readers.published.PUBLISHED`.
       shape: the height, width and channels of an image of the data.
       padded_shape: the same as the network gets it.
       num_levels: the number of values of a pixel; 0: floats, or not known yet.

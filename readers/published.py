@@ -1,9 +1,12 @@
-"""The supported data sets: their files, formats, splits and labels (docs/data.md)."""
+"""The supported data sets of image files: formats, splits and labels (docs/data.md).
+
+A config file can register one of its own in `PUBLISHED` (docs/extending.md).
+"""
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from PIL import Image
 
@@ -26,12 +29,24 @@ from readers import (
 from readers.decode import Fit
 from readers.layout import Found, Opened, Records
 
-FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
+_FASHION_MNIST = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+_SCENES = (  # of LSUN
+    "bedroom",
+    "bridge",
+    "church_outdoor",
+    "classroom",
+    "conference_room",
+    "dining_room",
+    "kitchen",
+    "living_room",
+    "restaurant",
+    "tower",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """The facts about a published data set.
+    """The facts about a data set of image files; an entry of `PUBLISHED` is all that one needs.
 
     Attributes:
       title: its usual name.
@@ -44,6 +59,10 @@ class Published:
       tfds_splits: the names of the training and the test split in TFDS.
       held_out: the last of this many equal parts is the test split; 0: there is a test split.
       crop, resampling, pad: as in `Fit`.
+      downloads: the SHA-256 of each file that is downloaded, by its address; they agree with those
+        in TFDS and Keras.
+      installed: a folder where a system's package has the files.
+      categories: of which `data.category` names one; (): it is not used.
     """
 
     title: str
@@ -58,6 +77,9 @@ class Published:
     crop: int = 0
     resampling: Image.Resampling = Image.Resampling.BICUBIC
     pad: bool = False
+    downloads: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    installed: str = ""
+    categories: tuple[str, ...] = ()
 
 
 def _find_imagenet32(path: pathlib.Path, spec: DataSpec) -> Found | None:
@@ -85,7 +107,7 @@ def _find_faces(path: pathlib.Path, spec: DataSpec) -> Found | None:
         if len(files) > 1:
             raise UserError(f"data.path: {path} has {', '.join(f.name for f in files)}; name one")
         path = files[0] if files else path
-    share = {7: "seventh", 10: "tenth"}[known.held_out]
+    share = {7: "seventh", 10: "tenth"}.get(known.held_out, f"1/{known.held_out}")
     what = f"of which the last {share} is held out for testing"
     found = tfrecords.find(path, known.held_out, what)
     if found is None and path.is_dir():
@@ -112,6 +134,11 @@ PUBLISHED = {
         counts=(50_000, 10_000),
         native=32,
         tfds="cifar10",
+        downloads={
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz": (
+                "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+            ),
+        },
     ),
     "SVHN": Published(
         "SVHN",
@@ -121,6 +148,14 @@ PUBLISHED = {
         counts=(73_257, 26_032),
         native=32,
         tfds="svhn_cropped",
+        downloads={
+            "http://ufldl.stanford.edu/housenumbers/train_32x32.mat": (
+                "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"
+            ),
+            "http://ufldl.stanford.edu/housenumbers/test_32x32.mat": (
+                "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"
+            ),
+        },
     ),
     "STL10": Published(
         "STL-10",
@@ -129,6 +164,11 @@ PUBLISHED = {
         counts=(105_000, 8_000),
         tfds="stl10",
         tfds_splits=("train+unlabelled", "test"),
+        downloads={
+            "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz": (
+                "f31fd99273a1acb8609c8db427cebb1de3f71de77758cdc0e22956e1289b9866"
+            ),
+        },
         resampling=Image.Resampling.BILINEAR,
     ),
     "fashion_mnist": Published(
@@ -140,6 +180,21 @@ PUBLISHED = {
         counts=(60_000, 10_000),
         native=28,
         tfds="fashion_mnist",
+        installed="/usr/share/datasets/fashion-mnist",  # Debian's package dataset-fashion-mnist
+        downloads={
+            f"{_FASHION_MNIST}/train-images-idx3-ubyte.gz": (
+                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"
+            ),
+            f"{_FASHION_MNIST}/train-labels-idx1-ubyte.gz": (
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
+            ),
+            f"{_FASHION_MNIST}/t10k-images-idx3-ubyte.gz": (
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"
+            ),
+            f"{_FASHION_MNIST}/t10k-labels-idx1-ubyte.gz": (
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
+            ),
+        },
         pad=True,
     ),
     "IMAGENET32": Published(
@@ -197,6 +252,7 @@ PUBLISHED = {
         "what its data.py exports of them, as train/ and val/",
         lambda path, spec: lsun.find(path, spec.category),
         tfds="lsun/{category}",
+        categories=_SCENES,
         tfds_splits=("train", "validation"),
     ),
     "folder": Published(
@@ -233,10 +289,10 @@ def find(spec: DataSpec) -> Found:
     known, path = PUBLISHED[spec.dataset], spec.path
     if not path and spec.tfds_dir:
         return _check_opened(_find_tfds(spec, known), known)
-    if not path and spec.dataset == "fashion_mnist" and pathlib.Path(FASHION_MNIST_PATH).is_dir():
-        path = FASHION_MNIST_PATH
-    if not path and spec.dataset in download.FILES:
-        path = str(download.fetch(spec.dataset, _other_ways(known)))
+    if not path and known.installed and pathlib.Path(known.installed).is_dir():
+        path = known.installed
+    if not path and known.downloads:
+        path = str(download.fetch(spec.dataset, known.downloads, _other_ways(known)))
     if not path:
         raise UserError(
             f"{known.title} has no stable address to be downloaded from: {_other_ways(known)}"

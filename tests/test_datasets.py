@@ -328,7 +328,7 @@ import sys
 sys.path[:0] = sys.argv[1:]  # the stand-in's folder, and the repository
 import datasets
 import jax
-import likelihood, losses, sampling, session
+import batched_sampling, build, likelihood, losses, sampling, session
 from metrics import bits_per_dim, classifier, inception, scorers
 from readers import samples
 from tests.helpers import random_params, tiny_config
@@ -336,7 +336,7 @@ from tests.helpers import random_params, tiny_config
 config = tiny_config()
 config.model.update(nf=4, num_res_blocks=1)
 config.sampling.update(method="heun", num_steps=1)
-sample = session.get_sampler(config, session.set_up(config), 2)
+sample = batched_sampling.get_sampler(build.set_up(config), 2)
 print(datasets.NAME, sample(random_params(config), jax.random.key(0)).levels.shape)
 """
 

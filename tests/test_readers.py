@@ -20,9 +20,10 @@ import datasets
 from configs.default import get_default_config
 from data.batches import in_order
 from errors import UserError
-from readers import cache, download, image_files, lsun
+from readers import cache, image_files, lsun
 from readers.decode import Fit, open_image
 from readers.layout import Records
+from readers.published import PUBLISHED
 from readers.source import RecordSource
 from runtime import environment
 from tests import make_datasets
@@ -351,9 +352,9 @@ def test_a_split_needs_a_name_that_is_known(tmp_path):
 def cifar10(tmp_path, monkeypatch):
     """(the address, the file) of a simulated archive, whose checksum is expected."""
     made = write(tmp_path, make_datasets.LAYOUTS["cifar10_python_tar"])
-    (url,) = download.FILES["CIFAR10"]
+    (url,) = PUBLISHED["CIFAR10"].downloads
     sha256 = hashlib.sha256(made.path.read_bytes()).hexdigest()
-    monkeypatch.setitem(download.FILES, "CIFAR10", {url: sha256})
+    monkeypatch.setitem(PUBLISHED["CIFAR10"].downloads, url, sha256)
     return url, made.path
 
 
