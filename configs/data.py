@@ -15,7 +15,7 @@ def data_spec(config: ConfigDict) -> DataSpec:
         shape=array_shape(config),
         padded_shape=image_shape(config),
         num_levels=levels.get(data.dataset, 256),
-        path=data.path or ("" if data.tfds_dir else data.tfrecords_path),
+        path=data.path,
         tfds_dir=data.tfds_dir,
         category=data.category,
         labelled=config.model.num_classes != 0,

@@ -149,7 +149,7 @@ def _problems(
         yield "eval.images is given, and eval.enable_bpd=False: nothing would be scored"
     if config.eval.samples and not config.eval.enable_sampling:
         yield "eval.samples is given, and eval.enable_sampling=False: nothing would be scored"
-    if config.data.dataset == "digits" and (config.data.path or config.data.tfrecords_path):
+    if config.data.dataset == "digits" and config.data.path:
         yield "data.dataset=digits comes with scikit-learn; data.path must be empty"
     if config.data.dataset == "folder" and not config.data.path:
         yield "data.dataset=folder needs data.path, the folder of images"
