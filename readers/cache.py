@@ -75,7 +75,7 @@ class _Decoder:
         pending: collections.deque[_Future] = collections.deque()
         try:
             for i in range(len(records)):
-                item = one.submit(records.read, i) if records.in_order else None
+                item = one.submit(records.read, i) if records.place is not None else None
                 pending.append(pool.submit(self._item, source, i, item))
                 if len(pending) == _READ_AHEAD:
                     yield pending.popleft().result()
@@ -321,7 +321,7 @@ def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> 
     decoder = _Decoder(fit, skip_unreadable)
 
     def source(name: str, split: Records | Arrays) -> Source:
-        if not isinstance(split, Records) or split.in_order:
+        if not isinstance(split, Records) or split.place is not None:
             return _in_memory(split, fit, decoder)
         if skip_unreadable:  # all are decoded to find out
             split = split.subset(np.array([i for i, *_ in decoder.items(split)], int))

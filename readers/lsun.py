@@ -1,8 +1,9 @@
 """LSUN's LMDB environments: keys are hashes, values are encoded images."""
 
 import contextlib
+import json
+import multiprocessing
 import pathlib
-import struct
 import subprocess
 import sys
 import threading
@@ -24,47 +25,39 @@ class _Environment:
 
     def __init__(self, folder: pathlib.Path) -> None:
         """Open it, and read its keys."""
-        command = [sys.executable, lmdb_server.__file__, str(folder)]
         self._folder, self._lock = folder, threading.Lock()
+        self._other, end = multiprocessing.Pipe()
+        command = [sys.executable, lmdb_server.__file__, str(folder), str(end.fileno())]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[end.fileno()]
         )
+        end.close()
         weakref.finalize(self, _end, self._process)
         # One array instead of a list, since a scene has up to three million keys.
-        self.keys = np.array(list(iter(self._reply, b"")), np.bytes_)
-
-    def _read(self, count: int) -> bytes:
-        assert self._process.stdout is not None
-        value = self._process.stdout.read(count)
-        if len(value) < count:
-            raise damaged(self._folder, "LMDB's library ended at one of its pages")
-        return value
+        blocks = [json.loads(block) for block in iter(self._reply, b"")]
+        self.keys = np.array([key.encode("latin1") for block in blocks for key in block])
 
     def _reply(self) -> bytes:
-        (length,) = struct.unpack("<q", self._read(8))
-        value = self._read(abs(length))
-        if length < 0:
-            raise damaged(self._folder, value.decode())
-        return value
+        try:
+            reply = self._other.recv_bytes()
+        except (EOFError, OSError) as error:
+            problem = "LMDB's library ended at one of its pages"
+            raise damaged(self._folder, problem) from error
+        if reply.startswith(lmdb_server.ERROR):
+            raise damaged(self._folder, reply[1:].decode())
+        return reply[1:]
 
     def get(self, key: bytes) -> bytes:
         """The value of a key; threads take turns."""
-        assert self._process.stdin is not None
         with self._lock:
-            with contextlib.suppress(BrokenPipeError):  # its end is told by the reply
-                self._process.stdin.write(struct.pack("<q", len(key)) + key)
-                self._process.stdin.flush()
+            with contextlib.suppress(OSError):  # its end is told by the reply
+                self._other.send_bytes(key)
             return self._reply()
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a server and close its pipes, of which the interpreter would complain at its own end."""
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):
-            pipe.close()
 
 
 def _records(folder: pathlib.Path) -> Records:

@@ -63,9 +63,7 @@ def load_images(
         part = Part(open_container(path))
         part.check(least, option=option)
         identity = repr(part.container.identity()).encode()
-        source = RecordSource(
-            records_of(part.container, part.names, as_read=False), as_it_is, identity
-        )
+        source = RecordSource(records_of(part.container, part.names), as_it_is, identity)
         names = part.names
         labels, note = part.labels()
     else:

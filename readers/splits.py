@@ -2,11 +2,14 @@
 
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from errors import UserError
+from readers.class_labels import Labels, number_labels
+from readers.layout import Splits
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation")
@@ -68,3 +71,45 @@ def last_part(count: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
     """(training, test) indices where the last of `parts` equal parts is the test split."""
     num_test = count // parts
     return np.arange(count - num_test), np.arange(count - num_test, count)
+
+
+class Divisible(Protocol):
+    """Examples of which some can be taken."""
+
+    def __len__(self) -> int: ...
+
+    def subset(self, indices: np.ndarray, labels: np.ndarray | None = None) -> Any:
+        """The examples at these indices, with these labels."""
+        ...
+
+
+Part = TypeVar("Part", bound=Divisible)
+
+
+def divide(
+    parts: Sequence[Part],
+    labels: Sequence[Labels | None],
+    names: Sequence[str] = (),
+    dropped: Iterable[str] = (),
+    held_out: int = 0,
+) -> Splits[Part]:
+    """The training and the test split of a data set, with their labels numbered.
+
+    Args:
+      parts: both splits; or all examples, of which every tenth is for testing.
+      labels: of each part; None: it has none.
+      names, dropped: as of `number_labels`.
+      held_out: without splits, the last of this many equal parts is for testing instead.
+    """
+    rows: Sequence[np.ndarray] = [np.arange(len(part)) for part in parts]
+    if len(parts) == 1:
+        rows = last_part(len(parts[0]), held_out) if held_out else every_tenth(len(parts[0]))
+        parts, labels = [*parts] * 2, [*labels] * 2
+    given: list[Any] = [
+        None if of is None else [of[i] for i in chosen]
+        for of, chosen in zip(labels, rows, strict=True)
+    ]
+    numbered = number_labels(given, names, dropped)
+    train = parts[0].subset(rows[0], numbered.train)
+    test = parts[1].subset(rows[1], numbered.test)
+    return Splits(train, test, numbered.classes, numbered.notes)

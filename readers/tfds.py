@@ -12,7 +12,7 @@ from readers import download, tfrecords
 from readers.class_labels import plain_classes
 from readers.containers import damaged, file_identity
 from readers.layout import Found, Item, Opened, Records
-from readers.splits import last_part
+from readers.splits import divide
 from runtime import environment
 
 log = logging.getLogger("soft_truncation")
@@ -150,10 +150,9 @@ def find(
             raise UserError(f"{there} is no folder of TFDS: {_reason(error)}") from error
         labelled = num_classes > 0
         parts = [[_records(builder, s, labelled) for s in split.split("+")] for split in splits]
-        train, test = map(Records.joined, parts)
-        if held_out:
-            train, test = map(train.subset, last_part(len(train), held_out))
-        return Opened(train, test, plain_classes(num_classes))
+        records = [Records.joined(part) for part in parts[: 1 if held_out else 2]]
+        divided = divide(records, [None] * len(records), held_out=held_out)
+        return Opened(divided.train, divided.test, plain_classes(num_classes))
 
     files = sorted(file for file in there.iterdir() if file.is_file())
     return Found(f"TFDS's {there}", tuple(map(file_identity, files)), opened)

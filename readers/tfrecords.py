@@ -10,7 +10,7 @@ import numpy as np
 from errors import UserError
 from readers.containers import damaged, file_identity
 from readers.layout import Found, Item, Opened, Records
-from readers.splits import last_part
+from readers.splits import divide
 
 
 def parse_example(record: bytes) -> Any:
@@ -89,9 +89,8 @@ def find(path: pathlib.Path, held_out: int, what: str) -> Found | None:
         except Exception as error:  # an error of protobuf, or of `_pixels`
             raise damaged(path, f"record 0: {error}") from error
         records = Records(len(records), records.read, records.name, (width, height))
-        train, test = last_part(len(records), held_out)
-        if not len(test):
+        if len(records) < held_out:
             raise UserError(f"{path} has {len(records)} images, too few to hold some out")
-        return Opened(records.subset(train), records.subset(test))
+        return Opened(*divide([records], [None], held_out=held_out))
 
     return Found(f"{path}, {what}", (*file_identity(path), what), opened)
