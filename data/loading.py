@@ -8,10 +8,10 @@ import numpy as np
 
 from data import arrays
 from data.batches import Data, Dataset
+from data.labels import plain_classes
 from data.spec import DataSpec
 from errors import UserError
 from readers import cache, published
-from readers.class_labels import plain_classes
 from readers.source import ArraySource
 
 log = logging.getLogger("soft_truncation")

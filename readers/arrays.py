@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from data.labels import folder_labels
 from errors import UserError
 from readers import layout
-from readers.class_labels import folder_labels
 from readers.containers import Folder, file_identity
 from readers.splits import TEST_NAMES, TRAIN_NAMES, choose_splits, divide
 from runtime.progress import Progress

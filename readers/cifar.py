@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data.labels import plain_classes
 from errors import UserError
-from readers.class_labels import plain_classes
-from readers.containers import Container, Folder, damaged, member, open_holder
+from readers.containers import Container, member, open_holder, reading
 from readers.layout import Arrays, Found, Opened, arrays_of
 from runtime.unpickling import Called, InertUnpickler, Named
 
@@ -115,11 +115,8 @@ def _read(
     found = {}
     # In the container's order, since a compressed archive is read from its start otherwise.
     for name in filter(members.__contains__, container.files):
-        try:
-            with container.open(name) as file:
-                found[members[name]] = read(file, f"{container.path}/{name}")
-        except (OSError, EOFError, ValueError) as error:
-            raise damaged(container.path, error) from error
+        with reading(container.path), container.open(name) as file:
+            found[members[name]] = read(file, f"{container.path}/{name}")
     return found
 
 
@@ -133,8 +130,7 @@ def find_cifar10(path: pathlib.Path) -> Found | None:
         container = open_holder(path, f"data_batch_1{suffix}", folder, archive)
         if container is None:
             continue
-        place = "files" if isinstance(container, Folder) else "archive"
-        what = f"the authors' {kind} {place} {container.path}"
+        what = f"the authors' {kind} {container.kind} {container.path}"
         opened = functools.partial(_open_cifar10, container, suffix, read)
         return Found(what, (kind, container.identity()), opened)
     return None

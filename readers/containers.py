@@ -16,8 +16,7 @@ import stat
 import tarfile
 import threading
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, cast
 
 from errors import UserError
@@ -44,10 +43,12 @@ class Container:
       path: of the folder or archive.
       files: where each file is, by name; of an archive in its order.
       skipped: what is passed over: hidden files, folders of systems, broken links.
+      kind: a word for it in descriptions.
       in_order: reading is only fast in the order of `files`, by one thread.
     """
 
     in_order = False
+    kind = "archive"
     _lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     files: dict[str, Any]
 
@@ -145,8 +146,21 @@ def damaged(path: pathlib.Path, error: Exception | str) -> UserError:
     return UserError(f"{path} is damaged or cut off ({reason}); bring the file again")
 
 
+@contextlib.contextmanager
+def reading(path: pathlib.Path) -> Iterator[None]:
+    """Where libraries read a file: any error that they raise for a damaged one is `damaged`'s."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise damaged(path, error) from error
+
+
 class Folder(Container):
     """The files below a folder, with their sizes and times; links to folders are followed."""
+
+    kind = "files"
 
     @functools.cached_property
     def files(self) -> dict[str, Any]:  # type: ignore[override]
@@ -185,10 +199,8 @@ class Zip(Container):
         """Read the table of contents; UserError if the archive can't be read."""
         super().__init__(path)
         self.files = {}
-        try:
+        with reading(path):
             self._zip = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            raise damaged(path, error) from error
         for info in self._zip.infolist():
             if info.is_dir():
                 continue
@@ -214,19 +226,17 @@ class Tar(Container):
         """Open the archive, decompressing a small one; UserError if it is not a tar archive."""
         super().__init__(path)
         self._lock = threading.Lock()
-        try:
+        with reading(path):
             whole = _decompress(path) if _compression(path) == "gz" else None
             self.in_order = whole is None and _compression(path) is not None
             # It stays open as long as this object exists.
             self._tar = tarfile.open(path if whole is None else None, fileobj=whole)  # noqa: SIM115
-        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise damaged(path, error) from error
 
     @functools.cached_property
     def files(self) -> dict[str, Any]:  # type: ignore[override]
         """Name → (offset, size), in the archive's order."""
         found: dict[str, Any] = {}
-        try:
+        with reading(self.path):
             for info in self._tar:
                 self._tar.members = []  # type: ignore[attr-defined]  # don't keep all
                 place: Any = (info.offset_data, info.size)
@@ -246,8 +256,6 @@ class Tar(Container):
                         f"{self.path} goes on behind its end, as archives do that were joined; "
                         "unpack each of them"
                     )
-        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise damaged(self.path, error) from error
         return found
 
     def open(self, name: str) -> BinaryIO:
@@ -300,6 +308,15 @@ def open_container(path: pathlib.Path) -> Container:
         return Tar(path)
     advice = instead([path.name])
     raise UserError(f"{path} is neither a folder nor a zip or tar archive{advice}")
+
+
+def all_of(path: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path]:
+    """The files of these names in a folder; []: there is none of them; UserError: only some."""
+    files = [path / name for name in names]
+    missing = [name for name, file in zip(names, files, strict=True) if not file.exists()]
+    if 0 < len(missing) < len(files):
+        raise UserError(f"data.path: {path} has no {missing[0]}")
+    return [] if missing else files
 
 
 def open_holder(path: pathlib.Path, first: str, folder: str, archive: str) -> Container | None:

@@ -7,8 +7,8 @@ import zlib
 
 import numpy as np
 
+from data.labels import plain_classes
 from errors import UserError
-from readers.class_labels import plain_classes
 from readers.containers import file_identity
 from readers.layout import Arrays, Found, Opened, arrays_of
 

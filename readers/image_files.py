@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from data.labels import folder_labels
 from errors import UserError
 from readers import containers, layout
-from readers.class_labels import folder_labels
 from readers.decode import is_image_name
 from readers.splits import choose_splits, common_folder, divide
 

@@ -13,11 +13,9 @@ import numpy as np
 
 from errors import UserError
 from readers import lmdb_server
-from readers.containers import damaged, file_identity
+from readers.containers import all_of, damaged, file_identity
 from readers.image_files import find_splits
 from readers.layout import Found, Opened, Records
-
-_SPLITS = ("train", "val")
 
 
 class _Environment:
@@ -78,20 +76,14 @@ def find(path: pathlib.Path, category: str) -> Found | None:
     """
     if not path.is_dir():
         return None
-    folders = [path / f"{category}_{split}_lmdb" for split in _SPLITS]
-    there = [(folder / "data.mdb").exists() for folder in folders]
-    if any(there):
-        if not all(there):
-            missing = folders[there.index(False)].name
-            raise UserError(
-                f"data.path: {path} has no {missing}/; unpack the authors' {missing}.zip there"
-            )
+    names = [f"{category}_{split}_lmdb" for split in ("train", "val")]
+    if files := all_of(path, [f"{name}/data.mdb" for name in names]):
         return Found(
             f"the authors' LMDB environments {category}_*_lmdb in {path}",
-            tuple(file_identity(folder / "data.mdb") for folder in folders),
-            lambda: Opened(_records(folders[0]), _records(folders[1])),
+            tuple(map(file_identity, files)),
+            lambda: Opened(_records(files[0].parent), _records(files[1].parent)),
         )
-    zips = [path / f"{folder.name}.zip" for folder in folders]
+    zips = [path / f"{name}.zip" for name in names]
     if any(file.exists() for file in zips):
         raise UserError(
             f"data.path: {path} has {zips[0].name}, and an LMDB environment can't be read within a "

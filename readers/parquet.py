@@ -13,7 +13,7 @@ import numpy as np
 
 from errors import UserError
 from readers import layout
-from readers.containers import Folder, damaged, file_identity
+from readers.containers import Folder, file_identity, reading
 from readers.splits import TEST_NAMES, divide, split_of
 
 # train-00000-of-00002.parquet, with or without the hash that the hub's names had in 2022; or
@@ -74,10 +74,8 @@ class _File:
         import pyarrow.parquet
 
         self.path = path
-        try:
+        with reading(path):
             self.opened = pyarrow.parquet.ParquetFile(path)
-        except Exception as error:  # Arrow raises many kinds of error for damaged files
-            raise damaged(path, error) from error
         groups = map(self.opened.metadata.row_group, range(self.opened.num_row_groups))
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
         schema, types = self.opened.schema_arrow, pyarrow.types
@@ -133,11 +131,9 @@ _LOCK = threading.Lock()
 @functools.lru_cache(4)
 def _rows(file: _File, group: int) -> list[bytes | None]:
     """The encoded images of a row group; the last few stay in memory."""
-    try:
+    with reading(file.path):
         table = file.opened.read_row_group(group, columns=[file.image])
         rows: list[Any] = table.column(file.image).to_pylist()
-    except Exception as error:  # Arrow raises many kinds of error for damaged files
-        raise damaged(file.path, error) from error
     return [row and row["bytes"] for row in rows]
 
 

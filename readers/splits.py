@@ -3,12 +3,12 @@
 import posixpath
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
+from data.labels import Labels, number_labels
 from errors import UserError
-from readers.class_labels import Labels, number_labels
 from readers.layout import Splits
 
 TRAIN_NAMES = ("train", "training")
@@ -73,30 +73,18 @@ def last_part(count: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(count - num_test), np.arange(count - num_test, count)
 
 
-class Divisible(Protocol):
-    """Examples of which some can be taken."""
-
-    def __len__(self) -> int: ...
-
-    def subset(self, indices: np.ndarray, labels: np.ndarray | None = None) -> Any:
-        """The examples at these indices, with these labels."""
-        ...
-
-
-Part = TypeVar("Part", bound=Divisible)
-
-
 def divide(
-    parts: Sequence[Part],
+    parts: Sequence[Any],
     labels: Sequence[Labels | None],
     names: Sequence[str] = (),
     dropped: Iterable[str] = (),
     held_out: int = 0,
-) -> Splits[Part]:
+) -> Splits[Any]:
     """The training and the test split of a data set, with their labels numbered.
 
     Args:
-      parts: both splits; or all examples, of which every tenth is for testing.
+      parts: both splits; or all examples, of which every tenth is for testing. They have a method
+        `subset(indices, labels)`.
       labels: of each part; None: it has none.
       names, dropped: as of `number_labels`.
       held_out: without splits, the last of this many equal parts is for testing instead.
@@ -105,11 +93,10 @@ def divide(
     if len(parts) == 1:
         rows = last_part(len(parts[0]), held_out) if held_out else every_tenth(len(parts[0]))
         parts, labels = [*parts] * 2, [*labels] * 2
-    given: list[Any] = [
-        None if of is None else [of[i] for i in chosen]
-        for of, chosen in zip(labels, rows, strict=True)
-    ]
-    numbered = number_labels(given, names, dropped)
-    train = parts[0].subset(rows[0], numbered.train)
-    test = parts[1].subset(rows[1], numbered.test)
-    return Splits(train, test, numbered.classes, numbered.notes)
+    known = [of.tolist() if isinstance(of, np.ndarray) else of for of in labels]
+    given = [of and [of[i] for i in chosen] for of, chosen in zip(known, rows, strict=True)]
+    numbers, classes, note = number_labels(given, names, dropped)
+    train, test = (
+        part.subset(chosen, of) for part, chosen, of in zip(parts, rows, numbers, strict=True)
+    )
+    return Splits(train, test, classes, (note,) if note else ())

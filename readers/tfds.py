@@ -7,10 +7,10 @@ import pathlib
 import re
 from typing import Any
 
+from data.labels import plain_classes
 from errors import UserError
 from readers import download, tfrecords
-from readers.class_labels import plain_classes
-from readers.containers import damaged, file_identity
+from readers.containers import file_identity, reading
 from readers.layout import Found, Item, Opened, Records
 from readers.splits import divide
 from runtime import environment
@@ -118,10 +118,8 @@ def _check_features(folder: pathlib.Path) -> None:
             if is_class and isinstance(name, str) and not _FEATURE.fullmatch(name):
                 raise UserError(f"{file} names {name[:80]}, which is not TFDS's")
 
-    try:
+    with reading(file):
         json.loads(file.read_bytes(), object_pairs_hook=check)
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(file, error) from error
 
 
 def find(

@@ -151,8 +151,8 @@ rows are columns: transpose(0, 3, 2, 1) → transpose(0, 2, 3, 1)
 mirrored records: .reshape(shape).transpose(1, 2, 0) → .reshape(shape).transpose(2, 1, 0)
 [readers/cifar.py | test_readers.py -k "written and 2017"]
 labels from 1: labels.astype(np.int64) - first → labels.astype(np.int64)
-[readers/arrays.py | test_stacks.py -k labels]
-labels of the first: else stack.labels[part] → else stack.labels[: len(part)]
+[readers/splits.py | test_stacks.py -k labels]
+labels of the first: [of[i] for i in chosen] → of[: len(chosen)]
 
 [runtime/pictures.py | test_stacks.py -k "pictures or grid"]
 grid by columns: left = gap + (i % columns) → left = gap + (i // columns)
