@@ -1,17 +1,17 @@
 """The splits of a data set, and their examples in batches, in order or in memory."""
 
-import collections
 import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from readers.source import ArraySource, Examples, Source
+from runtime.ahead import in_threads
 from runtime.progress import Progress
 
 
@@ -52,21 +52,6 @@ class Data(NamedTuple):
 def _epoch_order(seed: int, count: int, epoch: int) -> np.ndarray:
     """The indices 0 … count - 1 in the order of an epoch."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-
-
-def _read_ahead(
-    read: Callable[[np.ndarray], Examples], indices: Iterator[np.ndarray]
-) -> Iterator[Examples]:
-    """Apply `read` to each item in four threads, up to eight items ahead."""
-    pool = concurrent.futures.ThreadPoolExecutor(4)
-    pending: collections.deque[concurrent.futures.Future[Examples]] = collections.deque()
-    try:
-        for chosen in indices:
-            pending.append(pool.submit(read, chosen))
-            if len(pending) > 8:
-                yield pending.popleft().result()
-    finally:  # the program should not wait for the pending reads
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def train_batches(
@@ -115,7 +100,7 @@ def train_batches(
     in_memory = isinstance(source, ArraySource) and not isinstance(source.images, np.memmap)
     at_hand = indices_only or in_memory
     steps = map(indices_of, itertools.count(start_step))
-    for batch in map(read, steps) if at_hand else _read_ahead(read, steps):
+    for batch in map(read, steps) if at_hand else in_threads(read, steps, threads=4, ahead=8):
         yield {**batch, "index": index.astype(np.int32)}
 
 
