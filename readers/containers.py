@@ -81,8 +81,12 @@ class Container:
         # Names that are not UTF-8 can't be printed.
         return (told.encode(errors="backslashreplace").decode(),) if names else ()
 
-    def _place(self, found: dict[str, Any], name: str, place: Any) -> None:
+    def _place(self, found: dict[str, Any], name: str, place: Any, size: int, packed: int) -> None:
         """Add a file of an archive; of two of a name the last one counts, as for unzip and tar."""
+        if size > _SMALL and size > _MOST * packed:
+            raise UserError(
+                f"{self.path} has {name} of {size:,} bytes, packed into {packed:,}; unpack it"
+            )
         plain = posixpath.normpath(name.replace("\\", "/"))
         if plain.startswith(("/", "../")) or ".." in name.replace("\\", "/").split("/"):
             raise UserError(
@@ -92,12 +96,6 @@ class Container:
             self.skipped.append(plain)
         else:
             found[plain] = place
-
-    def _check_size(self, name: str, size: int, packed: int) -> None:
-        if size > _SMALL and size > _MOST * packed:
-            raise UserError(
-                f"{self.path} has {name} of {size:,} bytes, packed into {packed:,}; unpack it"
-            )
 
 
 def is_archive_name(name: str) -> bool:
@@ -211,8 +209,7 @@ class Zip(Container):
             if info.compress_type not in (0, 8, 12, 14):  # stored, deflate, bzip2, lzma
                 kind = "deflate64" if info.compress_type == 9 else f"method {info.compress_type}"
                 raise UserError(f"{path} is packed by {kind}, which is not read here; unpack it")
-            self._check_size(info.filename, info.file_size, info.compress_size)
-            self._place(self.files, info.filename, info)
+            self._place(self.files, info.filename, info, info.file_size, info.compress_size)
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading."""
@@ -247,8 +244,7 @@ class Tar(Container):
                 if info.issparse():
                     raise UserError(f"{self.path} has a sparse file, {info.name!r}; unpack it")
                 if not info.isdir():
-                    self._check_size(info.name, place[1], self.path.stat().st_size)
-                    self._place(found, info.name, place)
+                    self._place(found, info.name, place, place[1], self.path.stat().st_size)
             # Read to the end, where a compressed archive has its checksum.
             while part := self._tar.fileobj.read(2**20):  # type: ignore[union-attr]
                 if part.strip(b"\0"):

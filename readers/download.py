@@ -3,6 +3,7 @@
 import io
 import logging
 import pathlib
+import posixpath
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -85,7 +86,7 @@ def fetch(dataset: str, files: Mapping[str, str], other_ways: str) -> pathlib.Pa
       UserError: a file can't be downloaded, or is not the published one.
     """
     folder = environment.cache_dir() / "downloads" / dataset
-    missing = [url for url in files if not (folder / _name(url)).exists()]
+    missing = [url for url in files if not (folder / posixpath.basename(url)).exists()]
     if not missing:
         return folder
     try:
@@ -103,16 +104,12 @@ def fetch(dataset: str, files: Mapping[str, str], other_ways: str) -> pathlib.Pa
     return folder
 
 
-def _name(url: str) -> str:
-    return url.rsplit("/", 1)[1]
-
-
 def _fetch_file(url: str, sha256: str, folder: pathlib.Path) -> None:
     import pooch
     import requests
     import tqdm
 
-    name = _name(url)
+    name = posixpath.basename(url)
     if (folder / name).exists():  # another process has downloaded it
         return
     for partial in folder.glob("tmp*"):  # of an interrupted download

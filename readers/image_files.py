@@ -169,29 +169,29 @@ def find_splits(
 
 
 def find_unsplit(
-    path: pathlib.Path, classes: int | None = None, note: str = "", many: bool = False
+    path: pathlib.Path,
+    classes: int | None = None,
+    note: str = "",
+    many: bool = False,
+    held_out: int = 0,
+    what: str = "every tenth held out",
 ) -> layout.Found:
-    """Image files in a folder or an archive without splits; every tenth is a test image.
+    """Image files in a folder or an archive without splits.
 
     Labels are read from dataset.json, as in EDM's and StyleGAN's zips; without it, folders may be
     classes.
 
-    `classes` and `many` are as of `Part.labels`; `note` is a sentence for the log and the report.
+    Args:
+      path: the folder or archive.
+      classes, many: as of `Part.labels`.
+      note: a sentence for the log and the report.
+      held_out: as of `divide`.
+      what: says which images are held out.
     """
     container = containers.open_container(path)
-    kind = "image files" if isinstance(container, containers.Folder) else "images of the archive"
+    known = (what,) if held_out else (classes, _many([container], many), "every tenth")
     return layout.Found(
-        f"{kind} {path}, every tenth held out",
-        (container.identity(), classes, _many([container], many), "every tenth"),
-        lambda: _open([Part(container)], classes, many, note=note),
-    )
-
-
-def find_held_out(path: pathlib.Path, held_out: int, what: str) -> layout.Found:
-    """Image files without labels, by their names; the last of `held_out` parts is for testing."""
-    container = containers.open_container(path)
-    return layout.Found(
-        f"{path}, {what}",
-        (container.identity(), what),
-        lambda: _open([Part(container)], 0, False, held_out),
+        f"image files {path}, {what}",
+        (container.identity(), *known),
+        lambda: _open([Part(container)], classes, many, held_out, note),
     )

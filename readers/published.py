@@ -84,17 +84,15 @@ class Published:
 
 def _find_imagenet32(path: pathlib.Path, spec: DataSpec) -> Found | None:
     """The older set or that of 2017; UserError if the files are of the one that is not wanted."""
-    of_2017, wanted = cifar.find_imagenet32_2017(path), spec.dataset
+    of_2017 = cifar.find_imagenet32_2017(path)
     older = None if of_2017 else image_files.find_splits(path, 0, what="the authors' images")
-    if of_2017 and wanted == "IMAGENET32":
+    has, other = "the pickled batches of 2017", "IMAGENET32_2017"
+    if older:
+        has, other = "the older set's folders, which published bits/dim are of", "IMAGENET32"
+    if (of_2017 or older) and other != spec.dataset:
         raise UserError(
-            f"data.path: {path} has the pickled batches of 2017, which are another data set than "
-            "the older one of the published bits/dim: --config.data.dataset=IMAGENET32_2017"
-        )
-    if older and wanted == "IMAGENET32_2017":
-        raise UserError(
-            f"data.path: {path} has train_32x32 and valid_32x32, which are another data set than "
-            "the pickled batches of 2017: --config.data.dataset=IMAGENET32"
+            f"data.path: {path} has {has}, another data set than {spec.dataset}: "
+            f"--config.data.dataset={other}"
         )
     return of_2017 or older
 
@@ -112,7 +110,7 @@ def _find_faces(path: pathlib.Path, spec: DataSpec) -> Found | None:
     found = tfrecords.find(path, known.held_out, what)
     if found is None and path.is_dir():
         found = image_files.find_splits(path, 0)
-    return found or image_files.find_held_out(path, known.held_out, what)
+    return found or image_files.find_unsplit(path, 0, held_out=known.held_out, what=what)
 
 
 def _find_folder(path: pathlib.Path, many: bool) -> Found | None:

@@ -8,7 +8,6 @@ import numpy as np
 from readers.containers import Container, damaged, member, open_holder, reading
 from readers.layout import Arrays, Found, Opened
 
-_ARCHIVE, _FOLDER = "stl10_binary.tar.gz", "stl10_binary"
 _IMAGE = 3 * 96 * 96
 _BLOCK = 1000  # images read at a time
 
@@ -31,7 +30,7 @@ def find(path: pathlib.Path) -> Found | None:
 
     Labels are not read, since most training images have none.
     """
-    container = open_holder(path, "train_X.bin", _FOLDER, _ARCHIVE)
+    container = open_holder(path, "train_X.bin", "stl10_binary", "stl10_binary.tar.gz")
     if container is None:
         return None
 

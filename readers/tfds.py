@@ -32,20 +32,16 @@ def _import() -> Any:
     return tensorflow_datasets
 
 
-def _version(folder: pathlib.Path) -> tuple[int, ...]:
-    parts = folder.name.split(".")
-    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()
-
-
 def _prepared(data_dir: pathlib.Path, name: str) -> pathlib.Path | None:
     """The folder of the newest version that lies there."""
-    infos = (data_dir / name).glob("*/dataset_info.json")
-    versions = [info.parent for info in infos if _version(info.parent)]
-    return max(versions, key=_version, default=None)
+    folders = [info.parent for info in (data_dir / name).glob("*/dataset_info.json")]
+    numbered = {folder: folder.name.split(".") for folder in folders}
+    versions = {tuple(map(int, n)): f for f, n in numbered.items() if all(map(str.isdigit, n))}
+    return versions[max(versions)] if versions else None
 
 
-def _prepare(name: str, data_dir: pathlib.Path) -> None:
-    """Have TFDS download and prepare a data set; UserError if it can't."""
+def _prepare(name: str, data_dir: pathlib.Path) -> pathlib.Path:
+    """Have TFDS download and prepare a data set in a folder; UserError if it can't."""
     tfds = _import()
     log.info("%s is not in %s; TFDS downloads and prepares it there", name, data_dir)
     try:
@@ -56,6 +52,7 @@ def _prepare(name: str, data_dir: pathlib.Path) -> None:
         if urls:
             download.check_reachable(urls[0])
         builder.download_and_prepare()
+        return pathlib.Path(builder.data_path)
     except Exception as error:  # TFDS and the network raise anything at all
         raise UserError(
             f"TFDS can't prepare {name} in {data_dir}: {_reason(error)}. A folder that TFDS "
@@ -134,11 +131,7 @@ def find(
     The names of splits may be several, joined by +; without a test split the last of `held_out`
     equal parts is one. With num_classes = 0 labels are not read.
     """
-    if _prepared(data_dir, name) is None:
-        _prepare(name, data_dir)
-    there = _prepared(data_dir, name)
-    if there is None:
-        raise UserError(f"TFDS left no {name} in {data_dir}")
+    there = _prepared(data_dir, name) or _prepare(name, data_dir)
 
     def opened() -> Opened:
         _check_features(there)
