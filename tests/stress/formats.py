@@ -175,8 +175,6 @@ def read_data_set(folder):
     config, told = get_default_config(), json.loads((folder.parent / "told.json").read_text())
     path = str(folder / told["path"])
     config.data.update({**told, "path": path, "cache": False})
-    if "tfrecords_path" in told:
-        config.data.update(tfrecords_path=path, path="")
     in_order(datasets.load_data(config).train)
 
 
