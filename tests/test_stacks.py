@@ -16,7 +16,7 @@ from build import with_data_facts
 from configs.data import data_spec
 from configs.shapes import image_shape
 from configs.vp import array_st
-from controllable_generation import _read_mask
+from controllable_generation import read_mask
 from data import pixels
 from errors import UserError
 from evaluation import evaluate
@@ -216,8 +216,7 @@ def test_padding_repeats_the_edge_and_is_cut_off(tmp_path):
     units = pixels.get_units(data_spec(config))
     assert np.array_equal(units.to_files(images), array[:3])
     assert units.to_pictures(images).shape == (3, 5, 14, 1)
-    config.sampling.mask = "left"
-    mask = _read_mask(config)[..., 0]
+    mask = read_mask("left", (5, 7), (6, 8))[..., 0]
     assert mask[:5, :3].all() and not mask[:5, 3:7].any() and mask[5].all() and mask[:, 7].all()
 
 
