@@ -14,7 +14,6 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-import datasets
 import likelihood
 import losses
 import parts
@@ -22,15 +21,19 @@ import sampling
 import sde_lib
 import train_step
 from configs import fields
+from configs.data import data_spec
 from configs.default import get_default_config
 from configs.saved import as_recorded
-from configs.shapes import array_shape, image_shape
+from configs.shapes import image_shape
 from configs.validate import check_array_fields, validate
+from data import arrays, loading, pixels
+from data.batches import Dataset
 from errors import UserError
 from labels import check_labels, sample_labels
 from models import utils as mutils
 from models.networks import NETWORKS
 from models.score import ScoreModel
+from readers import published
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.workdir import recorded_config
 from train_step import (
@@ -48,6 +51,7 @@ log = logging.getLogger("soft_truncation")
 # The values that these fields can name; a config file can register more (docs/extending.md).
 REGISTRIES: dict[str, dict[str, Any]] = {
     "model.name": NETWORKS,
+    "data.dataset": published.PUBLISHED,
     "training.sde": sde_lib.SDES,
     "training.prior": losses.PRIORS,
     "training.weighting": losses.WEIGHTINGS,
@@ -68,8 +72,8 @@ class Setup:
     model: mutils.Model
     optimizer: optax.GradientTransformation
     objective: losses.Objective
-    preprocessing: datasets.Preprocessing
-    units: datasets.Units
+    preprocessing: pixels.Preprocessing
+    units: pixels.Units
     make_score_fn: sampling.MakeScoreFn  # (params, labels, guidance) → (x, t) → score
     make_train_score_fn: Callable[..., losses.ScoreFn]  # … → (x, t, dropout keys) → score
     state_shape: TrainState  # of jax.ShapeDtypeStruct
@@ -77,7 +81,7 @@ class Setup:
     make_step_fn: Callable[[], StepFn]
     sampler: sampling.SamplerFn
     make_sample_fn: Callable[[int], Any]  # number of samples → (params, keys, labels) → (x, nfe)
-    read_arrays: Callable[..., tuple[datasets.Dataset, list[str] | None]]  # of a user's own file
+    read_arrays: Callable[..., tuple[Dataset, list[str] | None]]  # of a user's own file
     make_nll_fn: Callable[[], Callable[..., dict[str, Array]]]
     make_nelbo_fn: Callable[[], Callable[..., dict[str, Array]]]
     seed: int
@@ -151,7 +155,7 @@ def get_objective(
         "training",
         "model",
         sde=sde,
-        preprocessing=datasets.get_preprocessing(config, num_levels),
+        preprocessing=pixels.get_preprocessing(data_spec(config), num_levels),
         prior=None if config.training.truncation == "fixed" else get_prior(config),
         weighting=get_weighting(config),
         axis_name=axis_name,
@@ -207,7 +211,7 @@ def with_data_facts(
         config.data.classes = run.data.classes
     if is_array:
         check_array_fields(config)
-        facts = dict(run.data) if run else datasets.array_facts(config)
+        facts = dict(run.data) if run else arrays.array_facts(data_spec(config))
         own = {name: config.data[name] for name in ("scale", "num_levels") if config.data[name]}
         config.data.update({name: facts[name] for name in _OF_ARRAYS if name in facts} | own)
     if config.model.num_classes != -1:
@@ -215,14 +219,14 @@ def with_data_facts(
     if run:
         config.model.num_classes = run.model.num_classes
         return config
-    train = datasets.get_dataset(config, "train")
+    train = loading.load(data_spec(config)).train
     if not train.num_classes:
         raise UserError(f"model.num_classes is -1, and {train.name} has no labels")
     config.model.num_classes = train.num_classes
     return config
 
 
-def with_classes(setup: Setup, train: datasets.Dataset, anew: bool = False) -> Setup:
+def with_classes(setup: Setup, train: Dataset, anew: bool = False) -> Setup:
     """The parts of a run with the names of the labels that its network is told.
 
     They must be those of the training images, unless the run starts `anew` with these.
@@ -284,7 +288,8 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         num_classes=config.model.num_classes,
         label_dropout=training.label_dropout,
     )
-    preprocessing = datasets.get_preprocessing(config)
+    data = data_spec(config)
+    preprocessing = pixels.get_preprocessing(data)
     levels = preprocessing.num_levels
     return Setup(
         sde=sde,
@@ -292,7 +297,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         optimizer=optimizer,
         objective=objective,
         preprocessing=preprocessing,
-        units=datasets.get_units(config),
+        units=pixels.get_units(data),
         make_score_fn=score_model,
         make_train_score_fn=score_model.for_training,
         state_shape=shape,
@@ -302,16 +307,16 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         make_step_fn=functools.partial(get_step_fn, recipe),
         sampler=sampler,
         make_sample_fn=functools.partial(get_sampling_fn, config, sde, score_model),
-        read_arrays=functools.partial(datasets.array_of_images, config),
+        read_arrays=functools.partial(arrays.array_of_images, data),
         make_nll_fn=functools.partial(likelihood.get_nll_fn, config, sde, score_model, levels),
         make_nelbo_fn=functools.partial(likelihood.get_nelbo_fn, config, sde, score_model, levels),
         seed=config.seed,
         dtype=config.model.dtype,
         network=config.model.name,
-        shape=array_shape(config),
-        padded_shape=image_shape(config),
-        dequantization=config.data.dequantization,
-        centered=config.data.centered,
+        shape=data.shape,
+        padded_shape=data.padded_shape,
+        dequantization=data.dequantization,
+        centered=data.centered,
         num_classes=config.model.num_classes,
         classes=tuple(config.data.classes),
         label_dropout=training.label_dropout,
@@ -363,7 +368,7 @@ def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return changed
 
 
-def get_train_call(setup: Setup, train: datasets.Dataset, first_step: int) -> TrainCall:
+def get_train_call(setup: Setup, train: Dataset, first_step: int) -> TrainCall:
     """The training function (`make_train_call`) of a run, whose first call is `first_step`."""
     size, labelled = setup.loop.batch_size, setup.num_classes > 0
     return make_train_call(setup.make_step_fn(), train, size, setup.seed, first_step, labelled)

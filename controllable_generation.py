@@ -13,7 +13,8 @@ from PIL import Image
 
 import seeds
 from build import labels_on_devices
-from datasets import Dataset, Preprocessing, highest
+from data.batches import Dataset
+from data.pixels import Preprocessing, highest
 from errors import UserError
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress

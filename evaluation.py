@@ -20,7 +20,9 @@ from ml_collections import ConfigDict
 import datasets
 from batched_sampling import get_sampler, sample_batches
 from build import Setup, set_up, with_data_facts
-from datasets import Data, load_data
+from data import pixels
+from data.batches import Data, Dataset, fingerprint, subset
+from datasets import load_data
 from errors import UserError
 from labels import check_labels, sample_labels
 from memory_advice import advise_on_sampling
@@ -135,7 +137,7 @@ def _given_samples(setup: Setup) -> tuple[Images, dict[str, Any]]:
         return images_of(of_file), {"samples": str(path), "num_samples": len(of_file)}
     height, _, channels = setup.shape
     loaded = load_images(path, height, channels, "eval.samples")
-    dataset = datasets.Dataset(path.stem, loaded.source, 256)
+    dataset = Dataset(path.stem, loaded.source, 256)
     images = images_of(dataset)
 
     def batches() -> Iterator[np.ndarray]:
@@ -166,7 +168,7 @@ def _share_at_ends(batches: Iterator[np.ndarray], num_levels: int) -> float:
     """The share of all batches' values that are the lowest or highest level."""
     shares, counts = [], []
     for batch in batches:
-        shares.append(datasets.share_at_ends(batch, num_levels))
+        shares.append(pixels.share_at_ends(batch, num_levels))
         counts.append(len(batch))
     return float(np.average(shares, weights=counts))
 
@@ -258,16 +260,14 @@ def _check_density(setup: Setup) -> None:
         )
 
 
-def _images_to_score(
-    setup: Setup, test: datasets.Dataset | None
-) -> tuple[datasets.Dataset, Sequence[str]]:
+def _images_to_score(setup: Setup, test: Dataset | None) -> tuple[Dataset, Sequence[str]]:
     """The images of `eval.images`, with the labels of a network that is told them, and names."""
     options, num_levels = setup.evaluation, setup.num_levels
     # Of runs that do not have the names of their classes, they are numbers.
     classes = setup.classes or tuple(map(str, range(setup.num_classes)))
     if test:
         check_labels(setup.num_classes, setup.classes, test)
-        return test, [str(i) for i in datasets.subset(test, options.num_test_data)]
+        return test, [str(i) for i in subset(test, options.num_test_data)]
     path = pathlib.Path(options.images)
     if setup.units.of_arrays:
         dataset, given = setup.read_arrays(path, "eval.images")
@@ -282,9 +282,9 @@ def _images_to_score(
         source = ArraySource(levels, np.zeros(len(names), int))
     labels = _known_labels(given, classes) if setup.num_classes else None
     if labels is None:
-        return datasets.Dataset(path.stem, source, num_levels, ()), names
+        return Dataset(path.stem, source, num_levels, ()), names
     source = LabelledSource(source, labels)
-    return datasets.Dataset(path.stem, source, num_levels, classes), names
+    return Dataset(path.stem, source, num_levels, classes), names
 
 
 def _known_labels(given: Sequence[str] | None, classes: tuple[str, ...]) -> np.ndarray | None:
@@ -307,7 +307,7 @@ def _evaluate_images(
     setup: Setup,
     workdir: pathlib.Path,
     steps: list[int],
-    chosen: datasets.Dataset,
+    chosen: Dataset,
     names: Sequence[str],
 ) -> dict[str, Any]:
     """Bits/dim of each of the images of `eval.images`, in a folder of their own below eval/."""
@@ -337,9 +337,7 @@ def _evaluate_images(
     state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, steps[0])
     params = state.ema_params
     values = bits_of_images(bits, params)
-    digest = short_hash(
-        datasets.fingerprint(chosen), len(names), params, dataclasses.asdict(options)
-    )[:8]
+    digest = short_hash(fingerprint(chosen), len(names), params, dataclasses.asdict(options))[:8]
     folder = workdir / "eval" / f"images_{chosen.name}_{digest}"
     report = {
         "data": setup.fields["data"]["dataset"],

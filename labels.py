@@ -4,11 +4,11 @@ import pathlib
 
 import numpy as np
 
-import datasets
+from data.batches import Dataset
 from errors import UserError
 
 
-def check_labels(num_classes: int, classes: tuple[str, ...], images: datasets.Dataset) -> None:
+def check_labels(num_classes: int, classes: tuple[str, ...], images: Dataset) -> None:
     """Raise a UserError if a network is told labels that the images do not have.
 
     Args:

@@ -28,8 +28,9 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
-import datasets
 import losses
+from configs.data import data_spec
+from data.pixels import Preprocessing, get_preprocessing
 from sampling import (
     MakeScoreFn,
     ScoreFn,
@@ -294,7 +295,7 @@ def nelbo_of_x_eps(
 def make_nll_fn(
     sde: SDE,
     make_score_fn: MakeScoreFn,
-    preprocessing: datasets.Preprocessing,
+    preprocessing: Preprocessing,
     eps: float,
     *,
     num_steps: int = 0,
@@ -366,7 +367,7 @@ def get_nll_fn(
     return make_nll_fn(
         sde,
         make_score_fn,
-        datasets.get_preprocessing(config, num_levels),
+        get_preprocessing(data_spec(config), num_levels),
         config.training.truncation_time,
         num_steps=config.eval.nll_steps,
         rtol=config.eval.rtol,
@@ -377,7 +378,7 @@ def get_nll_fn(
 def make_nelbo_fn(
     sde: SDE,
     make_score_fn: MakeScoreFn,
-    preprocessing: datasets.Preprocessing,
+    preprocessing: Preprocessing,
     eps: float,
     draws: int,
 ) -> Callable[..., dict[str, Array]]:
@@ -451,6 +452,6 @@ def get_nelbo_fn(
     config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, num_levels: int = 256
 ) -> Callable[..., dict[str, Array]]:
     """`make_nelbo_fn` with what a config names."""
-    preprocessing = datasets.get_preprocessing(config, num_levels)
+    preprocessing = get_preprocessing(data_spec(config), num_levels)
     eps, draws = config.training.truncation_time, config.eval.nelbo_draws
     return make_nelbo_fn(sde, make_score_fn, preprocessing, eps, draws)

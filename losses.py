@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from datasets import Preprocessing
+from data.pixels import Preprocessing
 from errors import UserError
 from sde_lib import SDE, expand, one_minus_exp, safe_log
 

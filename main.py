@@ -87,6 +87,7 @@ def _parse(argv: list[str]) -> list[str]:
     """Parse the flags; a mistake ends the program with a one-line message."""
     argv = [_with_home(argument) for argument in argv]
     environment.prepare()  # before the config file is loaded, which may use JAX
+    logging.getLogger("soft_truncation").setLevel(logging.WARNING)  # an old name of a field
     try:
         rest = flags.FLAGS(_with_saved_config(argv))
         if _CONFIG.value is None and _INIT_FROM.value:

@@ -11,9 +11,9 @@ import jax
 from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 
-import datasets
 from build import Setup, get_train_call, set_up, with_classes, with_data_facts
-from datasets import Data, load_data
+from data.batches import Data, facts_of_data
+from datasets import load_data
 from errors import UserError
 from fine_tuning import start_from
 from memory_advice import advise_on_training
@@ -70,7 +70,7 @@ def train(
     workdir = pathlib.Path(workdir)
     setup, data = set_up(config, jax.device_count()), load_data(config)
     setup = with_classes(setup, data.train, anew=bool(init_from) or override)
-    facts = datasets.facts_of_data(data)
+    facts = facts_of_data(data)
     check_processes(setup.fields, facts)
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(hosts.Preemption())

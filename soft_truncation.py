@@ -29,7 +29,7 @@ from batched_sampling import get_sampler, sample_batches
 from build import Setup, set_up, with_data_facts
 from configs import saved
 from controllable_generation import get_completion_fn
-from datasets import Data, Dataset
+from data.batches import Data, Dataset
 from errors import UserError
 from losses import perturb
 from metrics import bits_per_dim

@@ -16,7 +16,7 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-import datasets
+from data.batches import Dataset, in_memory, train_batches
 from losses import Objective, ScoreFn, drop_labels, step_key
 from parts import Loop
 
@@ -368,7 +368,7 @@ _MOST_IN_FLIGHT = 2
 
 def make_train_call(
     step_fn: StepFn,
-    train: datasets.Dataset,
+    train: Dataset,
     batch_size: int,
     seed: int,
     first_step: int,
@@ -391,8 +391,8 @@ def make_train_call(
     in_flight: collections.deque[Array] = collections.deque()
     resident: tuple[Any, ...] = ()
     if _on_accelerator():
-        whole = datasets.in_memory(train, _RESIDENT)
-    batches = datasets.train_batches(
+        whole = in_memory(train, _RESIDENT)
+    batches = train_batches(
         train,
         batch_size,
         seed,

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jax import Array
 
-import datasets
 from build import (
     Setup,
 )
+from data.batches import Dataset, train_batches
 from errors import UserError
 from runtime import environment
 from runtime.files import can_do_without, write_text
@@ -41,7 +41,7 @@ class TrainingLog:
     def __init__(
         self,
         setup: Setup,
-        train: datasets.Dataset,
+        train: Dataset,
         files: RunFiles | None,
         workdir: pathlib.Path,
     ) -> None:
@@ -124,7 +124,7 @@ class TrainingLog:
 
     def _images(self, step: int) -> np.ndarray:
         seed, size = self._setup.seed, self._setup.loop.batch_size
-        return next(datasets.train_batches(self._train, size, seed, step - 1))["image"]
+        return next(train_batches(self._train, size, seed, step - 1))["image"]
 
     def _fault(self, step: int, values: dict[str, Array], packed: TrainState) -> str:
         """What of a step is not finite, the first of what follows from each other."""

@@ -2,7 +2,7 @@
 
 python -m benchmarks.inputs
 
-Batches are made as in training, by `datasets.train_batches`, and discarded. The files are random
+Batches are made as in training, by `train_batches`, and discarded. The files are random
 images of CIFAR-10's size in a temporary folder. They are decoded once into the cache and
 memory-mapped from there; with data.cache=False they are decoded for every batch. Data sets of up to
 1 GiB are kept in device memory, so that a step receives only the indices of its images; this is the
@@ -18,9 +18,8 @@ import time
 import numpy as np
 from PIL import Image
 
-import datasets
 from benchmarks.measure import Table, get_parser
-from datasets import Dataset
+from data.batches import Dataset, train_batches
 from readers import cache, image_files
 from readers.decode import Fit
 from readers.layout import Found
@@ -31,7 +30,7 @@ def speed(
     dataset: Dataset, batch: int, seconds: float, indices_only: bool = False
 ) -> tuple[float, float]:
     """(images per second, microseconds of CPU time per image), after the first batch."""
-    batches = datasets.train_batches(dataset, batch, seed=0, indices_only=indices_only)
+    batches = train_batches(dataset, batch, seed=0, indices_only=indices_only)
     next(batches)
     start, start_cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < seconds:

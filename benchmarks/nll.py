@@ -25,6 +25,7 @@ import datasets
 import likelihood
 import losses
 from benchmarks.measure import Table, get_parser, load_run
+from data.batches import in_order
 from sampling import probability_flow
 
 
@@ -71,7 +72,7 @@ def main() -> None:
     flags = parser.parse_args()
     config, setup, params = load_run(flags.workdir)
     score_fn, eps = setup.make_score_fn(params), config.training.truncation_time
-    images = datasets.in_order(datasets.load_data(config).test, flags.batch)["image"]
+    images = in_order(datasets.load_data(config).test, flags.batch)["image"]
     keys = jax.random.split(jax.random.key(0), len(images))
     x = setup.preprocessing.to_x0(jnp.asarray(images), keys, flip=False)
     probe = jax.random.rademacher(jax.random.key(1), x.shape, dtype=jnp.float32)

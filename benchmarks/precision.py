@@ -23,6 +23,7 @@ from jax import Array
 import build
 import datasets
 from benchmarks.measure import Table, get_parser, load_run
+from data.batches import in_order
 from sde_lib import SDE, expand
 
 
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="a run of float32")
     config, setup, params = load_run(parser.parse_args().workdir)
     test = datasets.get_dataset(config, "test")
-    images = datasets.in_order(test, 256)["image"]
+    images = in_order(test, 256)["image"]
     x0 = jnp.asarray(setup.preprocessing.to_x0_without_noise(images))
     z = jax.random.normal(jax.random.key(0), x0.shape)
     # Of γ in equal steps from ε on: σ/α grows by √10 from one to the next.

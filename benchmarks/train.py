@@ -29,7 +29,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import build
-import datasets
 import train_step
 from benchmarks.measure import (
     Table,
@@ -45,6 +44,7 @@ from benchmarks.measure import (
     timed,
 )
 from configs.vp import cifar10_st
+from data.batches import Dataset
 from models import norm_kernels
 from models import utils as mutils
 from readers.source import ArraySource
@@ -74,7 +74,7 @@ def ours(config: ConfigDict, profile: int = 0) -> Iterator[dict[str, Any]]:
     setup, data, batch = build.set_up(config), config.data, config.training.batch_size
     shape = (data.image_size, data.image_size, data.num_channels)
     images = np.random.default_rng(0).integers(0, 256, (10_000, *shape), dtype=np.uint8)
-    noise = datasets.Dataset("noise", ArraySource(images, np.zeros(len(images))), 256)
+    noise = Dataset("noise", ArraySource(images, np.zeros(len(images))), 256)
     packed = train_step.replicate(
         train_step.pack_state(setup.init_state()),
         jax.local_device_count(),

@@ -7,17 +7,18 @@ independently of how times are drawn; `model.dtype` is new.
 
 from ml_collections import ConfigDict
 
+from configs.old_names import DataSection
+
 
 def get_default_config() -> ConfigDict:
     """The defaults: VP, DDPM++ for 32×32 images, likelihood weighting with soft truncation."""
     config = ConfigDict()
     config.seed = 42
 
-    config.data = data = ConfigDict()
+    config.data = data = DataSection()
     data.dataset = "CIFAR10"  # docs/data.md lists them
     data.category = ""  # LSUN: bedroom, church_outdoor, …
     data.path = ""  # the authors' files, images, parquet or arrays; empty: download if possible
-    data.tfrecords_path = ""  # CelebAHQ, FFHQ: the path of the file, if data.path is empty
     data.skip_unreadable = False  # leave out files that are not readable images, instead of failing
     data.max_pixels = 2**26  # images with more are refused, since they take so much memory
     data.tfds_dir = ""  # a folder of TFDS, where it prepares missing data sets

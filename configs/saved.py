@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.default import get_default_config
+from configs.old_names import without_defaults
 from errors import UserError
 
 _MOST_BYTES, _DEEPEST = 2**24, 16  # of a file of JSON that a run or a model has
@@ -87,6 +88,8 @@ def config_of(recorded: dict[str, Any], workdir: str | pathlib.Path) -> ConfigDi
             if not isinstance(fields, dict):
                 config[section] = fields
                 continue
+            if section == "data":
+                fields = without_defaults(fields)
             with config[section].unlocked():
                 for name, value in fields.items():
                     config[section][name] = tuple(value) if isinstance(value, list) else value

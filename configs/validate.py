@@ -14,21 +14,7 @@ from errors import UserError
 from models.networks import Network
 
 _CHOICES = {
-    "data.dataset": (
-        "digits",
-        "fashion_mnist",
-        "CIFAR10",
-        "SVHN",
-        "CELEBA",
-        "CelebAHQ",
-        "STL10",
-        "IMAGENET32",
-        "IMAGENET32_2017",
-        "LSUN",
-        "FFHQ",
-        "folder",
-        "array",
-    ),
+    "data.dataset": ("digits", "array"),  # and those in readers.published.PUBLISHED
     "data.dequantization": ("none", "uniform", "lossless"),
     "model.dtype": ("float32", "bfloat16"),
     "model.parametrization": ("noise", "velocity"),
@@ -41,19 +27,6 @@ _CHOICES = {
     "sampling.task": ("generate", "inpaint", "colorize"),
     "sampling.format": ("npz", "npy", "png"),
 }
-
-_LSUN_SCENES = (
-    "bedroom",
-    "bridge",
-    "church_outdoor",
-    "classroom",
-    "conference_room",
-    "dining_room",
-    "kitchen",
-    "living_room",
-    "restaurant",
-    "tower",
-)
 
 _POSITIVE = [
     "data.image_size",
@@ -127,7 +100,8 @@ def _problems(
     for name in ("model.ch_mult", "model.attn_resolutions"):
         if not all(isinstance(n, int) and n > 0 for n in get(name)):
             yield f"{name} is {tuple(get(name))}; it must be a list of positive whole numbers"
-    for name, choices in {**_CHOICES, **registries}.items():
+    for name in {**_CHOICES, **registries}:
+        choices = (*_CHOICES.get(name, ()), *registries.get(name, ()))
         unset = name == "training.weighting" and not get(name)
         if get(name) not in choices and not unset:
             yield f"{name} is {get(name)!r}; it must be one of {', '.join(choices)}"
@@ -181,14 +155,14 @@ def _problems(
         yield "eval.images is given, and eval.enable_bpd=False: nothing would be scored"
     if config.eval.samples and not config.eval.enable_sampling:
         yield "eval.samples is given, and eval.enable_sampling=False: nothing would be scored"
-    if config.data.dataset == "digits" and (config.data.path or config.data.tfrecords_path):
+    if config.data.dataset == "digits" and config.data.path:
         yield "data.dataset=digits comes with scikit-learn; data.path must be empty"
     if config.data.dataset == "folder" and not config.data.path:
         yield "data.dataset=folder needs data.path, the folder of images"
-    if config.data.dataset == "LSUN" and config.data.category not in _LSUN_SCENES:
+    categories = getattr(registries["data.dataset"].get(config.data.dataset), "categories", ())
+    if categories and config.data.category not in categories:
         yield (
-            f"data.category is {config.data.category!r}; it must be one of "
-            f"{', '.join(_LSUN_SCENES)}"
+            f"data.category is {config.data.category!r}; it must be one of {', '.join(categories)}"
         )
     # The name is in the registry: this was checked above.
     sde = fields.call(registries["training.sde"][config.training.sde], config, "training", "model")

@@ -26,6 +26,7 @@ import datasets
 from batched_sampling import get_sampler
 from build import set_up
 from configs import saved
+from data.batches import in_order
 from errors import UserError
 from experiments.rows import Row, read_sweep
 from experiments.tables import SCORES, get_score, label
@@ -120,7 +121,7 @@ def draw_samples(options: argparse.Namespace) -> None:
         if options.images and not rows:
             config.data.path = options.images
             images = datasets.get_dataset(config, "test")
-            rows["real images"] = datasets.in_order(images, options.columns)["image"]
+            rows["real images"] = in_order(images, options.columns)["image"]
         state = checkpointing.restore_latest(config, workdir, setup.state_shape)
         sample = get_sampler(setup, options.columns)
         rows[workdir.name] = np.asarray(sample(state.ema_params, jax.random.key(0)).levels)

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-import datasets
 import likelihood
 import seeds
 from build import Setup, labels_on_devices
-from datasets import Data
+from data import pixels
+from data.batches import Data, fingerprint, in_batches, in_order, subset
 from errors import UserError
 from memory_advice import smaller_batches
 from metrics import distances
@@ -138,7 +138,7 @@ def _bits_of_batch(
 def _bits_per_dim(
     evaluation: BitsEvaluation, params: Any, count: int, num_draws: int, name: str
 ) -> dict[str, np.ndarray]:
-    """NLL, NELBO and NFE of `count` test images (`datasets.subset`), (num_draws, count) each.
+    """NLL, NELBO and NFE of `count` test images (`subset`), (num_draws, count) each.
 
     All noise of an image is a function of the config's seed and of its pixels, and the solvers take
     each image by itself, so that an image's scores do not depend on the others.
@@ -153,11 +153,11 @@ def _bits_per_dim(
     solver = {name: getattr(options, name) for name in names}
     if options.truncated_normal:
         solver["truncated_normal"] = True
-    data = datasets.fingerprint(test), count  # the images of a batch depend on both
+    data = fingerprint(test), count  # the images of a batch depend on both
     name_of_work = short_hash(params, *network_fields(setup), solver, *data)
     progress, drawn = Progress(f"bits/dim, {name}", count * num_draws), []
 
-    indices = datasets.subset(test, count)
+    indices = subset(test, count)
 
     def batch(draw: int, start: int, size: int) -> dict[str, np.ndarray]:
         number = indices[start : start + size]
@@ -199,14 +199,14 @@ def _gaussian_baseline(setup: Setup, data: Data, count: int) -> np.ndarray | Non
 
     def prepare(images: np.ndarray) -> np.ndarray:
         x = (images + rng.random(images.shape)) / levels if levels else images.astype(np.float64)
-        return datasets.scale(x, setup.centered).reshape(len(x), -1)
+        return pixels.scale(x, setup.centered).reshape(len(x), -1)
 
     moments = distances.Moments()
-    for batch in datasets.batches(data.train, 1000, num_train):
+    for batch in in_batches(data.train, 1000, num_train):
         moments.add(prepare(batch["image"]))
     bits = distances.gaussian_bits_per_dim(
         moments,
-        prepare(datasets.in_order(data.test, count)["image"]),
+        prepare(in_order(data.test, count)["image"]),
         setup.preprocessing.bits_offset,
     )
     return bits * (dims / math.prod(setup.shape))

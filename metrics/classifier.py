@@ -17,7 +17,8 @@ import optax
 from flax import serialization
 from jax import Array
 
-import datasets
+from data import pixels
+from data.batches import Dataset, fingerprint, in_batches
 from metrics.features import Extractor, apply_batched
 from runtime.checksums import checksums, compare
 from runtime.files import replacing
@@ -44,11 +45,11 @@ class Classifier(nn.Module):
 
 
 def _normalize(levels: Array | np.ndarray, num_levels: int) -> Array:
-    return jnp.asarray(levels, jnp.float32) * (2 / datasets.highest(num_levels)) - 1
+    return jnp.asarray(levels, jnp.float32) * (2 / pixels.highest(num_levels)) - 1
 
 
 def _train_classifier(
-    model: Classifier, params: Any, train: datasets.Dataset, steps: int, batch_size: int
+    model: Classifier, params: Any, train: Dataset, steps: int, batch_size: int
 ) -> Any:
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
 
@@ -87,8 +88,8 @@ def _read_classifier(path: pathlib.Path, shape: Any) -> Any:
 
 
 def get_classifier(
-    train: datasets.Dataset,
-    test: datasets.Dataset,
+    train: Dataset,
+    test: Dataset,
     cache_dir: str | os.PathLike[str],
     steps: int = 1000,
     batch_size: int = 128,
@@ -108,7 +109,7 @@ def get_classifier(
     params = model.init(jax.random.key(0), jnp.zeros(shape))["params"]
     # The file name contains a hash of the training settings and of a few images.
     sizes = (len(train), train.num_classes, train.num_levels, shape, steps, batch_size)
-    digest = hashlib.sha256(repr((train.name, sizes, datasets.fingerprint(train))).encode())
+    digest = hashlib.sha256(repr((train.name, sizes, fingerprint(train))).encode())
     folder = pathlib.Path(cache_dir)
     path = folder / f"classifier_{train.name}_{digest.hexdigest()[:16]}.msgpack"
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,6 +139,6 @@ def get_classifier(
     extractor = Extractor("classifier", weights, fn, 500)
     correct = [
         extractor.fn(batch["image"])["logits"].argmax(-1) == batch["label"]
-        for batch in datasets.batches(test, 500, limit=10_000)
+        for batch in in_batches(test, 500, limit=10_000)
     ]
     return extractor, float(np.mean(np.concatenate(correct)))

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-import datasets
 import losses
 import seeds
 from batched_sampling import get_sampler
 from build import Setup, labels_on_devices
+from data import pixels
+from data.batches import Dataset, in_order
 from runtime import hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.files import can_do_without
@@ -25,12 +26,12 @@ from runtime.pictures import (
 log = logging.getLogger("soft_truncation")
 
 
-def get_test_loss(setup: Setup, test: datasets.Dataset) -> Callable[[Any], float]:
+def get_test_loss(setup: Setup, test: Dataset) -> Callable[[Any], float]:
     """A function params → the loss on up to four batches of test images, with fixed noise.
 
     All devices share each batch, so every process must call it.
     """
-    chosen = datasets.in_order(test, min(1000, setup.loop.batch_size * 4))
+    chosen = in_order(test, min(1000, setup.loop.batch_size * 4))
     images, labels = chosen["image"], chosen["label"]
     size = min(len(images), setup.loop.batch_size)
     size = max(size - size % 2, 1)  # `mixed` needs pairs
@@ -59,15 +60,13 @@ def get_test_loss(setup: Setup, test: datasets.Dataset) -> Callable[[Any], float
     return test_loss
 
 
-def get_grid_fn(
-    setup: Setup, test: datasets.Dataset, workdir: pathlib.Path
-) -> Callable[[Any, str], str]:
+def get_grid_fn(setup: Setup, test: Dataset, workdir: pathlib.Path) -> Callable[[Any, str], str]:
     """A function (params, file name) → a sentence for the log; it makes a grid of samples.
 
     The noise is the same each time.
     """
     sample, num_levels = get_sampler(setup, setup.sampling.batch_size), setup.num_levels
-    few = datasets.in_order(test, 500)["image"]
+    few = in_order(test, 500)["image"]
 
     def draw(params: Any, name: str) -> str:
         levels = sample(params, jax.random.key(setup.seed + seeds.GRIDS)).levels
@@ -78,7 +77,7 @@ def get_grid_fn(
         where = f"samples in {path}" if path.exists() else "samples"
         if not num_levels:
             return where
-        share, usual = (datasets.share_at_ends(part, num_levels) for part in (levels, few))
+        share, usual = (pixels.share_at_ends(part, num_levels) for part in (levels, few))
         return f"{where}; {share:.1%} at the ends of the range ({usual:.1%} of test data)"
 
     return draw

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-import datasets
+from data import pixels
 from errors import UserError
 from metrics.features import Extractor, apply_batched
 from models import inception
@@ -104,7 +104,7 @@ def inception_extractor(params: Any, weights: str, num_levels: int) -> Extractor
     )
 
     def network(levels: np.ndarray) -> dict[str, np.ndarray]:
-        images = to_devices(datasets.levels_to_uint8(levels, num_levels), rows)
+        images = to_devices(pixels.levels_to_uint8(levels, num_levels), rows)
         values = apply(params, images)
         return {"features": to_host(values["pool_3"]), "logits": to_host(values["logits_unbiased"])}
 

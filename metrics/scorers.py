@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-import datasets
 import parts
 from build import Setup
-from datasets import Data
+from data.batches import Data, Dataset, fingerprint, in_batches
 from errors import UserError
 from metrics import distances
 from metrics.classifier import get_classifier
@@ -78,13 +77,13 @@ def regrouped(batches: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield waiting
 
 
-def images_of(dataset: datasets.Dataset, limit: int | None = None) -> Images:
-    """The images of a data set, or `limit` of them, chosen by `datasets.subset`."""
+def images_of(dataset: Dataset, limit: int | None = None) -> Images:
+    """The images of a data set, or `limit` of them, chosen by `subset`."""
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    name = short_hash(datasets.fingerprint(dataset), count)
+    name = short_hash(fingerprint(dataset), count)
 
     def batches() -> Iterator[np.ndarray]:
-        for batch in datasets.batches(dataset, 100, count):
+        for batch in in_batches(dataset, 100, count):
             yield batch["image"]
 
     return Images(count, name, batches)
@@ -100,12 +99,12 @@ def cache_dir(options: parts.Evaluation) -> pathlib.Path:
     return pathlib.Path(options.cache_dir or environment.cache_dir())
 
 
-def _reference_facts(setup: Setup, extractor: Extractor, train: datasets.Dataset) -> dict[str, Any]:
+def _reference_facts(setup: Setup, extractor: Extractor, train: Dataset) -> dict[str, Any]:
     return {
         "extractor": extractor.name,
         "weights": extractor.weights,
         "dataset": train.name,
-        "fingerprint": datasets.fingerprint(train),
+        "fingerprint": fingerprint(train),
         "split": "train",
         "image_size": setup.shape[0],
         "num_channels": setup.shape[2],
@@ -114,7 +113,7 @@ def _reference_facts(setup: Setup, extractor: Extractor, train: datasets.Dataset
 
 
 def inception_statistics(
-    setup: Setup, extractor: Extractor, train: datasets.Dataset, make: bool
+    setup: Setup, extractor: Extractor, train: Dataset, make: bool
 ) -> tuple[Statistics, pathlib.Path]:
     """Statistics of the training images, and the path of their file.
 

@@ -19,7 +19,8 @@ from controllable_generation import (
     get_completion_fn,
     read_mask,
 )
-from datasets import Dataset, load_data
+from data.batches import Dataset
+from datasets import load_data
 from errors import UserError
 from labels import check_labels, sample_labels
 from memory_advice import advise_on_sampling

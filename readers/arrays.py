@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from data.labels import folder_labels
 from errors import UserError
 from readers import layout
-from readers.class_labels import folder_labels, number_labels
 from readers.containers import Folder, file_identity
-from readers.splits import TEST_NAMES, TRAIN_NAMES, choose_splits, every_tenth
+from readers.splits import TEST_NAMES, TRAIN_NAMES, choose_splits, divide
 from runtime.progress import Progress
 
 _SPLITS = ("x_train", "y_train", "x_test", "y_test")  # as in Keras's mnist.npz
@@ -106,6 +106,10 @@ class Stack:
     def read(self, chosen: np.ndarray) -> np.ndarray:
         """The examples (n, H, W, C) at these indices of the stack."""
         return self.rows(self.indices[chosen])
+
+    def subset(self, indices: np.ndarray, labels: np.ndarray | None = None) -> "Stack":
+        """The examples at these indices of the stack, with these labels."""
+        return dataclasses.replace(self, indices=self.indices[indices], labels=labels)
 
     def channels_last(self) -> "Stack":
         """The same examples, if their first axis is the channels'."""
@@ -209,18 +213,6 @@ def _stack_of_files(folder: Folder, prefix: str, names: Sequence[str]) -> Stack:
     return Stack(rows, np.arange(len(names)), labels, shape, native, where, identity, notes)
 
 
-def _every_tenth(stack: Stack) -> list[Stack]:
-    """The training and test examples of a stack without splits."""
-    if len(stack) < 10:
-        raise UserError(f"{stack.name} has {len(stack)} examples; 10 or more are needed")
-    return [
-        dataclasses.replace(
-            stack, indices=part, labels=None if stack.labels is None else stack.labels[part]
-        )
-        for part in every_tenth(len(stack))
-    ]
-
-
 def _stacks_in_folder(path: pathlib.Path) -> list[Stack]:
     folder = Folder(path)
     names = [name for name in folder.names() if name.lower().endswith(".npy")]
@@ -240,7 +232,7 @@ def _stacks_in_folder(path: pathlib.Path) -> list[Stack]:
     stacks = [_stack_of_files(folder, prefix, names) for prefix in prefixes]
     notes = stacks[0].notes + folder.passed_over(set(names).__contains__)
     stacks[0] = dataclasses.replace(stacks[0], notes=notes)
-    return stacks if chosen else _every_tenth(stacks[0])
+    return stacks
 
 
 def _open_stacks(path: pathlib.Path, needs_splits: bool) -> list[Stack]:
@@ -251,7 +243,7 @@ def _open_stacks(path: pathlib.Path, needs_splits: bool) -> list[Stack]:
         return [_stack(path, found[f"x_{s}"], found.get(f"y_{s}")) for s in ("train", "test")]
     if needs_splits:
         raise UserError(f"data.path: {path} has no splits; needed are {', '.join(_SPLITS)}")
-    return _every_tenth(_stack(path, *images_and_labels(path, found, "data.path")))
+    return [_stack(path, *images_and_labels(path, found, "data.path"))]
 
 
 def open_stacks(path: pathlib.Path, needs_splits: bool = False) -> layout.Splits[Stack]:
@@ -268,20 +260,20 @@ def open_stacks(path: pathlib.Path, needs_splits: bool = False) -> layout.Splits
     """
     if not path.exists() or (path.is_file() and path.suffix.lower() not in (".npy", ".npz")):
         raise UserError(f"data.path: {path} is no .npy or .npz file and no folder of .npy files")
-    train, test = _open_stacks(path, needs_splits)
-    for stack in (train, test):
-        if not len(stack):
-            raise UserError(f"{stack.name} has no examples")
+    stacks = _open_stacks(path, needs_splits)
+    least = 10 if len(stacks) == 1 else 1
+    for stack in stacks:
+        if len(stack) < least:
+            raise UserError(f"{stack.name} has {len(stack)} examples; {least} or more are needed")
+    train, test = stacks[0], stacks[-1]
     if (train.shape, train.dtype) != (test.shape, test.dtype):
         raise UserError(
             f"data.path: the training examples of {path} are {train.dtype} {train.shape}, the test "
             f"examples {test.dtype} {test.shape}"
         )
-    numbered = number_labels((train.labels, test.labels))
-    notes = dict.fromkeys((*train.notes, *test.notes, *numbered.notes))
-    train = dataclasses.replace(train, labels=numbered.train)
-    test = dataclasses.replace(test, labels=numbered.test)
-    return layout.Splits(train, test, numbered.classes, tuple(notes))
+    divided = divide(stacks, [stack.labels for stack in stacks])
+    notes = dict.fromkeys((*train.notes, *test.notes, *divided.notes))
+    return divided._replace(notes=tuple(notes))
 
 
 def _as_images(stack: Stack) -> layout.Arrays:

@@ -25,9 +25,10 @@ import numpy as np
 from configs import saved
 from errors import UserError
 from readers.decode import Fit, has_16_bits, is_grey, open_image
-from readers.layout import Arrays, Found, Opened, Records, Splits
+from readers.layout import Arrays, Found, Item, Opened, Records, Splits
 from readers.source import ArraySource, Examples, RecordSource, Source
 from runtime import environment
+from runtime.ahead import in_threads
 from runtime.checksums import checksum
 from runtime.locking import waiting_lock
 from runtime.progress import Progress
@@ -39,9 +40,18 @@ _CHECKED_AT_ONCE = 2**30  # bytes; the checksum of larger images is checked in t
 _READ_AHEAD = 64  # images
 _BLOCK = 256  # images
 
-_Future = concurrent.futures.Future[Any]
 Block = tuple[np.ndarray, np.ndarray]  # images (n, H, W, C) uint8, labels (n,) int64
 Decoded = Splits[Source]  # whose images have the size and channels of training
+
+
+def _read(records: Records, i: int) -> Item | Exception | None:
+    """An item that must be read in its turn, or the error; None: threads read it."""
+    if records.place is None:
+        return None
+    try:
+        return records.read(i)
+    except Exception as error:  # a damaged archive can raise any kind of error
+        return error
 
 
 class _Decoder:
@@ -53,10 +63,12 @@ class _Decoder:
         self.sizes: collections.Counter[tuple[int, int]] = collections.Counter()
         self.num_grey = self.highest = 0
 
-    def _item(self, source: RecordSource, i: int, item: _Future | None) -> Any:
-        """(i, image, label) of a record, or what is wrong with it; `item` may be read already."""
+    def _decode(self, source: RecordSource, i: int, item: Any) -> Any:
+        """(i, image, label) of a record, or what is wrong with it; `item`: as of `_read`."""
         try:
-            fitted, label, image = source.read(i, item.result() if item else None)
+            if isinstance(item, Exception):
+                raise item
+            fitted, label, image = source.read(i, item)
         except UserError:
             raise
         except Exception as error:  # PIL raises many kinds of error for damaged images
@@ -67,28 +79,14 @@ class _Decoder:
             self.highest = max(self.highest, int(np.asarray(image).max()))
         return i, fitted, label
 
-    def _results(self, records: Records) -> Iterator[Any]:
-        """The result of `_item` for each record, in order; threads read ahead."""
-        source = RecordSource(records, self._fit, max_pixels=self._fit.max_pixels)
-        pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1)
-        one = concurrent.futures.ThreadPoolExecutor(1)  # which reads in order
-        pending: collections.deque[_Future] = collections.deque()
-        try:
-            for i in range(len(records)):
-                item = one.submit(records.read, i) if records.in_order else None
-                pending.append(pool.submit(self._item, source, i, item))
-                if len(pending) == _READ_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:  # after an error the pending results are not needed
-            for threads in (one, pool):
-                threads.shutdown(wait=False, cancel_futures=True)
-
     def items(self, records: Records) -> Iterator[tuple[int, np.ndarray, int]]:
         """(index, image, label) of each readable record, in order; others go to `problems`."""
+        source = RecordSource(records, self._fit, max_pixels=self._fit.max_pixels)
         progress = Progress("decoding images", len(records))
-        for found in self._results(records):
+        every = ((i, _read(records, i)) for i in range(len(records)))
+        for found in in_threads(
+            lambda read: self._decode(source, *read), every, os.cpu_count() or 1, _READ_AHEAD
+        ):
             progress.advance(1)
             if isinstance(found, str):
                 self.problems.append(found)
@@ -321,7 +319,7 @@ def _not_kept(found: Found, opened: Opened, fit: Fit, skip_unreadable: bool) -> 
     decoder = _Decoder(fit, skip_unreadable)
 
     def source(name: str, split: Records | Arrays) -> Source:
-        if not isinstance(split, Records) or split.in_order:
+        if not isinstance(split, Records) or split.place is not None:
             return _in_memory(split, fit, decoder)
         if skip_unreadable:  # all are decoded to find out
             split = split.subset(np.array([i for i, *_ in decoder.items(split)], int))

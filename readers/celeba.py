@@ -3,6 +3,8 @@
 import csv
 import pathlib
 
+import numpy as np
+
 from errors import UserError
 from readers.containers import Container, file_identity, open_container
 from readers.decode import is_image_name
@@ -48,7 +50,7 @@ def _open(container: Container, partition: pathlib.Path) -> Opened:
         chosen = [names[name] for name in sorted(names) if parts[name] == wanted]
         if not chosen:
             raise UserError(f"{partition} has no image of part {wanted}")
-        return records_of(container, chosen)
+        return records_of(container, chosen).subset(np.arange(len(chosen)))
 
     return Opened(part("0"), part("2"))
 

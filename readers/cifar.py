@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data.labels import plain_classes
 from errors import UserError
-from readers.class_labels import plain_classes
-from readers.containers import Container, Folder, damaged, member, open_holder
+from readers.containers import Container, member, open_holder, reading
 from readers.layout import Arrays, Found, Opened, arrays_of
 from runtime.unpickling import Called, InertUnpickler, Named
 
@@ -60,14 +60,11 @@ def _array(value: Any) -> Any:
     return np.frombuffer(data, swapped).reshape(shape, order="F" if is_fortran else "C")
 
 
-def _read_pickle(file: BinaryIO, where: str) -> dict[str, Any]:
-    """Read the arrays or lists `data` and `labels` of a pickled batch; UserError if it is none."""
-    try:
-        batch = _ArrayUnpickler(io.BytesIO(file.read())).load()
-        found = {key.decode() if type(key) is bytes else key: batch[key] for key in batch}
-        return {name: _array(found.get(name)) for name in ("data", "labels")}
-    except Exception as error:  # a damaged pickle can raise any kind of error
-        raise UserError(f"{where} is no batch of images ({error}); bring the file again") from error
+def _read_pickle(file: BinaryIO) -> dict[str, Any]:
+    """Read the arrays or lists `data` and `labels` of a pickled batch; any error if it is none."""
+    batch = _ArrayUnpickler(io.BytesIO(file.read())).load()
+    found = {key.decode() if type(key) is bytes else key: batch[key] for key in batch}
+    return {name: _array(found.get(name)) for name in ("data", "labels")}
 
 
 def _to_images(rows: Any, where: str) -> np.ndarray:
@@ -92,7 +89,7 @@ Reader = Callable[[BinaryIO, str], tuple[np.ndarray, np.ndarray]]
 
 def _pickled(first_label: int) -> Reader:
     def read(file: BinaryIO, where: str) -> tuple[np.ndarray, np.ndarray]:
-        batch = _read_pickle(file, where)
+        batch = _read_pickle(file)
         images = _to_images(batch["data"], where)
         return images, _labels(batch, len(images), first_label, where)
 
@@ -115,11 +112,8 @@ def _read(
     found = {}
     # In the container's order, since a compressed archive is read from its start otherwise.
     for name in filter(members.__contains__, container.files):
-        try:
-            with container.open(name) as file:
-                found[members[name]] = read(file, f"{container.path}/{name}")
-        except (OSError, EOFError, ValueError) as error:
-            raise damaged(container.path, error) from error
+        with reading(container.path / name), container.open(name) as file:
+            found[members[name]] = read(file, f"{container.path}/{name}")
     return found
 
 
@@ -133,8 +127,7 @@ def find_cifar10(path: pathlib.Path) -> Found | None:
         container = open_holder(path, f"data_batch_1{suffix}", folder, archive)
         if container is None:
             continue
-        place = "files" if isinstance(container, Folder) else "archive"
-        what = f"the authors' {kind} {place} {container.path}"
+        what = f"the authors' {kind} {container.kind} {container.path}"
         opened = functools.partial(_open_cifar10, container, suffix, read)
         return Found(what, (kind, container.identity()), opened)
     return None

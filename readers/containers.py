@@ -16,8 +16,7 @@ import stat
 import tarfile
 import threading
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, cast
 
 from errors import UserError
@@ -44,10 +43,12 @@ class Container:
       path: of the folder or archive.
       files: where each file is, by name; of an archive in its order.
       skipped: what is passed over: hidden files, folders of systems, broken links.
+      kind: a word for it in descriptions.
       in_order: reading is only fast in the order of `files`, by one thread.
     """
 
     in_order = False
+    kind = "archive"
     _lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     files: dict[str, Any]
 
@@ -80,8 +81,12 @@ class Container:
         # Names that are not UTF-8 can't be printed.
         return (told.encode(errors="backslashreplace").decode(),) if names else ()
 
-    def _place(self, found: dict[str, Any], name: str, place: Any) -> None:
+    def _place(self, found: dict[str, Any], name: str, place: Any, size: int, packed: int) -> None:
         """Add a file of an archive; of two of a name the last one counts, as for unzip and tar."""
+        if size > _SMALL and size > _MOST * packed:
+            raise UserError(
+                f"{self.path} has {name} of {size:,} bytes, packed into {packed:,}; unpack it"
+            )
         plain = posixpath.normpath(name.replace("\\", "/"))
         if plain.startswith(("/", "../")) or ".." in name.replace("\\", "/").split("/"):
             raise UserError(
@@ -91,12 +96,6 @@ class Container:
             self.skipped.append(plain)
         else:
             found[plain] = place
-
-    def _check_size(self, name: str, size: int, packed: int) -> None:
-        if size > _SMALL and size > _MOST * packed:
-            raise UserError(
-                f"{self.path} has {name} of {size:,} bytes, packed into {packed:,}; unpack it"
-            )
 
 
 def is_archive_name(name: str) -> bool:
@@ -145,8 +144,21 @@ def damaged(path: pathlib.Path, error: Exception | str) -> UserError:
     return UserError(f"{path} is damaged or cut off ({reason}); bring the file again")
 
 
+@contextlib.contextmanager
+def reading(path: pathlib.Path) -> Iterator[None]:
+    """Where libraries read a file: any error that they raise for a damaged one is `damaged`'s."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise damaged(path, error) from error
+
+
 class Folder(Container):
     """The files below a folder, with their sizes and times; links to folders are followed."""
+
+    kind = "files"
 
     @functools.cached_property
     def files(self) -> dict[str, Any]:  # type: ignore[override]
@@ -185,10 +197,8 @@ class Zip(Container):
         """Read the table of contents; UserError if the archive can't be read."""
         super().__init__(path)
         self.files = {}
-        try:
+        with reading(path):
             self._zip = zipfile.ZipFile(path)
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            raise damaged(path, error) from error
         for info in self._zip.infolist():
             if info.is_dir():
                 continue
@@ -199,8 +209,7 @@ class Zip(Container):
             if info.compress_type not in (0, 8, 12, 14):  # stored, deflate, bzip2, lzma
                 kind = "deflate64" if info.compress_type == 9 else f"method {info.compress_type}"
                 raise UserError(f"{path} is packed by {kind}, which is not read here; unpack it")
-            self._check_size(info.filename, info.file_size, info.compress_size)
-            self._place(self.files, info.filename, info)
+            self._place(self.files, info.filename, info, info.file_size, info.compress_size)
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading."""
@@ -214,19 +223,17 @@ class Tar(Container):
         """Open the archive, decompressing a small one; UserError if it is not a tar archive."""
         super().__init__(path)
         self._lock = threading.Lock()
-        try:
+        with reading(path):
             whole = _decompress(path) if _compression(path) == "gz" else None
             self.in_order = whole is None and _compression(path) is not None
             # It stays open as long as this object exists.
             self._tar = tarfile.open(path if whole is None else None, fileobj=whole)  # noqa: SIM115
-        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise damaged(path, error) from error
 
     @functools.cached_property
     def files(self) -> dict[str, Any]:  # type: ignore[override]
         """Name → (offset, size), in the archive's order."""
         found: dict[str, Any] = {}
-        try:
+        with reading(self.path):
             for info in self._tar:
                 self._tar.members = []  # type: ignore[attr-defined]  # don't keep all
                 place: Any = (info.offset_data, info.size)
@@ -237,8 +244,7 @@ class Tar(Container):
                 if info.issparse():
                     raise UserError(f"{self.path} has a sparse file, {info.name!r}; unpack it")
                 if not info.isdir():
-                    self._check_size(info.name, place[1], self.path.stat().st_size)
-                    self._place(found, info.name, place)
+                    self._place(found, info.name, place, place[1], self.path.stat().st_size)
             # Read to the end, where a compressed archive has its checksum.
             while part := self._tar.fileobj.read(2**20):  # type: ignore[union-attr]
                 if part.strip(b"\0"):
@@ -246,8 +252,6 @@ class Tar(Container):
                         f"{self.path} goes on behind its end, as archives do that were joined; "
                         "unpack each of them"
                     )
-        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise damaged(self.path, error) from error
         return found
 
     def open(self, name: str) -> BinaryIO:
@@ -300,6 +304,15 @@ def open_container(path: pathlib.Path) -> Container:
         return Tar(path)
     advice = instead([path.name])
     raise UserError(f"{path} is neither a folder nor a zip or tar archive{advice}")
+
+
+def all_of(path: pathlib.Path, names: Sequence[str]) -> list[pathlib.Path]:
+    """The files of these names in a folder; []: there is none of them; UserError: only some."""
+    files = [path / name for name in names]
+    missing = [name for name, file in zip(names, files, strict=True) if not file.exists()]
+    if 0 < len(missing) < len(files):
+        raise UserError(f"data.path: {path} has no {missing[0]}")
+    return [] if missing else files
 
 
 def open_holder(path: pathlib.Path, first: str, folder: str, archive: str) -> Container | None:

@@ -3,19 +3,18 @@
 import gzip
 import pathlib
 import struct
-import zlib
 
 import numpy as np
 
+from data.labels import plain_classes
 from errors import UserError
-from readers.class_labels import plain_classes
-from readers.containers import file_identity
+from readers.containers import file_identity, reading
 from readers.layout import Arrays, Found, Opened, arrays_of
 
 
 def read_idx(path: pathlib.Path) -> np.ndarray:
     """Read an IDX file of unsigned bytes, gzipped or not; UserError if it can't be read."""
-    try:
+    with reading(path):
         most = 2**26 + 100 * path.stat().st_size  # a longer one is no image file
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             raw = file.read(most)
@@ -24,8 +23,6 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
         if raw[:3] != b"\0\0\x08":
             raise ValueError("it does not start as an IDX file of bytes does")
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
-        raise UserError(f"{path} can't be read as an IDX file: {error}") from error
 
 
 def find(path: pathlib.Path) -> Found | None:

@@ -7,38 +7,27 @@ from typing import Any
 
 import numpy as np
 
+from data.labels import folder_labels
 from errors import UserError
 from readers import containers, layout
-from readers.class_labels import folder_labels, number_labels
 from readers.decode import is_image_name
-from readers.splits import choose_splits, common_folder, every_tenth, last_part
+from readers.splits import choose_splits, common_folder, divide
 
 _LABELS = "dataset.json"
 
 
-def records_of(
-    container: containers.Container,
-    names: Sequence[str],
-    labels: np.ndarray | None = None,
-    as_read: bool = True,
-) -> layout.Records:
-    """Records of some of a container's files; without `labels` all labels are 0.
-
-    With `as_read` they are in the order in which reading is fast.
-    """
-    of = np.zeros(len(names), np.int64) if labels is None else labels
-    if container.in_order and as_read:
-        place = {name: i for i, name in enumerate(container.files)}
-        order = np.argsort([place[name] for name in names])
-        names, of = [names[i] for i in order], of[order]
-
-    def read(i: int) -> layout.Item:
-        return container.read(names[i]), int(of[i])
-
-    def name(i: int) -> str:
-        return f"{container.path}/{names[i]}"
-
-    return layout.Records(len(names), read, name, in_order=container.in_order)
+def records_of(container: containers.Container, names: Sequence[str]) -> layout.Records:
+    """Records of some of a container's files, in the order of the names, without labels."""
+    place = None
+    if container.in_order:
+        number = {name: i for i, name in enumerate(container.files)}
+        place = np.array([number[name] for name in names])
+    return layout.Records(
+        len(names),
+        lambda i: (container.read(names[i]), 0),
+        lambda i: f"{container.path}/{names[i]}",
+        place=place,
+    )
 
 
 class Part:
@@ -113,34 +102,20 @@ def _is_used(name: str) -> bool:
     return is_image_name(name) or name.split("/")[-1] == _LABELS
 
 
-def _open_unsplit(
-    container: containers.Container, held_out: int, classes: int | None, many: bool, note: str
+def _open(
+    parts: Sequence[Part], classes: int | None, many: bool, held_out: int = 0, note: str = ""
 ) -> layout.Opened:
-    part = Part(container)
-    part.check(held_out or 10, ", since some are held out for testing")
-    names, count = part.names, len(part.names)
-    rows = last_part(count, held_out) if held_out else every_tenth(count)
-    labels, dropped = part.labels(classes, many)
-    given = [labels and [labels[i] for i in part] for part in rows]
-    numbered = number_labels(given, dropped=[dropped])
-    train = records_of(container, [names[i] for i in rows[0]], numbered.train)
-    test = records_of(container, [names[i] for i in rows[1]], numbered.test)
-    notes = *filter(None, [note]), *numbered.notes, *container.passed_over(_is_used)
-    return layout.Opened(train, test, numbered.classes, notes)
-
-
-def _open_splits(train: Part, test: Part, classes: int | None, many: bool) -> layout.Opened:
-    train.check()
-    test.check()
-    labels, dropped = zip(*(part.labels(classes, many) for part in (train, test)), strict=True)
-    numbered = number_labels(labels, dropped=dropped)
-    left = [text for part in (train, test) for text in part.container.passed_over(_is_used)]
-    return layout.Opened(
-        records_of(train.container, train.names, numbered.train),
-        records_of(test.container, test.names, numbered.test),
-        numbered.classes,
-        tuple(dict.fromkeys([*numbered.notes, *left])),
-    )
+    """Both splits of image files, or all of them, as `divide` takes them."""
+    for part in parts:
+        if len(parts) == 1:
+            part.check(held_out or 10, ", since some are held out for testing")
+        part.check()
+    labels, dropped = zip(*(part.labels(classes, many) for part in parts), strict=True)
+    records = [records_of(part.container, part.names) for part in parts]
+    divided = divide(records, labels, dropped=dropped, held_out=held_out)
+    left = [text for part in parts for text in part.container.passed_over(_is_used)]
+    notes = dict.fromkeys([*filter(None, [note]), *divided.notes, *left])
+    return layout.Opened(*divided[:3], tuple(notes))
 
 
 def _many(holders: Sequence[containers.Container], many: bool) -> bool:
@@ -186,8 +161,7 @@ def find_splits(
         prefixes = (f"{root}{chosen[0]}/", f"{root}{chosen[1]}/")
 
     def opened() -> layout.Opened:
-        train, test = map(Part, holders, prefixes)
-        return _open_splits(train, test, classes, many)
+        return _open(list(map(Part, holders, prefixes)), classes, many)
 
     names = [places[name].name if places else name for name in chosen]
     splits = f"{what} in {path}, splits {' and '.join(names)}"
@@ -195,29 +169,29 @@ def find_splits(
 
 
 def find_unsplit(
-    path: pathlib.Path, classes: int | None = None, note: str = "", many: bool = False
+    path: pathlib.Path,
+    classes: int | None = None,
+    note: str = "",
+    many: bool = False,
+    held_out: int = 0,
+    what: str = "every tenth held out",
 ) -> layout.Found:
-    """Image files in a folder or an archive without splits; every tenth is a test image.
+    """Image files in a folder or an archive without splits.
 
     Labels are read from dataset.json, as in EDM's and StyleGAN's zips; without it, folders may be
     classes.
 
-    `classes` and `many` are as of `Part.labels`; `note` is a sentence for the log and the report.
+    Args:
+      path: the folder or archive.
+      classes, many: as of `Part.labels`.
+      note: a sentence for the log and the report.
+      held_out: as of `divide`.
+      what: says which images are held out.
     """
     container = containers.open_container(path)
-    kind = "image files" if isinstance(container, containers.Folder) else "images of the archive"
+    known = (what,) if held_out else (classes, _many([container], many), "every tenth")
     return layout.Found(
-        f"{kind} {path}, every tenth held out",
-        (container.identity(), classes, _many([container], many), "every tenth"),
-        lambda: _open_unsplit(container, 0, classes, many, note),
-    )
-
-
-def find_held_out(path: pathlib.Path, held_out: int, what: str) -> layout.Found:
-    """Image files without labels, by their names; the last of `held_out` parts is for testing."""
-    container = containers.open_container(path)
-    return layout.Found(
-        f"{path}, {what}",
-        (container.identity(), what),
-        lambda: _open_unsplit(container, held_out, 0, False, ""),
+        f"image files {path}, {what}",
+        (container.identity(), *known),
+        lambda: _open([Part(container)], classes, many, held_out, note),
     )

@@ -20,15 +20,15 @@ class Records:
       read: returns the item at an index; several threads may call it at once.
       name: returns a name of the item at an index, for messages.
       size: (width, height) that every image must have; None: any.
-      in_order: reading is only fast in the order of the indices (a compressed archive), and only
-        one thread may read.
+      place: of a compressed archive, where each item lies: reading is only fast in this order, and
+        only one thread may read; None: any order is fast.
     """
 
     count: int
     read: Callable[[int], Item]
     name: Callable[[int], str]
     size: tuple[int, int] | None = None
-    in_order: bool = False
+    place: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -53,7 +53,12 @@ class Records:
         return parts[0] if len(parts) == 1 else Records(int(starts[-1]), read, name)
 
     def subset(self, indices: np.ndarray, labels: np.ndarray | None = None) -> "Records":
-        """The records at these indices, in their order, with these labels or their own."""
+        """The records at these indices, with these labels or their own, in a fast order."""
+        place = None if self.place is None else self.place[indices]
+        if place is not None:
+            order = np.argsort(place)
+            place, indices = place[order], indices[order]
+            labels = None if labels is None else labels[order]
 
         def read(i: int) -> Item:
             data, label = self.read(int(indices[i]))
@@ -62,7 +67,7 @@ class Records:
         def name(i: int) -> str:
             return self.name(int(indices[i]))
 
-        return dataclasses.replace(self, count=len(indices), read=read, name=name)
+        return dataclasses.replace(self, count=len(indices), read=read, name=name, place=place)
 
 
 @dataclasses.dataclass(frozen=True)

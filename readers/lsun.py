@@ -1,8 +1,9 @@
 """LSUN's LMDB environments: keys are hashes, values are encoded images."""
 
 import contextlib
+import json
+import multiprocessing
 import pathlib
-import struct
 import subprocess
 import sys
 import threading
@@ -12,11 +13,9 @@ import numpy as np
 
 from errors import UserError
 from readers import lmdb_server
-from readers.containers import damaged, file_identity
+from readers.containers import all_of, damaged, file_identity
 from readers.image_files import find_splits
 from readers.layout import Found, Opened, Records
-
-_SPLITS = ("train", "val")
 
 
 class _Environment:
@@ -24,47 +23,39 @@ class _Environment:
 
     def __init__(self, folder: pathlib.Path) -> None:
         """Open it, and read its keys."""
-        command = [sys.executable, lmdb_server.__file__, str(folder)]
         self._folder, self._lock = folder, threading.Lock()
+        self._other, end = multiprocessing.Pipe()
+        command = [sys.executable, lmdb_server.__file__, str(folder), str(end.fileno())]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[end.fileno()]
         )
+        end.close()
         weakref.finalize(self, _end, self._process)
         # One array instead of a list, since a scene has up to three million keys.
-        self.keys = np.array(list(iter(self._reply, b"")), np.bytes_)
-
-    def _read(self, count: int) -> bytes:
-        assert self._process.stdout is not None
-        value = self._process.stdout.read(count)
-        if len(value) < count:
-            raise damaged(self._folder, "LMDB's library ended at one of its pages")
-        return value
+        blocks = [json.loads(block) for block in iter(self._reply, b"")]
+        self.keys = np.array([key.encode("latin1") for block in blocks for key in block])
 
     def _reply(self) -> bytes:
-        (length,) = struct.unpack("<q", self._read(8))
-        value = self._read(abs(length))
-        if length < 0:
-            raise damaged(self._folder, value.decode())
-        return value
+        try:
+            reply = self._other.recv_bytes()
+        except (EOFError, OSError) as error:
+            problem = "LMDB's library ended at one of its pages"
+            raise damaged(self._folder, problem) from error
+        if reply.startswith(lmdb_server.ERROR):
+            raise damaged(self._folder, reply[1:].decode())
+        return reply[1:]
 
     def get(self, key: bytes) -> bytes:
         """The value of a key; threads take turns."""
-        assert self._process.stdin is not None
         with self._lock:
-            with contextlib.suppress(BrokenPipeError):  # its end is told by the reply
-                self._process.stdin.write(struct.pack("<q", len(key)) + key)
-                self._process.stdin.flush()
+            with contextlib.suppress(OSError):  # its end is told by the reply
+                self._other.send_bytes(key)
             return self._reply()
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a server and close its pipes, of which the interpreter would complain at its own end."""
     process.kill()
     process.wait()
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):
-            pipe.close()
 
 
 def _records(folder: pathlib.Path) -> Records:
@@ -85,20 +76,14 @@ def find(path: pathlib.Path, category: str) -> Found | None:
     """
     if not path.is_dir():
         return None
-    folders = [path / f"{category}_{split}_lmdb" for split in _SPLITS]
-    there = [(folder / "data.mdb").exists() for folder in folders]
-    if any(there):
-        if not all(there):
-            missing = folders[there.index(False)].name
-            raise UserError(
-                f"data.path: {path} has no {missing}/; unpack the authors' {missing}.zip there"
-            )
+    names = [f"{category}_{split}_lmdb" for split in ("train", "val")]
+    if files := all_of(path, [f"{name}/data.mdb" for name in names]):
         return Found(
             f"the authors' LMDB environments {category}_*_lmdb in {path}",
-            tuple(file_identity(folder / "data.mdb") for folder in folders),
-            lambda: Opened(_records(folders[0]), _records(folders[1])),
+            tuple(map(file_identity, files)),
+            lambda: Opened(_records(files[0].parent), _records(files[1].parent)),
         )
-    zips = [path / f"{folder.name}.zip" for folder in folders]
+    zips = [path / f"{name}.zip" for name in names]
     if any(file.exists() for file in zips):
         raise UserError(
             f"data.path: {path} has {zips[0].name}, and an LMDB environment can't be read within a "

@@ -1,6 +1,7 @@
 """Parquet files of the Hugging Face hub, with a column of images and optionally one of labels."""
 
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -12,9 +13,8 @@ import numpy as np
 
 from errors import UserError
 from readers import layout
-from readers.class_labels import number_labels
-from readers.containers import Folder, damaged, file_identity
-from readers.splits import TEST_NAMES, every_tenth, split_of
+from readers.containers import Folder, file_identity, reading
+from readers.splits import TEST_NAMES, divide, split_of
 
 # train-00000-of-00002.parquet, with or without the hash that the hub's names had in 2022; or
 # train/0000.parquet.
@@ -74,10 +74,8 @@ class _File:
         import pyarrow.parquet
 
         self.path = path
-        try:
+        with reading(path):
             self.opened = pyarrow.parquet.ParquetFile(path)
-        except Exception as error:  # Arrow raises many kinds of error for damaged files
-            raise damaged(path, error) from error
         groups = map(self.opened.metadata.row_group, range(self.opened.num_row_groups))
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])
         schema, types = self.opened.schema_arrow, pyarrow.types
@@ -133,11 +131,9 @@ _LOCK = threading.Lock()
 @functools.lru_cache(4)
 def _rows(file: _File, group: int) -> list[bytes | None]:
     """The encoded images of a row group; the last few stay in memory."""
-    try:
+    with reading(file.path):
         table = file.opened.read_row_group(group, columns=[file.image])
         rows: list[Any] = table.column(file.image).to_pylist()
-    except Exception as error:  # Arrow raises many kinds of error for damaged files
-        raise damaged(file.path, error) from error
     return [row and row["bytes"] for row in rows]
 
 
@@ -150,10 +146,10 @@ def _class_names(metadata: dict[bytes, bytes], label: str | None) -> list[str]:
         return []
 
 
-def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> layout.Opened:
+def _open(splits: list[list[pathlib.Path]]) -> layout.Opened:
     records, labels = [], list[Any]()
     notes, names = list[str](), list[str]()
-    for paths in filter(None, (train_files, test_files)):
+    for paths in splits:
         files = [_File(path) for path in paths]
         names = names or files[0].class_names
         records.append(layout.Records.joined([file.records() for file in files]))
@@ -163,14 +159,7 @@ def _open(train_files: list[pathlib.Path], test_files: list[pathlib.Path]) -> la
         unlabelled = any(isinstance(label, int) and label < 0 for label in known or ())
         labels.append(None if unlabelled else known)
         notes += told
-    rows = [np.arange(len(split)) for split in records]
-    if len(records) == 1:
-        records, rows, of = records * 2, [*every_tenth(len(records[0]))], labels[0]
-        labels = [of and list(map(of.__getitem__, part)) for part in rows]
-    numbered = number_labels(labels, names, notes)
-    train = records[0].subset(rows[0], numbered.train)
-    test = records[1].subset(rows[1], numbered.test)
-    return layout.Opened(train, test, numbered.classes, numbered.notes)
+    return layout.Opened(*divide(records, labels, names, notes))
 
 
 def find(path: pathlib.Path, needs_splits: bool = False) -> layout.Found | None:
@@ -198,10 +187,10 @@ def find(path: pathlib.Path, needs_splits: bool = False) -> layout.Found | None:
     test = next((name for name in TEST_NAMES if name in splits), None)
     if test is None and needs_splits:
         raise UserError(f"data.path: {folder} has a training split alone; a test split is needed")
-    test_files = splits[test] if test else []
+    files = [splits["train"], splits[test]] if test else [splits["train"]]
     how = f"splits train and {test}" if test else "every tenth row held out"
     return layout.Found(
         f"parquet files in {folder}, {how}",
-        tuple(map(file_identity, [*splits["train"], *test_files])),
-        lambda: _open(splits["train"], test_files),
+        tuple(map(file_identity, itertools.chain(*files))),
+        lambda: _open(files),
     )

@@ -1,13 +1,16 @@
-"""The supported data sets: their files, formats, splits and labels (docs/data.md)."""
+"""The supported data sets of image files: formats, splits and labels (docs/data.md).
+
+A config file can register one of its own in `PUBLISHED` (docs/extending.md).
+"""
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from ml_collections import ConfigDict
 from PIL import Image
 
+from data.spec import DataSpec
 from errors import UserError
 from readers import (
     arrays,
@@ -26,17 +29,29 @@ from readers import (
 from readers.decode import Fit
 from readers.layout import Found, Opened, Records
 
-FASHION_MNIST_PATH = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
+_FASHION_MNIST = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+_SCENES = (  # of LSUN
+    "bedroom",
+    "bridge",
+    "church_outdoor",
+    "classroom",
+    "conference_room",
+    "dining_room",
+    "kitchen",
+    "living_room",
+    "restaurant",
+    "tower",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """The facts about a published data set.
+    """The facts about a data set of image files; an entry of `PUBLISHED` is all that one needs.
 
     Attributes:
       title: its usual name.
       files: the authors' files and where to get them, for messages.
-      find: (path, config) → what a reader of the authors' files found.
+      find: (path, settings) → what a reader of the authors' files found.
       classes: the number of classes; 0: there are no labels; None: folders may be classes.
       counts: the numbers of training and test images.
       native: side of all images in pixels; 0: any.
@@ -44,11 +59,15 @@ class Published:
       tfds_splits: the names of the training and the test split in TFDS.
       held_out: the last of this many equal parts is the test split; 0: there is a test split.
       crop, resampling, pad: as in `Fit`.
+      downloads: the SHA-256 of each file that is downloaded, by its address; they agree with those
+        in TFDS and Keras.
+      installed: a folder where a system's package has the files.
+      categories: of which `data.category` names one; (): it is not used.
     """
 
     title: str
     files: str
-    find: Callable[[pathlib.Path, ConfigDict], Found | None]
+    find: Callable[[pathlib.Path, DataSpec], Found | None]
     classes: int | None = 0
     counts: tuple[int, int] | None = None
     native: int = 0
@@ -58,39 +77,40 @@ class Published:
     crop: int = 0
     resampling: Image.Resampling = Image.Resampling.BICUBIC
     pad: bool = False
+    downloads: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    installed: str = ""
+    categories: tuple[str, ...] = ()
 
 
-def _find_imagenet32(path: pathlib.Path, config: ConfigDict) -> Found | None:
+def _find_imagenet32(path: pathlib.Path, spec: DataSpec) -> Found | None:
     """The older set or that of 2017; UserError if the files are of the one that is not wanted."""
-    of_2017, wanted = cifar.find_imagenet32_2017(path), config.data.dataset
+    of_2017 = cifar.find_imagenet32_2017(path)
     older = None if of_2017 else image_files.find_splits(path, 0, what="the authors' images")
-    if of_2017 and wanted == "IMAGENET32":
+    has, other = "the pickled batches of 2017", "IMAGENET32_2017"
+    if older:
+        has, other = "the older set's folders, which published bits/dim are of", "IMAGENET32"
+    if (of_2017 or older) and other != spec.dataset:
         raise UserError(
-            f"data.path: {path} has the pickled batches of 2017, which are another data set than "
-            "the older one of the published bits/dim: --config.data.dataset=IMAGENET32_2017"
-        )
-    if older and wanted == "IMAGENET32_2017":
-        raise UserError(
-            f"data.path: {path} has train_32x32 and valid_32x32, which are another data set than "
-            "the pickled batches of 2017: --config.data.dataset=IMAGENET32"
+            f"data.path: {path} has {has}, another data set than {spec.dataset}: "
+            f"--config.data.dataset={other}"
         )
     return of_2017 or older
 
 
-def _find_faces(path: pathlib.Path, config: ConfigDict) -> Found | None:
-    data, known = config.data, PUBLISHED[config.data.dataset]
+def _find_faces(path: pathlib.Path, spec: DataSpec) -> Found | None:
+    known = PUBLISHED[spec.dataset]
     if path.is_dir():
-        of_size = f"*-r{round(math.log2(data.image_size)):02}.tfrecords"
+        of_size = f"*-r{round(math.log2(spec.shape[0])):02}.tfrecords"
         files = sorted(path.glob(of_size))
         if len(files) > 1:
             raise UserError(f"data.path: {path} has {', '.join(f.name for f in files)}; name one")
         path = files[0] if files else path
-    share = {7: "seventh", 10: "tenth"}[known.held_out]
+    share = {7: "seventh", 10: "tenth"}.get(known.held_out, f"1/{known.held_out}")
     what = f"of which the last {share} is held out for testing"
     found = tfrecords.find(path, known.held_out, what)
     if found is None and path.is_dir():
         found = image_files.find_splits(path, 0)
-    return found or image_files.find_held_out(path, known.held_out, what)
+    return found or image_files.find_unsplit(path, 0, held_out=known.held_out, what=what)
 
 
 def _find_folder(path: pathlib.Path, many: bool) -> Found | None:
@@ -107,39 +127,72 @@ PUBLISHED = {
         "CIFAR-10",
         "cifar-10-python.tar.gz or cifar-10-binary.tar.gz, packed or unpacked, of "
         "https://www.cs.toronto.edu/~kriz/cifar.html",
-        lambda path, config: cifar.find_cifar10(path),
+        lambda path, spec: cifar.find_cifar10(path),
         classes=10,
         counts=(50_000, 10_000),
         native=32,
         tfds="cifar10",
+        downloads={
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz": (
+                "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+            ),
+        },
     ),
     "SVHN": Published(
         "SVHN",
         "train_32x32.mat and test_32x32.mat of http://ufldl.stanford.edu/housenumbers",
-        lambda path, config: svhn.find(path),
+        lambda path, spec: svhn.find(path),
         classes=10,
         counts=(73_257, 26_032),
         native=32,
         tfds="svhn_cropped",
+        downloads={
+            "http://ufldl.stanford.edu/housenumbers/train_32x32.mat": (
+                "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"
+            ),
+            "http://ufldl.stanford.edu/housenumbers/test_32x32.mat": (
+                "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"
+            ),
+        },
     ),
     "STL10": Published(
         "STL-10",
         "stl10_binary.tar.gz, packed or unpacked, of https://cs.stanford.edu/~acoates/stl10",
-        lambda path, config: stl10.find(path),
+        lambda path, spec: stl10.find(path),
         counts=(105_000, 8_000),
         tfds="stl10",
         tfds_splits=("train+unlabelled", "test"),
+        downloads={
+            "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz": (
+                "f31fd99273a1acb8609c8db427cebb1de3f71de77758cdc0e22956e1289b9866"
+            ),
+        },
         resampling=Image.Resampling.BILINEAR,
     ),
     "fashion_mnist": Published(
         "Fashion-MNIST",
         "the four IDX files of https://github.com/zalandoresearch/fashion-mnist, or Debian's "
         "package dataset-fashion-mnist",
-        lambda path, config: idx.find(path),
+        lambda path, spec: idx.find(path),
         classes=10,
         counts=(60_000, 10_000),
         native=28,
         tfds="fashion_mnist",
+        installed="/usr/share/datasets/fashion-mnist",  # Debian's package dataset-fashion-mnist
+        downloads={
+            f"{_FASHION_MNIST}/train-images-idx3-ubyte.gz": (
+                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"
+            ),
+            f"{_FASHION_MNIST}/train-labels-idx1-ubyte.gz": (
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"
+            ),
+            f"{_FASHION_MNIST}/t10k-images-idx3-ubyte.gz": (
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"
+            ),
+            f"{_FASHION_MNIST}/t10k-labels-idx1-ubyte.gz": (
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"
+            ),
+        },
         pad=True,
     ),
     "IMAGENET32": Published(
@@ -167,7 +220,7 @@ PUBLISHED = {
         "CelebA",
         "img_align_celeba.zip (or unpacked) and list_eval_partition.txt of "
         "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-        lambda path, config: celeba.find(path),
+        lambda path, spec: celeba.find(path),
         counts=(162_770, 19_962),
         tfds="celeb_a",
         crop=140,
@@ -195,14 +248,15 @@ PUBLISHED = {
         "LSUN",
         "SCENE_train_lmdb.zip and SCENE_val_lmdb.zip of https://github.com/fyu/lsun, unpacked, or "
         "what its data.py exports of them, as train/ and val/",
-        lambda path, config: lsun.find(path, config.data.category),
+        lambda path, spec: lsun.find(path, spec.category),
         tfds="lsun/{category}",
+        categories=_SCENES,
         tfds_splits=("train", "validation"),
     ),
     "folder": Published(
         "images",
         "a folder, a zip or a tar of images, parquet files, or arrays",
-        lambda path, config: _find_folder(path, config.model.num_classes != 0),
+        lambda path, spec: _find_folder(path, spec.labelled),
         classes=None,
         resampling=Image.Resampling.LANCZOS,
     ),
@@ -217,38 +271,35 @@ def _other_ways(known: Published) -> str:
     return f"{ways}; docs/data.md has all ways"
 
 
-def get_fit(data: ConfigDict) -> Fit:
-    """The conversion of a data set's images to the size and channels in `config.data`."""
-    known = PUBLISHED[data.dataset]
-    shape = data.image_size, data.num_channels
-    return Fit(*shape, known.crop, known.resampling, known.pad, data.max_pixels)
+def get_fit(spec: DataSpec) -> Fit:
+    """The conversion of a data set's images to the size and channels of training."""
+    known, (size, _, channels) = PUBLISHED[spec.dataset], spec.shape
+    return Fit(size, channels, known.crop, known.resampling, known.pad, spec.max_pixels)
 
 
-def find(config: ConfigDict) -> Found:
-    """Find the data set at the path in `config.data`, or download it.
+def find(spec: DataSpec) -> Found:
+    """Find a published data set at its path, or download it.
 
     Raises:
       UserError: it is missing, can't be downloaded, or has an unknown format; the message says
         which files are needed.
     """
-    data, known = config.data, PUBLISHED[config.data.dataset]
-    path = data.path or ("" if data.tfds_dir else data.tfrecords_path)
-    if not path and data.tfds_dir:
-        return _check_opened(_find_tfds(data, known), known)
-    if not path and data.dataset == "fashion_mnist" and pathlib.Path(FASHION_MNIST_PATH).is_dir():
-        path = FASHION_MNIST_PATH
-    if not path and data.dataset in download.FILES:
-        path = str(download.fetch(data.dataset, _other_ways(known)))
+    known, path = PUBLISHED[spec.dataset], spec.path
+    if not path and spec.tfds_dir:
+        return _check_opened(_find_tfds(spec, known), known)
+    if not path and known.installed and pathlib.Path(known.installed).is_dir():
+        path = known.installed
+    if not path and known.downloads:
+        path = str(download.fetch(spec.dataset, known.downloads, _other_ways(known)))
     if not path:
         raise UserError(
             f"{known.title} has no stable address to be downloaded from: {_other_ways(known)}"
         )
     place = pathlib.Path(path).expanduser()
     if not place.exists():
-        option = "data.path" if data.path else "data.tfrecords_path"
-        raise UserError(f"{option}: there is no file or folder {place}; {_other_ways(known)}")
-    found = known.find(place, config)
-    if found is None and data.dataset != "folder":
+        raise UserError(f"data.path: there is no file or folder {place}; {_other_ways(known)}")
+    found = known.find(place, spec)
+    if found is None and spec.dataset != "folder":
         found = (
             parquet.find(place, needs_splits=True)
             or arrays.find(place, needs_splits=True)
@@ -261,12 +312,12 @@ def find(config: ConfigDict) -> Found:
     return _check_opened(found, known)
 
 
-def _find_tfds(data: ConfigDict, known: Published) -> Found:
+def _find_tfds(spec: DataSpec, known: Published) -> Found:
     if not known.tfds:
         raise UserError(f"data.tfds_dir: TFDS does not have {known.title}; {_other_ways(known)}")
     return tfds.find(
-        known.tfds.format(size=data.image_size, category=data.category),
-        pathlib.Path(data.tfds_dir).expanduser(),
+        known.tfds.format(size=spec.shape[0], category=spec.category),
+        pathlib.Path(spec.tfds_dir).expanduser(),
         known.tfds_splits,
         known.classes or 0,
         known.held_out,

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from data.labels import Labels
 from errors import UserError
 from readers import arrays
-from readers.class_labels import Labels
 from readers.containers import is_archive_name, open_container
 from readers.image_files import Part, records_of
 from readers.source import ArraySource, RecordSource, Source
@@ -63,9 +63,7 @@ def load_images(
         part = Part(open_container(path))
         part.check(least, option=option)
         identity = repr(part.container.identity()).encode()
-        source = RecordSource(
-            records_of(part.container, part.names, as_read=False), as_it_is, identity
-        )
+        source = RecordSource(records_of(part.container, part.names), as_it_is, identity)
         names = part.names
         labels, note = part.labels()
     else:

@@ -85,18 +85,18 @@ class RecordSource:
             )
         return self.fit(image), label, image
 
-    def _example(self, i: int) -> tuple[np.ndarray, int]:
-        try:
-            return self.read(i)[:2]
-        except UserError:
-            raise
-        except Exception as error:  # PIL raises many kinds of error for damaged files
-            name = self.records.name(i)
-            raise UserError(f"{name} is not a readable image: {error}") from error
-
     def fetch(self, indices: np.ndarray) -> Examples:
-        """The examples at these indices."""
-        images, labels = zip(*(self._example(int(i)) for i in indices), strict=True)
+        """The examples at these indices; UserError if one can't be read."""
+        examples = []
+        for i in indices.tolist():
+            try:
+                examples.append(self.read(i)[:2])
+            except UserError:
+                raise
+            except Exception as error:  # PIL raises many kinds of error for damaged files
+                name = self.records.name(i)
+                raise UserError(f"{name} is not a readable image: {error}") from error
+        images, labels = zip(*examples, strict=True)
         return {"image": np.stack(images), "label": np.array(labels)}
 
     def describe(self) -> bytes:

@@ -2,11 +2,14 @@
 
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
+from data.labels import Labels, number_labels
 from errors import UserError
+from readers.layout import Splits
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation")
@@ -68,3 +71,32 @@ def last_part(count: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
     """(training, test) indices where the last of `parts` equal parts is the test split."""
     num_test = count // parts
     return np.arange(count - num_test), np.arange(count - num_test, count)
+
+
+def divide(
+    parts: Sequence[Any],
+    labels: Sequence[Labels | None],
+    names: Sequence[str] = (),
+    dropped: Iterable[str] = (),
+    held_out: int = 0,
+) -> Splits[Any]:
+    """The training and the test split of a data set, with their labels numbered.
+
+    Args:
+      parts: both splits; or all examples, of which every tenth is for testing. They have a method
+        `subset(indices, labels)`.
+      labels: of each part; None: it has none.
+      names, dropped: as of `number_labels`.
+      held_out: without splits, the last of this many equal parts is for testing instead.
+    """
+    rows: Sequence[np.ndarray] = [np.arange(len(part)) for part in parts]
+    if len(parts) == 1:
+        rows = last_part(len(parts[0]), held_out) if held_out else every_tenth(len(parts[0]))
+        parts, labels = [*parts] * 2, [*labels] * 2
+    known = [of.tolist() if isinstance(of, np.ndarray) else of for of in labels]
+    given = [of and [of[i] for i in chosen] for of, chosen in zip(known, rows, strict=True)]
+    numbers, classes, note = number_labels(given, names, dropped)
+    train, test = (
+        part.subset(chosen, of) for part, chosen, of in zip(parts, rows, numbers, strict=True)
+    )
+    return Splits(train, test, classes, (note,) if note else ())

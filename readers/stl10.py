@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from readers.containers import Container, Folder, damaged, member, open_holder
+from readers.containers import Container, damaged, member, open_holder, reading
 from readers.layout import Arrays, Found, Opened
 
-_ARCHIVE, _FOLDER = "stl10_binary.tar.gz", "stl10_binary"
 _IMAGE = 3 * 96 * 96
 _BLOCK = 1000  # images read at a time
 
@@ -16,10 +15,8 @@ _BLOCK = 1000  # images read at a time
 def _blocks(container: Container, file: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     with container.open(member(container, file)) as opened:
         while True:
-            try:
+            with reading(container.path):
                 raw = opened.read(_BLOCK * _IMAGE)
-            except (OSError, EOFError, ValueError) as error:
-                raise damaged(container.path, error) from error
             if not raw:
                 return
             if len(raw) % _IMAGE:
@@ -33,7 +30,7 @@ def find(path: pathlib.Path) -> Found | None:
 
     Labels are not read, since most training images have none.
     """
-    container = open_holder(path, "train_X.bin", _FOLDER, _ARCHIVE)
+    container = open_holder(path, "train_X.bin", "stl10_binary", "stl10_binary.tar.gz")
     if container is None:
         return None
 
@@ -46,5 +43,5 @@ def find(path: pathlib.Path) -> Found | None:
             member(container, file)
         return Opened(Arrays(train), Arrays(lambda: _blocks(container, "test_X.bin")))
 
-    kind = "files" if isinstance(container, Folder) else "archive"
-    return Found(f"the authors' binary {kind} {container.path}", (container.identity(),), opened)
+    what = f"the authors' binary {container.kind} {container.path}"
+    return Found(what, (container.identity(),), opened)

@@ -4,22 +4,18 @@ import pathlib
 
 import numpy as np
 
+from data.labels import plain_classes
 from errors import UserError
-from readers.class_labels import plain_classes
-from readers.containers import damaged, file_identity
+from readers.containers import all_of, file_identity, reading
 from readers.layout import Found, Opened, arrays_of
-
-_FILES = ("train_32x32.mat", "test_32x32.mat")
 
 
 def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     import scipy.io
 
-    try:
+    with reading(path):
         content = scipy.io.loadmat(path, variable_names=["X", "y"])
         images, labels = content["X"], content["y"]
-    except Exception as error:  # SciPy raises many kinds of error for damaged files
-        raise damaged(path, error) from error
     if images.dtype != np.uint8 or images.shape[:3] != (32, 32, 3) or images.ndim != 4:
         raise UserError(f"{path} has X of {images.dtype}, {images.shape}; (32, 32, 3, N) is needed")
     if labels.size != images.shape[3]:
@@ -30,12 +26,9 @@ def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 
 def find(path: pathlib.Path) -> Found | None:
     """A folder with the authors' train_32x32.mat and test_32x32.mat."""
-    files = [path / name for name in _FILES]
-    there = [file.exists() for file in files]
-    if not any(there):
+    files = all_of(path, ("train_32x32.mat", "test_32x32.mat"))
+    if not files:
         return None
-    if not all(there):
-        raise UserError(f"data.path: {path} has no {_FILES[there.index(False)]}")
 
     def opened() -> Opened:
         train, test = map(_read, files)

@@ -7,12 +7,12 @@ import pathlib
 import re
 from typing import Any
 
+from data.labels import plain_classes
 from errors import UserError
 from readers import download, tfrecords
-from readers.class_labels import plain_classes
-from readers.containers import damaged, file_identity
+from readers.containers import file_identity, reading
 from readers.layout import Found, Item, Opened, Records
-from readers.splits import last_part
+from readers.splits import divide
 from runtime import environment
 
 log = logging.getLogger("soft_truncation")
@@ -32,20 +32,16 @@ def _import() -> Any:
     return tensorflow_datasets
 
 
-def _version(folder: pathlib.Path) -> tuple[int, ...]:
-    parts = folder.name.split(".")
-    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()
-
-
 def _prepared(data_dir: pathlib.Path, name: str) -> pathlib.Path | None:
     """The folder of the newest version that lies there."""
-    infos = (data_dir / name).glob("*/dataset_info.json")
-    versions = [info.parent for info in infos if _version(info.parent)]
-    return max(versions, key=_version, default=None)
+    folders = [info.parent for info in (data_dir / name).glob("*/dataset_info.json")]
+    numbered = {folder: folder.name.split(".") for folder in folders}
+    versions = {tuple(map(int, n)): f for f, n in numbered.items() if all(map(str.isdigit, n))}
+    return versions[max(versions)] if versions else None
 
 
-def _prepare(name: str, data_dir: pathlib.Path) -> None:
-    """Have TFDS download and prepare a data set; UserError if it can't."""
+def _prepare(name: str, data_dir: pathlib.Path) -> pathlib.Path:
+    """Have TFDS download and prepare a data set in a folder; UserError if it can't."""
     tfds = _import()
     log.info("%s is not in %s; TFDS downloads and prepares it there", name, data_dir)
     try:
@@ -56,6 +52,7 @@ def _prepare(name: str, data_dir: pathlib.Path) -> None:
         if urls:
             download.check_reachable(urls[0])
         builder.download_and_prepare()
+        return pathlib.Path(builder.data_path)
     except Exception as error:  # TFDS and the network raise anything at all
         raise UserError(
             f"TFDS can't prepare {name} in {data_dir}: {_reason(error)}. A folder that TFDS "
@@ -118,10 +115,8 @@ def _check_features(folder: pathlib.Path) -> None:
             if is_class and isinstance(name, str) and not _FEATURE.fullmatch(name):
                 raise UserError(f"{file} names {name[:80]}, which is not TFDS's")
 
-    try:
+    with reading(file):
         json.loads(file.read_bytes(), object_pairs_hook=check)
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(file, error) from error
 
 
 def find(
@@ -136,11 +131,7 @@ def find(
     The names of splits may be several, joined by +; without a test split the last of `held_out`
     equal parts is one. With num_classes = 0 labels are not read.
     """
-    if _prepared(data_dir, name) is None:
-        _prepare(name, data_dir)
-    there = _prepared(data_dir, name)
-    if there is None:
-        raise UserError(f"TFDS left no {name} in {data_dir}")
+    there = _prepared(data_dir, name) or _prepare(name, data_dir)
 
     def opened() -> Opened:
         _check_features(there)
@@ -150,10 +141,9 @@ def find(
             raise UserError(f"{there} is no folder of TFDS: {_reason(error)}") from error
         labelled = num_classes > 0
         parts = [[_records(builder, s, labelled) for s in split.split("+")] for split in splits]
-        train, test = map(Records.joined, parts)
-        if held_out:
-            train, test = map(train.subset, last_part(len(train), held_out))
-        return Opened(train, test, plain_classes(num_classes))
+        records = [Records.joined(part) for part in parts[: 1 if held_out else 2]]
+        divided = divide(records, [None] * len(records), held_out=held_out)
+        return Opened(divided.train, divided.test, plain_classes(num_classes))
 
     files = sorted(file for file in there.iterdir() if file.is_file())
     return Found(f"TFDS's {there}", tuple(map(file_identity, files)), opened)

@@ -1,5 +1,6 @@
 """TFRecord files of ProGAN's and StyleGAN's tools and of TFDS, read without TensorFlow."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +9,9 @@ import google_crc32c
 import numpy as np
 
 from errors import UserError
-from readers.containers import damaged, file_identity
+from readers.containers import file_identity, reading
 from readers.layout import Found, Item, Opened, Records
-from readers.splits import last_part
+from readers.splits import divide
 
 
 def parse_example(record: bytes) -> Any:
@@ -84,14 +85,11 @@ def find(path: pathlib.Path, held_out: int, what: str) -> Found | None:
 
     def opened() -> Opened:
         records = records_of(path, _pixels)
-        try:
+        with reading(path):
             height, width = np.shape(records.read(0)[0])[:2]
-        except Exception as error:  # an error of protobuf, or of `_pixels`
-            raise damaged(path, f"record 0: {error}") from error
-        records = Records(len(records), records.read, records.name, (width, height))
-        train, test = last_part(len(records), held_out)
-        if not len(test):
+        records = dataclasses.replace(records, size=(width, height))
+        if len(records) < held_out:
             raise UserError(f"{path} has {len(records)} images, too few to hold some out")
-        return Opened(records.subset(train), records.subset(test))
+        return Opened(*divide([records], [None], held_out=held_out))
 
     return Found(f"{path}, {what}", (*file_identity(path), what), opened)

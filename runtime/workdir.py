@@ -24,7 +24,7 @@ log = logging.getLogger("soft_truncation")
 
 # The paths of a machine.
 _PATHS = {
-    "data": ("path", "tfds_dir", "tfrecords_path", "cache"),
+    "data": ("path", "tfds_dir", "cache"),
     "eval": ("cache_dir", "inception_path", "stats_path", "samples", "images"),
 }
 # Fields that may change when training continues in a workdir: they don't affect the result.
@@ -146,7 +146,7 @@ def portable_config(fields: Mapping[str, Any], workdir: pathlib.Path) -> ConfigD
     # A folder's data need a name, which the report has, though sampling does not read them.
     folder = portable.data.dataset == "folder"
     name = pathlib.Path(portable.data.path).resolve().name if folder else ""
-    portable.data.update(path=name, tfds_dir="", tfrecords_path="")
+    portable.data.update(path=name, tfds_dir="")
     portable.eval.update(begin_ckpt=0, end_ckpt=0, **dict.fromkeys(_PATHS["eval"], ""))
     if pathlib.Path(portable.sampling.mask).suffix:
         portable.sampling.mask = get_default_config().sampling.mask

@@ -16,7 +16,8 @@ SUMS = json.loads((pathlib.Path(__file__).parent / "sums.json").read_text())
 
 
 def edit_downloads(module):
-    for files in module.FILES.values():
+    for known in module.PUBLISHED.values():
+        files = known.downloads
         files.update({url: SUMS[url][1] for url in files.keys() & SUMS.keys()})
 
 
@@ -39,7 +40,7 @@ def edit_mnist(module):
 
 
 EDITS = {
-    "readers.download": edit_downloads,
+    "readers.published": edit_downloads,
     "tensorflow_datasets.core.download.checksums": edit_tfds,
     "tensorflow_datasets.image_classification.mnist": edit_mnist,
 }

@@ -90,13 +90,14 @@ steps over an evaluation: loop.eval_freq, *regular) → *regular)
 [train_step.py | test_run_lib.py -k skipped]
 streak over a good step: jnp.where(row == len(skipped), sums["streak"], 0) → sums["streak"]
 
-[datasets.py | test_datasets.py -k "share or levels or flip or independent or ends"]
+[data/pixels.py | test_datasets.py -k "levels or flip or independent or ends"]
 levels rounded up: jnp.floor(x * self.num_levels) → jnp.round(x * self.num_levels)
 flipped upside down: image[:, ::-1], image) → image[::-1], image)
 one key for flip and noise: jax.vmap(jax.random.split, out_axes=1)(keys) → keys, keys
 mean of the noise forgotten: (images.astype(np.float32) + 0.5) → images.astype(np.float32)
 width of a cell: else 1.0) / self.num_levels → else 1.0) / (self.num_levels - 1)
 highest level not counted: levels == num_levels - 1) → levels == num_levels)
+[data/batches.py | test_datasets.py -k share]
 process's share: process_index * share, (process_index + 1) * share → 0, share
 
 [models/layers.py | test_models.py -k "golden_scores or attention"]
@@ -150,8 +151,8 @@ rows are columns: transpose(0, 3, 2, 1) → transpose(0, 2, 3, 1)
 mirrored records: .reshape(shape).transpose(1, 2, 0) → .reshape(shape).transpose(2, 1, 0)
 [readers/cifar.py | test_readers.py -k "written and 2017"]
 labels from 1: labels.astype(np.int64) - first → labels.astype(np.int64)
-[readers/arrays.py | test_stacks.py -k labels]
-labels of the first: else stack.labels[part] → else stack.labels[: len(part)]
+[readers/splits.py | test_stacks.py -k labels]
+labels of the first: [of[i] for i in chosen] → of[: len(chosen)]
 
 [runtime/pictures.py | test_stacks.py -k "pictures or grid"]
 grid by columns: left = gap + (i % columns) → left = gap + (i // columns)

@@ -72,10 +72,10 @@ def layout_rows(stage, makes, full, pool):
 
 def download_rows(stage, makes, pool):
     """A row for each data set that is downloaded from its authors."""
-    from readers import download, published
+    from readers.published import PUBLISHED
     from tests.simulated_internet import DOWNLOADED
 
-    debian = pathlib.Path(published.FASHION_MNIST_PATH)
+    debian = pathlib.Path(PUBLISHED["fashion_mnist"].installed)
 
     def row_of(dataset):
         made, name = makes[DOWNLOADED[dataset]], f"download_{dataset}"
@@ -87,7 +87,7 @@ def download_rows(stage, makes, pool):
         cache, requests = stage.folder / "caches" / name, []
         for done in ("trained for 3 steps", "started again"):
             row.took(stage.main(row.job.arguments(), name, cache=cache), done)
-            requests.append([stage.server.counts[url] for url in download.FILES[dataset]])
+            requests.append([stage.server.counts[url] for url in PUBLISHED[dataset].downloads])
         if not all(requests[0]) or requests[0] != requests[1]:
             row.wrong.append(f"requests of the first start, and of both: {requests}")
         row.compare(stage.load({name: row.job}, cache=cache)[name])
@@ -153,11 +153,11 @@ def broken_rows(stage, makes, full, pool):
 
 def mishap_rows(stage, makes, pool):
     """Rows for what goes wrong around the data: the network, the disk, two starts at once."""
-    from readers import download
+    from readers.published import PUBLISHED
 
     whole, faces = makes["cifar10_python_tar"], makes["celeba_zip"]
     job = Job("CIFAR10", {})
-    url = next(iter(download.FILES["CIFAR10"]))
+    url = next(iter(PUBLISHED["CIFAR10"].downloads))
     python = sys.executable
     spaces = subprocess.run(["unshare", "-rnm", "true"], capture_output=True, check=False)
     resolver = stage.folder / "resolv.conf"

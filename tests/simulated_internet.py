@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from readers import download
+from readers.published import PUBLISHED
 from tests import make_datasets
 
 # Which layout has the files that we download a data set from, and those that TFDS does.
@@ -66,7 +66,7 @@ def answers(made):
     for dataset, layout in DOWNLOADED.items():
         folder = made[layout].path
         folder = folder if folder.is_dir() else folder.parent
-        for url in download.FILES[dataset]:
+        for url in PUBLISHED[dataset].downloads:
             files[url] = (folder / url.rsplit("/", 1)[1]).read_bytes()
     cifar10 = made["cifar10_binary_tar"].path
     files["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"] = cifar10.read_bytes()

@@ -20,8 +20,11 @@ from PIL import Image, PngImagePlugin
 
 import datasets
 from build import with_data_facts
+from configs.data import data_spec
 from configs.default import get_default_config
 from configs.vp import array_st
+from data import pixels
+from data.batches import in_order
 from errors import UserError
 from readers import arrays, decode, idx, samples, tfds, tfrecords
 from readers.decode import Fit
@@ -64,7 +67,7 @@ def load(path, dataset="folder", told=0, **data):
     loaded = datasets.load_data(config)
     levels = []
     for split in loaded:
-        examples = datasets.in_order(split)
+        examples = in_order(split)
         levels.append(sorted(examples["image"][:, 4, 4, 0].tolist()))
     return loaded.train.classes, *levels
 
@@ -72,7 +75,7 @@ def load(path, dataset="folder", told=0, **data):
 def labels(path, **options):
     config = get_default_config()
     config.data.update(dataset="folder", path=str(path), image_size=8, **options)
-    return [datasets.in_order(split)["label"].tolist() for split in datasets.load_data(config)]
+    return [in_order(split)["label"].tolist() for split in datasets.load_data(config)]
 
 
 ALL = [10 * i for i in range(1, 13)]
@@ -258,7 +261,7 @@ def test_a_small_gzip_file_of_huge_contents_takes_little_memory(place):
     (place / "train-images-idx3-ubyte.gz").write_bytes(packed)
     del packed
     tracemalloc.start()
-    with pytest.raises(UserError, match="can't be read as an IDX file"):
+    with pytest.raises(UserError, match="is damaged or cut off"):
         idx.read_idx(place / "train-images-idx3-ubyte.gz")
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -312,7 +315,7 @@ def test_an_image_is_turned_although_its_other_exif_tags_are_odd(place):
     make_datasets.write_folder(place, files)
     config = get_default_config()
     config.data.update(dataset="folder", path=str(place), image_size=16)
-    image = datasets.in_order(datasets.get_dataset(config, "test"))["image"][0]
+    image = in_order(datasets.get_dataset(config, "test"))["image"][0]
     assert (image[:7] < 30).all() and (image[9:] > 180).all()
 
 
@@ -543,7 +546,7 @@ def test_a_shape_that_looks_channels_first_is_told_and_a_field_says_which_it_is(
         with_data_facts(array_config(place / "a.npy"), "no run")
     config = with_data_facts(array_config(place / "a.npy", channels_first=1), "no run")
     train = datasets.load_data(config).train
-    back = datasets.get_units(config).to_files(train.source.fetch(np.arange(3))["image"])
+    back = pixels.get_units(data_spec(config)).to_files(train.source.fetch(np.arange(3))["image"])
     assert np.allclose(back, np.moveaxis(array[:3], 1, 3), atol=1e-2)
     ranges = [f"{a:g} to {b:g}" for a, b in zip(*channel_ends(array), strict=True)]
     assert f"8×9 pixels of 4 channels (the first axis): {', '.join(ranges)}" in caplog.text

@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import build
-import datasets
 import run_lib
 from configs import saved
+from data.batches import Dataset
 from errors import UserError
 from labels import check_labels
 from modes import sample as sample_mode
@@ -253,6 +253,6 @@ def test_labels_of_other_names_are_told(tmp_path):
     ):
         config = config_of(num_classes=len(known))
         config.data.classes = known
-        data = datasets.Dataset("x", ArraySource(images, np.zeros(20, int)), 17, has)
+        data = Dataset("x", ArraySource(images, np.zeros(20, int)), 17, has)
         with pytest.raises(UserError, match=line):
             check_labels(config.model.num_classes, config.data.classes, data)

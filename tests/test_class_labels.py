@@ -11,6 +11,7 @@ from PIL import Image
 
 import datasets
 from configs.default import get_default_config
+from data.batches import in_order
 from readers import samples
 from tests.make_datasets import encoded
 
@@ -30,7 +31,7 @@ def load(path, dataset="folder"):
     config.data.num_levels = 256 if dataset == "array" else 0
     data = datasets.load_data(config)
     assert data.train.classes == data.test.classes
-    labels = [datasets.in_order(split)["label"].tolist() for split in data]
+    labels = [in_order(split)["label"].tolist() for split in data]
     return data.train.classes, *labels
 
 

@@ -17,7 +17,7 @@ import likelihood
 import losses
 import sampling
 import sde_lib
-from datasets import Preprocessing
+from data.pixels import Preprocessing
 from tests.helpers import tiny_config
 
 ROWS = 8192

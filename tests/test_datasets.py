@@ -1,5 +1,8 @@
 import gzip
+import pathlib
 import struct
+import subprocess
+import sys
 import time
 
 import jax
@@ -9,19 +12,24 @@ import pytest
 from PIL import Image
 
 import datasets
+from configs.data import data_spec
 from configs.vp import celeba_ddpmpp_nll_st, fashion_mnist_st
+from data import pixels
+from data.batches import Dataset, in_memory, in_order, train_batches
 from errors import UserError
 from readers.containers import Folder
 from readers.decode import Fit
 from readers.image_files import records_of
 from readers.source import ArraySource, RecordSource
-from tests.helpers import tiny_config
+from tests.helpers import environment_of, tiny_config
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_digits_split_every_image_once():
     train, test = (datasets.get_dataset(tiny_config(), split) for split in ("train", "test"))
     assert (len(train), len(test), train.num_levels) == (1500, 297, 17)
-    images = np.concatenate([datasets.in_order(d)["image"] for d in (train, test)])
+    images = np.concatenate([in_order(d)["image"] for d in (train, test)])
     assert images.dtype == np.uint8 and images.max() == 16
     import sklearn.datasets
 
@@ -36,8 +44,8 @@ def test_digits_split_every_image_once():
 def order(count, batch_size, steps, **options):
     """The indices of the images of so many steps' batches, one after the other."""
     source = ArraySource(np.zeros((count, 1, 1, 1), np.uint8), np.zeros(count))
-    dataset = datasets.Dataset("numbered", source, 256)
-    stream = datasets.train_batches(dataset, batch_size, indices_only=True, **options)
+    dataset = Dataset("numbered", source, 256)
+    stream = train_batches(dataset, batch_size, indices_only=True, **options)
     return np.concatenate([next(stream)["image"] for _ in range(steps)])
 
 
@@ -65,8 +73,8 @@ def test_a_batch_is_a_function_of_seed_and_step(start_step):
 @pytest.mark.parametrize("start_step", [7, 23])
 def test_processes_share_a_global_batch(start_step):
     digits = datasets.get_dataset(tiny_config(), "train")
-    whole = next(datasets.train_batches(digits, 64, 0, start_step))
-    parts = [next(datasets.train_batches(digits, 64, 0, start_step, p, 4)) for p in range(4)]
+    whole = next(train_batches(digits, 64, 0, start_step))
+    parts = [next(train_batches(digits, 64, 0, start_step, p, 4)) for p in range(4)]
     for part in parts:
         np.testing.assert_array_equal(part["image"], whole["image"][part["index"]])
     np.testing.assert_array_equal(np.sort(np.concatenate([p["index"] for p in parts])), range(64))
@@ -90,20 +98,20 @@ def test_idx_files(tmp_path, compressed):
     config = fashion_mnist_st.get_config()
     config.data.path = str(tmp_path)
     test = datasets.get_dataset(config, "test")
-    examples = datasets.in_order(test)
+    examples = in_order(test)
     np.testing.assert_array_equal(examples["image"][:, 2:-2, 2:-2, 0], images)
     np.testing.assert_array_equal(examples["label"], labels)
     assert examples["image"][:, :2].max() == 0 and len(test) == 5
 
     broken = tmp_path / f"train-images-idx3-ubyte{suffix}"
     broken.write_bytes(broken.read_bytes()[:500])
-    with pytest.raises(UserError, match="can't be read as an IDX file"):
+    with pytest.raises(UserError, match="is damaged or cut off"):
         datasets.get_dataset(config, "train")
     if compressed:
         raw = bytearray(gzip.compress(bytes(5000)))
         raw[12:30] = bytes([255] * 18)
         broken.write_bytes(raw)
-        with pytest.raises(UserError, match="can't be read as an IDX file"):
+        with pytest.raises(UserError, match="is damaged or cut off"):
             datasets.get_dataset(config, "train")
     broken.unlink()
     with pytest.raises(UserError, match="has no file train-images"):
@@ -119,11 +127,11 @@ def test_celeba_is_the_centre_140_pixels(tmp_path):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     config = celeba_ddpmpp_nll_st.get_config()
     config.data.path = str(tmp_path)
-    found = datasets.in_order(datasets.get_dataset(config, "test"))["image"][0]
+    found = in_order(datasets.get_dataset(config, "test"))["image"][0]
     np.testing.assert_array_equal(found, np.asarray(expected))
     # Images that are cropped already are taken as they are.
     Image.fromarray(image[:100, :100]).save(tmp_path / "9.png")
-    found = datasets.in_order(datasets.get_dataset(config, "test"))["image"][0]
+    found = in_order(datasets.get_dataset(config, "test"))["image"][0]
     small = Image.fromarray(image[:100, :100]).resize((64, 64), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(found, np.asarray(small))
 
@@ -145,7 +153,7 @@ def test_a_folder_of_images(tmp_path):
     config = folder_config(tmp_path)
     train, test = (datasets.get_dataset(config, split) for split in ("train", "test"))
     assert (len(train), len(test), train.num_classes) == (18, 2, 2)
-    examples = datasets.in_order(train)
+    examples = in_order(train)
     assert examples["image"].shape == (18, 8, 8, 3)
     np.testing.assert_array_equal(examples["label"], [0] * 9 + [1] * 9)
 
@@ -167,7 +175,7 @@ def test_images_are_read_as_viewers_show_them(tmp_path):
     for i in range(3, 10):
         turned.save(tmp_path / f"{i}.png")
     config = folder_config(tmp_path)
-    black, grey, turned = datasets.in_order(datasets.get_dataset(config, "train"))["image"][:3]
+    black, grey, turned = in_order(datasets.get_dataset(config, "train"))["image"][:3]
     assert (black[:4] == 0).all() and (black[4:] == 255).all()
     assert (grey == 51).all()
     assert (turned[:4] == 10).all() and (turned[4:] == 200).all()
@@ -178,7 +186,7 @@ def test_a_folder_with_its_own_splits_numbers_classes_alike(tmp_path):
         (tmp_path / kind).mkdir(parents=True)
         for i in range(3):
             Image.new("RGB", (8, 8)).save(tmp_path / kind / f"{i}.png")
-    test = datasets.in_order(datasets.get_dataset(folder_config(tmp_path), "test"))
+    test = in_order(datasets.get_dataset(folder_config(tmp_path), "test"))
     np.testing.assert_array_equal(test["label"], [0, 0, 0, 1, 1, 1])
     # Folders of one split alone are no classes.
     (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
@@ -204,7 +212,7 @@ def test_levels_survive_the_way_to_the_model_and_back(dequantization, centered, 
     config.data.update(dequantization=dequantization, centered=centered)
     levels = np.arange(num_levels, dtype=np.uint8).reshape(1, -1, 1, 1).repeat(3, 0)
     keys = jax.random.split(jax.random.key(0), 3)
-    preprocessing = datasets.get_preprocessing(config, num_levels)
+    preprocessing = pixels.get_preprocessing(data_spec(config), num_levels)
     x = preprocessing.to_x0(levels, keys, flip=False)
     assert x.min() >= (-1 if centered else 0) and x.max() <= 1
     assert x.min() < (-0.8 if centered else 0.1) and x.max() > 0.8
@@ -218,7 +226,7 @@ def test_flip_mirrors_half_of_the_images():
     config.data.update(random_flip=True, dequantization="none", centered=False)
     image = jnp.tile(jnp.arange(4, dtype=jnp.uint8)[None, None, :, None], (1000, 2, 1, 1))
     keys = jax.random.split(jax.random.key(0), 1000)
-    x = np.asarray(datasets.get_preprocessing(config, 4).to_x0(image, keys, flip=True)) * 3
+    x = np.asarray(pixels.get_preprocessing(data_spec(config), 4).to_x0(image, keys, flip=True)) * 3
     mirrored = (x[:, 0, 0, 0] == 3).mean()
     assert 0.4 < mirrored < 0.6
     np.testing.assert_array_equal(np.sort(x[:, 0, :, 0], axis=1), [[0, 1, 2, 3]] * 1000)
@@ -226,7 +234,7 @@ def test_flip_mirrors_half_of_the_images():
 
 def test_bits_offset_counts_the_levels():
     def bits_offset(num_levels, centered):
-        return datasets.Preprocessing(num_levels, centered, "uniform", False).bits_offset
+        return pixels.Preprocessing(num_levels, centered, "uniform", False).bits_offset
 
     assert bits_offset(256, centered=True) == 7
     assert bits_offset(256, centered=False) == 8
@@ -241,14 +249,14 @@ def test_a_small_set_of_files_is_read_into_memory(tmp_path):
     for file, image in zip(files, images, strict=True):
         Image.fromarray(image).save(file)
     source = RecordSource(records_of(Folder(tmp_path), [file.name for file in files]), Fit(8, 3))
-    dataset = datasets.Dataset("files", source, 256)
-    whole = datasets.in_memory(dataset, images.nbytes)
+    dataset = Dataset("files", source, 256)
+    whole = in_memory(dataset, images.nbytes)
     np.testing.assert_array_equal(whole["image"], images)
-    assert datasets.in_memory(dataset, images.nbytes - 1) is None
+    assert in_memory(dataset, images.nbytes - 1) is None
     # Their places in it are those of the batches' images, in mid-epoch too.
     for start_step in (0, 5, 9):
-        batch = next(datasets.train_batches(dataset, 16, 3, start_step))
-        places = next(datasets.train_batches(dataset, 16, 3, start_step, indices_only=True))
+        batch = next(train_batches(dataset, 16, 3, start_step))
+        places = next(train_batches(dataset, 16, 3, start_step, indices_only=True))
         np.testing.assert_array_equal(images[places["image"]], batch["image"])
 
 
@@ -268,7 +276,7 @@ def test_files_are_read_ahead_in_order_and_not_far():
             return {"image": indices, "label": indices}
 
     source = Slow()
-    stream = datasets.train_batches(datasets.Dataset("slow", source, 256), 4, seed=1)
+    stream = train_batches(Dataset("slow", source, 256), 4, seed=1)
     found = np.concatenate([next(stream)["image"] for _ in range(20)])
     np.testing.assert_array_equal(found, order(40, 4, 20, seed=1))
     stream.close()
@@ -281,7 +289,7 @@ def test_a_file_that_breaks_during_training_is_named(tmp_path):
     for file in files:
         Image.new("RGB", (8, 8)).save(file)
     source = RecordSource(records_of(Folder(tmp_path), [file.name for file in files]), Fit(8, 3))
-    stream = datasets.train_batches(datasets.Dataset("files", source, 256), 4, seed=0)
+    stream = train_batches(Dataset("files", source, 256), 4, seed=0)
     assert next(stream)["image"].shape == (4, 8, 8, 3)
     files[2].write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"2\.png is not a readable image"):
@@ -290,7 +298,7 @@ def test_a_file_that_breaks_during_training_is_named(tmp_path):
 
 
 def test_a_flip_and_the_noise_of_its_image_are_independent():
-    preprocessing = datasets.Preprocessing(4, False, "uniform", True)
+    preprocessing = pixels.Preprocessing(4, False, "uniform", True)
     images = jnp.tile(jnp.array([0, 3], jnp.uint8)[None, None, :, None], (4000, 1, 1, 1))
     keys = jax.random.split(jax.random.key(0), 4000)
     x = 4 * np.asarray(preprocessing.to_x0(images, keys, flip=True)).reshape(4000, 2)
@@ -302,7 +310,7 @@ def test_a_flip_and_the_noise_of_its_image_are_independent():
 @pytest.mark.parametrize("dequantization", ["none", "uniform"])
 @pytest.mark.parametrize("centered", [True, False])
 def test_levels_without_noise_are_the_middles_of_their_cells(dequantization, centered):
-    preprocessing = datasets.Preprocessing(5, centered, dequantization, False)
+    preprocessing = pixels.Preprocessing(5, centered, dequantization, False)
     levels = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
     without = preprocessing.to_x0_without_noise(levels)
     np.testing.assert_allclose(np.diff(without.ravel()), preprocessing.cell_width, rtol=1e-6)
@@ -312,4 +320,31 @@ def test_levels_without_noise_are_the_middles_of_their_cells(dequantization, cen
 
 
 def test_values_at_both_ends_are_counted():
-    assert datasets.share_at_ends(np.array([0, 0, 1, 15, 16, 16, 16, 9]), 17) == 5 / 8
+    assert pixels.share_at_ends(np.array([0, 0, 1, 15, 16, 16, 16, 9]), 17) == 5 / 8
+
+
+USE_AS_A_LIBRARY = """
+import sys
+sys.path[:0] = sys.argv[1:]  # the stand-in's folder, and the repository
+import datasets
+import jax
+import batched_sampling, build, likelihood, losses, sampling, session
+from metrics import bits_per_dim, classifier, inception, scorers
+from readers import samples
+from tests.helpers import random_params, tiny_config
+
+config = tiny_config()
+config.model.update(nf=4, num_res_blocks=1)
+config.sampling.update(method="heun", num_steps=1)
+sample = batched_sampling.get_sampler(build.set_up(config), 2)
+print(datasets.NAME, sample(random_params(config), jax.random.key(0)).levels.shape)
+"""
+
+
+def test_library_use_leaves_the_name_datasets_to_others(tmp_path):
+    (tmp_path / "datasets.py").write_text("NAME = 'another library'\n")
+    command = [sys.executable, "-c", USE_AS_A_LIBRARY, str(tmp_path), str(ROOT)]
+    done = subprocess.run(
+        command, env=environment_of(1), capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "another library (2, 8, 8, 1)\n", done.stderr

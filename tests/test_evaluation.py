@@ -15,6 +15,8 @@ import build
 import datasets
 import evaluation
 import run_lib
+from data import pixels
+from data.batches import subset
 from errors import UserError
 from metrics import bits_per_dim, scorers
 from metrics import report as metrics_report
@@ -199,9 +201,9 @@ def test_a_checkpoint_that_training_deletes_in_the_meantime_is_not_asked_for(
 def test_samples_by_anyone_are_scored(tmp_path, inception):
     config = eval_config(tmp_path, enable_fid=True, num_reference=200)
     train = datasets.get_dataset(config, "train")
-    chosen = datasets.subset(train, 200)
+    chosen = subset(train, 200)
     others = train.source.fetch(np.setdiff1d(np.arange(len(train)), chosen)[:200])["image"]
-    images = datasets.levels_to_uint8(others, 17)
+    images = pixels.levels_to_uint8(others, 17)
     np.savez(tmp_path / "real.npz", samples=images)
     np.savez(tmp_path / "noise.npz", arr_0=np.random.default_rng(0).permuted(images, axis=1))
     folder = tmp_path / "pngs"

@@ -15,6 +15,7 @@ import scipy.integrate
 import scipy.stats
 
 import build
+import datasets
 import likelihood
 import losses
 import sampling
@@ -23,6 +24,7 @@ import train_step
 from configs.saved import as_recorded
 from configs.shapes import size_factor
 from configs.validate import validate
+from data.batches import in_order
 from errors import UserError
 from experiments.sweep import load_sweep
 from models import utils as mutils
@@ -540,3 +542,40 @@ def test_mistakes_in_a_config_file_are_one_line(folder):
         assert result.returncode == 2 and result.stderr.endswith(line), result.stderr
         assert result.stderr.count("\n") == 1
     assert not (folder / "runs").exists()
+
+
+def sign_config(path):
+    config = tiny_config()
+    config.data.update(dataset="sign_mnist", path=str(path), image_size=32)
+    config.data.cache = False
+    return config
+
+
+def test_a_data_set_of_ones_own_is_read(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = {"train": rng.integers(0, 256, (48, 785)), "test": rng.integers(0, 256, (24, 785))}
+    letters = [*range(9), *range(10, 25)]  # without J
+    for split, values in rows.items():
+        values[:, 0] = np.resize(letters, len(values))
+        header = ",".join(["label", *(f"pixel{i}" for i in range(1, 785))])
+        file = tmp_path / f"sign_mnist_{split}.csv"
+        np.savetxt(file, values, "%d", ",", header=header, comments="")
+    config = sign_config(tmp_path)
+    build.set_up(config)
+    data = datasets.load_data(config)
+    assert data.train.classes == tuple("ABCDEFGHIKLMNOPQRSTUVWXY")
+    assert "27,455 training and 7,172 test images as published" in data.train.notes[0]
+    for split, values in rows.items():
+        found = in_order(getattr(data, split))
+        inner = found["image"][:, 2:-2, 2:-2, 0]
+        np.testing.assert_array_equal(inner, values[:, 1:].reshape(-1, 28, 28))
+        np.testing.assert_array_equal(found["label"], np.resize(range(24), len(values)))
+
+
+def test_files_that_a_data_set_of_ones_own_lacks_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"Sign Language MNIST is read from; bring sign_mnist_tra"):
+        datasets.load_data(sign_config(tmp_path))
+    config = sign_config(tmp_path)
+    config.data.dataset = "sing_mnist"
+    with pytest.raises(UserError, match=r"data.dataset is 'sing_mnist'; .* sign_mnist"):
+        build.set_up(config)

@@ -36,6 +36,7 @@ import losses
 import run_lib
 import train_step
 import training_log
+from data.batches import facts_of_data
 from errors import UserError
 from metrics.report import earlier_scores
 from readers import cache, tfrecords
@@ -530,7 +531,7 @@ def test_data_that_changed_between_two_trainings_of_a_run_are_wanted(tmp_path, c
 
     def train():
         caplog.clear()
-        record_data(tmp_path, datasets.facts_of_data(datasets.load_data(config)))
+        record_data(tmp_path, facts_of_data(datasets.load_data(config)))
         return [line for line in caplog.messages if "data have changed" in line]
 
     assert not train() and not train()

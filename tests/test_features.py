@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import datasets
+from data import pixels
+from data.batches import in_order
 from errors import UserError
 from metrics import classifier, scorers
 from metrics import inception as metrics_inception
@@ -61,8 +63,8 @@ def test_the_extractor_reads_the_file_and_takes_levels_and_grey_images(weights, 
     extractor = metrics_inception.get_inception(str(weights), tmp_path, 256)
     assert extractor.weights == hashlib.sha256(weights.read_bytes()).hexdigest()
     # Digits have 17 levels and one channel: the same as their grey values in all three.
-    digits = datasets.in_order(datasets.get_dataset(tiny_config(), "test"), 4)["image"]
-    grey = np.repeat(datasets.levels_to_uint8(digits, 17), 3, axis=-1)
+    digits = in_order(datasets.get_dataset(tiny_config(), "test"), 4)["image"]
+    grey = np.repeat(pixels.levels_to_uint8(digits, 17), 3, axis=-1)
     of_levels = metrics_inception.get_inception(str(weights), tmp_path, 17).fn(digits)["features"]
     of_grey = extractor.fn(grey)["features"]
     np.testing.assert_allclose(of_levels, of_grey, rtol=1e-5, atol=1e-6 * of_grey.max())
@@ -264,7 +266,7 @@ def test_classifier_is_trained_once_and_tells_classes_apart(tmp_path, monkeypatc
     monkeypatch.setattr(classifier, "_train_classifier", fail)
     again, same = get_classifier(train, test, tmp_path, steps=200)
     assert same == accuracy and again.weights == extractor.weights
-    images = datasets.in_order(test)["image"]
+    images = in_order(test)["image"]
     np.testing.assert_array_equal(extractor.fn(images)["features"], again.fn(images)["features"])
     monkeypatch.undo()
 

@@ -18,6 +18,7 @@ import sampling
 import sde_lib
 import train_step
 from configs.vp import digits_st
+from data.batches import Data, in_order
 from errors import UserError
 from labels import sample_labels
 from metrics import bits_per_dim
@@ -188,7 +189,7 @@ def test_bits_are_of_an_image_given_its_label(tmp_path, told):
     data = datasets.load_data(config)
     if not told:  # images that come without labels
         test = dataclasses.replace(data.test, classes=())
-        data = datasets.Data(test, test)
+        data = Data(test, test)
 
     def bits(params, keys, image_keys, x, levels, labels):
         seen.append(np.asarray(labels))
@@ -199,7 +200,7 @@ def test_bits_are_of_an_image_given_its_label(tmp_path, told):
     bits_per_dim.bits_of_images(
         bits_per_dim.BitsEvaluation(setup, data, results, bits), {"a": np.zeros(1)}
     )
-    labels = datasets.in_order(data.test, 6)["label"]
+    labels = in_order(data.test, 6)["label"]
     expected = labels if told else np.full(6, 10)
     np.testing.assert_array_equal(np.concatenate([seen[0], seen[1][:2]]), expected)
 

@@ -7,10 +7,10 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-import datasets
 import likelihood
 import losses
 import sde_lib
+from data import pixels
 from models import utils as mutils
 from official import import_checkpoint
 from tests.helpers import GOLDEN, Gaussian, Mixture, golden_config, nhwc, tiny_config
@@ -265,7 +265,7 @@ def test_the_lossless_nelbo_bounds_the_entropy_of_levels():
     cfg = config()
     cfg.data.update(dequantization="lossless")
     cfg.training.truncation_time = 5e-3
-    lowest, width = datasets.Preprocessing(num_levels, True, "none", False).level_grid
+    lowest, width = pixels.Preprocessing(num_levels, True, "none", False).level_grid
     x = lowest + width * jnp.clip(jnp.round((data.sample(4000) - lowest) / width), 0, 64)
     nelbo_fn = likelihood.get_nelbo_fn(cfg, SDE, lambda _: data.score_fn(SDE), num_levels)
     bits = np.asarray(nelbo_fn(None, jax.random.key(0), x, lossless=True)["nelbo_lossless"])

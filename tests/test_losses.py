@@ -14,7 +14,10 @@ import losses
 import sde_lib
 import train_step
 from configs import fields
+from configs.data import data_spec
 from configs.validate import validate
+from data import pixels
+from data.batches import train_batches
 from errors import UserError
 from models import utils as mutils
 from official import import_checkpoint
@@ -195,7 +198,7 @@ def pmapped_step(config, num_devices):
     devices = jax.devices()[:num_devices]
     state = train_step.pack_state(setup.init_state())
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), state)
-    batches = datasets.train_batches(data.train, config.training.batch_size, config.seed)
+    batches = train_batches(data.train, config.training.batch_size, config.seed)
     return state, jax.pmap(step_fn, axis_name="batch", devices=devices), batches
 
 
@@ -425,7 +428,7 @@ def test_mixed_training_is_the_same_on_several_devices():
 def test_the_lossless_decoder_is_a_distribution_over_levels():
     # For each pixel the probabilities of all levels sum to 1, and the likely one is near the mean.
     data, num_levels = Gaussian((1, 1, 1), 0.2, 0.1), 9
-    lowest, width = datasets.Preprocessing(num_levels, True, "none", False).level_grid
+    lowest, width = pixels.Preprocessing(num_levels, True, "none", False).level_grid
     levels = jnp.linspace(-1, 1, num_levels)[:, None, None, None]
     np.testing.assert_allclose(levels[1] - levels[0], width, rtol=1e-6)
     for eps in (1e-5, 1e-3, 0.1, 1.0):
@@ -624,16 +627,16 @@ def seen_by_the_objective(train, **training):
     """The (x, t) of each call of the score, and `flip`, for 500 images of four pixels at 0."""
     calls = []
 
-    class Data(datasets.Preprocessing):
+    class Data(pixels.Preprocessing):
         def to_x0(self, images, keys, flip):
             calls.append(flip)
             return jnp.zeros(images.shape)
 
     config = toy_config("fixed", 1.0, likelihood=True, importance=True)
     config.training.update(training)
-    own = dataclasses.asdict(datasets.get_preprocessing(config))
+    own = dataclasses.asdict(pixels.get_preprocessing(data_spec(config)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "get_preprocessing", lambda *_: Data(**own))
+        patch.setattr(pixels, "get_preprocessing", lambda *_: Data(**own))
         objective = build.get_objective(config, SDE)
 
     def score_fn(x, t, keys):

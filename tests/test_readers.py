@@ -18,10 +18,12 @@ from PIL import Image
 
 import datasets
 from configs.default import get_default_config
+from data.batches import in_order
 from errors import UserError
-from readers import cache, download, image_files, lsun
+from readers import cache, image_files, lsun
 from readers.decode import Fit, open_image
 from readers.layout import Records
+from readers.published import PUBLISHED
 from readers.source import RecordSource
 from runtime import environment
 from tests import make_datasets
@@ -51,7 +53,7 @@ def config_of(made):
 
 def load(config):
     data = datasets.load_data(config)
-    return data, {split: datasets.in_order(getattr(data, split)) for split in ("train", "test")}
+    return data, {split: in_order(getattr(data, split)) for split in ("train", "test")}
 
 
 def expected_images(made, split, config):
@@ -137,7 +139,7 @@ def test_an_lmdb_environment_is_read_on_after_a_signal_to_all_processes(tmp_path
     for number in (signal.SIGINT, signal.SIGTERM):
         served._process.send_signal(number)
     assert all(served.get(bytes(key)) for key in served.keys)
-    served._process.stdin.close()  # as when the program ends
+    served._other.close()  # as when the program ends
     assert served._process.wait(10) == 0
 
 
@@ -150,7 +152,6 @@ def test_an_lmdb_environment_leaves_nothing_to_the_interpreters_end(tmp_path):
         "environment = lsun._Environment(pathlib.Path(sys.argv[1]))\n"
         "os.kill(environment._process.pid, signal.SIGKILL)\n"
         "environment._process.wait()\n"
-        "environment._process.stdin.write(b'8 bytes.')\n"  # as of a request that was cut off
     )
     command = [sys.executable, "-X", "dev", "-c", program, str(folder)]
     done = subprocess.run(
@@ -227,14 +228,14 @@ def test_without_room_in_the_cache_files_are_read_as_needed(problem, tmp_path, m
     broken.write_bytes(b"not an image")
     data = datasets.load_data(config_of(made))
     with pytest.raises(UserError, match=f"{broken.name} is not a readable image"):
-        datasets.in_order(data.train)
+        in_order(data.train)
 
 
 def _load_in_process(config_json, folder, queue):
     os.environ["XDG_CACHE_HOME"] = folder
     config = get_default_config()
     config.data.update(json.loads(config_json))
-    queue.put(float(datasets.in_order(datasets.load_data(config).test)["image"].mean()))
+    queue.put(float(in_order(datasets.load_data(config).test)["image"].mean()))
 
 
 def test_two_starts_at_once_decode_once(tmp_path, cache_folder):
@@ -350,9 +351,9 @@ def test_a_split_needs_a_name_that_is_known(tmp_path):
 def cifar10(tmp_path, monkeypatch):
     """(the address, the file) of a simulated archive, whose checksum is expected."""
     made = write(tmp_path, make_datasets.LAYOUTS["cifar10_python_tar"])
-    (url,) = download.FILES["CIFAR10"]
+    (url,) = PUBLISHED["CIFAR10"].downloads
     sha256 = hashlib.sha256(made.path.read_bytes()).hexdigest()
-    monkeypatch.setitem(download.FILES, "CIFAR10", {url: sha256})
+    monkeypatch.setitem(PUBLISHED["CIFAR10"].downloads, url, sha256)
     return url, made.path
 
 

@@ -13,6 +13,8 @@ import datasets
 import losses
 import sampling
 import sde_lib
+from configs.data import data_spec
+from data import pixels
 from errors import UserError
 from models import utils as mutils
 from official import import_checkpoint
@@ -382,7 +384,10 @@ def test_completions_of_all_batches_have_noise_of_their_own():
         seen.extend(map(tuple, np.asarray(jax.random.key_data(keys)).tolist()))
         return images
 
-    test, preprocessing = datasets.get_dataset(config, "test"), datasets.get_preprocessing(config)
+    test, preprocessing = (
+        datasets.get_dataset(config, "test"),
+        pixels.get_preprocessing(data_spec(config)),
+    )
     arrays = controllable_generation.complete_test_images(
         complete, {}, test, preprocessing, np.ones((8, 8, 1)), count=12, batch_size=4, seed=0
     )

@@ -13,9 +13,11 @@ import build
 import datasets
 import run_lib
 from build import with_data_facts
+from configs.data import data_spec
 from configs.shapes import image_shape
 from configs.vp import array_st
-from controllable_generation import _read_mask
+from controllable_generation import read_mask
+from data import pixels
 from errors import UserError
 from evaluation import evaluate
 from metrics import bits_per_dim
@@ -68,7 +70,8 @@ def test_floats_are_scaled_by_the_training_images_and_come_back(tmp_path):
     assert image_shape(config) == (6, 10, 1) and config.data.dequantization == "none"
     train = data.train.source.fetch(np.arange(18))["image"]
     assert train.dtype == np.float32 and train.min() == 0 and train.max() == 1
-    units, preprocessing = datasets.get_units(config), datasets.get_preprocessing(config)
+    spec = data_spec(config)
+    units, preprocessing = pixels.get_units(spec), pixels.get_preprocessing(spec)
     assert np.allclose(units.to_files(train)[..., 0], array[~is_test], rtol=0, atol=1e-4)
     x0 = preprocessing.to_x0_without_noise(train)
     assert x0.min() == -1 and x0.max() == 1
@@ -81,10 +84,10 @@ def test_each_channel_of_floats_has_its_own_scale(tmp_path):
     train = datasets.load_data(config).train.source.fetch(np.arange(18))["image"]
     assert np.allclose(train.min(axis=(0, 1, 2)), 0) and np.allclose(train.max(axis=(0, 1, 2)), 1)
     of_train = array[np.arange(20) % 10 != 9]
-    back = datasets.get_units(config).to_files(train)
+    back = pixels.get_units(data_spec(config)).to_files(train)
     assert np.allclose(back, of_train, rtol=1e-6)
     widths = np.ptp(of_train.astype(np.float64), axis=(0, 1, 2))
-    offset = datasets.get_preprocessing(config).bits_offset
+    offset = pixels.get_preprocessing(data_spec(config)).bits_offset
     assert np.isclose(offset, np.log2(widths / 2).mean())
     config = array_config(tmp_path / "a.npy", scale=(0.0, (300.0, 1.0, 2e4)))
     scaled = with_data_facts(config, tmp_path / "no run")
@@ -106,7 +109,7 @@ def test_bits_of_floats_are_densities_in_their_own_units(tmp_path):
     value = low + (high - low) * (x + 1) / 2
     in_units = -scipy.stats.norm(280, 15).logpdf(value) / math.log(2)
     scaled = scipy.stats.norm((280 - low) / (high - low) * 2 - 1, 15 / (high - low) * 2)
-    offset = datasets.get_preprocessing(config).bits_offset
+    offset = pixels.get_preprocessing(data_spec(config)).bits_offset
     assert np.allclose(-scaled.logpdf(x) / math.log(2) + offset, in_units)
 
 
@@ -122,11 +125,11 @@ def test_the_number_of_levels_is_read(array, num_levels, shape, tmp_path):
     config = with_data_facts(array_config(saved(tmp_path / "a.npy", array)), tmp_path / "no run")
     assert config.data.num_levels == num_levels and image_shape(config) == shape
     images = datasets.load_data(config).train.source.fetch(np.arange(18))["image"]
-    preprocessing = datasets.get_preprocessing(config)
+    preprocessing = pixels.get_preprocessing(data_spec(config))
     assert images.dtype == preprocessing.dtype == array.dtype
     back = preprocessing.to_levels(preprocessing.to_x0_without_noise(images))
     assert back.dtype == array.dtype and np.array_equal(back, images)
-    assert np.array_equal(datasets.get_units(config).to_files(images), images)
+    assert np.array_equal(pixels.get_units(data_spec(config)).to_files(images), images)
 
 
 def test_files_are_mapped_and_not_read_whole(tmp_path):
@@ -210,11 +213,10 @@ def test_padding_repeats_the_edge_and_is_cut_off(tmp_path):
     assert np.array_equal(images[:, 5], images[:, 4]) and np.array_equal(
         images[:, :, 7], images[:, :, 6]
     )
-    units = datasets.get_units(config)
+    units = pixels.get_units(data_spec(config))
     assert np.array_equal(units.to_files(images), array[:3])
     assert units.to_pictures(images).shape == (3, 5, 14, 1)
-    config.sampling.mask = "left"
-    mask = _read_mask(config)[..., 0]
+    mask = read_mask("left", (5, 7), (6, 8))[..., 0]
     assert mask[:5, :3].all() and not mask[:5, 3:7].any() and mask[5].all() and mask[:, 7].all()
 
 
@@ -223,10 +225,10 @@ def test_pictures_show_the_chosen_channels(tmp_path):
     config = array_config(saved(tmp_path / "a.npy", array))
     config.sampling.show_channels = (4, 0, 2)
     config = with_data_facts(config, tmp_path / "no run")
-    pictures = datasets.get_units(config).to_pictures(array)
+    pictures = pixels.get_units(data_spec(config)).to_pictures(array)
     assert np.array_equal(pictures, array[..., [4, 0, 2]])
     config.sampling.show_channels = ()
-    wide = datasets.get_units(config).to_pictures(array.repeat(2, axis=0))
+    wide = pixels.get_units(data_spec(config)).to_pictures(array.repeat(2, axis=0))
     save_grid(wide, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as grid:
         assert wide.shape == (40, 4, 20, 1) and 0.5 < grid.width / grid.height < 2

@@ -8,9 +8,7 @@ from configs.rve import church_uncsn
 def get_config() -> ConfigDict:
     """The recipe."""
     config = church_uncsn.get_config()
-    config.data.update(
-        dataset="FFHQ", category="", tfrecords_path="ffhq-r10.tfrecords", image_size=1024
-    )
+    config.data.update(dataset="FFHQ", category="", image_size=1024)
     config.model.update(
         nf=16,
         ch_mult=(1, 2, 4, 8, 16, 32, 32, 32),

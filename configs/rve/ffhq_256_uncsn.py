@@ -8,6 +8,6 @@ from configs.rve import church_uncsn
 def get_config() -> ConfigDict:
     """The recipe."""
     config = church_uncsn.get_config()
-    config.data.update(dataset="FFHQ", category="", tfrecords_path="ffhq-r08.tfrecords")
+    config.data.update(dataset="FFHQ", category="")
     config.model.sigma_max = 348.0
     return config

@@ -8,7 +8,7 @@ from configs.ve import cifar10_ncsnpp_st
 def get_config() -> ConfigDict:
     """The recipe."""
     config = cifar10_ncsnpp_st.get_config()
-    config.data.update(dataset="CelebAHQ", tfrecords_path="celeba_r08.tfrecords", image_size=256)
+    config.data.update(dataset="CelebAHQ", image_size=256)
     config.model.update(
         ch_mult=(1, 1, 2, 2, 2, 2, 2),
         num_res_blocks=2,

@@ -14,6 +14,7 @@ import datasets
 from configs import saved
 from configs.default import get_default_config
 from configs.validate import validate
+from data.batches import in_order
 from metrics.classifier import _read_classifier
 from metrics.statistics import Statistics, load_statistics, save_statistics
 from official.pth_reader import read_pth
@@ -174,9 +175,7 @@ def read_data_set(folder):
     config, told = get_default_config(), json.loads((folder.parent / "told.json").read_text())
     path = str(folder / told["path"])
     config.data.update({**told, "path": path, "cache": False})
-    if "tfrecords_path" in told:
-        config.data.update(tfrecords_path=path, path="")
-    datasets.in_order(datasets.load_data(config).train)
+    in_order(datasets.load_data(config).train)
 
 
 LAYOUTS = {

@@ -64,7 +64,7 @@ def write_files(folder):
         "a folder with a broken image": f"{data}{folder}/broken",
         "an IDX file that is cut short": f"{fashion}{folder}/idx",
         "a TFRecord file that is cut short": "--config.data.dataset=CelebAHQ "
-        f"--config.data.num_channels=3 --config.data.tfrecords_path={folder}/cut.tfrecords",
+        f"--config.data.num_channels=3 --config.data.path={folder}/cut.tfrecords",
         "a checkpoint that is cut short": f"--mode=import --checkpoint={folder}/cut.pth",
         "a checkpoint that would run a command": f"--mode=import --checkpoint={folder}/hostile.pth",
         "a checkpoint of another network": f"--mode=import --checkpoint={GOLDEN}/vp_ddpmpp.pth",

@@ -3,12 +3,12 @@
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from readers.layout import Splits
-
 Labels = np.ndarray | list[int] | list[str]  # of images, in any of their own numbers or names
+Classes = tuple[str, ...]  # the names of labels 0, 1, …
 _MOST_CLASSES = 100
 
 
@@ -18,9 +18,11 @@ def plain_classes(count: int) -> tuple[str, ...]:
 
 
 def number_labels(
-    given: Sequence[Labels | None], names: Sequence[str] = (), dropped: Iterable[str] = ()
-) -> Splits[np.ndarray | None]:
-    """Number the labels that occur among the training images, in their order: (N,) int64, or None.
+    given: Sequence[list[Any] | None], names: Sequence[str] = (), dropped: Iterable[str] = ()
+) -> tuple[Sequence[np.ndarray | None], Classes, str]:
+    """(the number of each label, (N,) int64, or None; the classes; a note) of both splits.
+
+    The labels that occur among the training images are numbered in their order.
 
     One label alone is no label. Without labels for both splits, and if a test image has one that no
     training image has, they are not used.
@@ -37,23 +39,22 @@ def number_labels(
         if not told and (train is not None or test is not None):
             which = "training" if train is None else "test"
             told = f"labels are not used: the {which} images have none"
-        return Splits(None, None, notes=(told,) if told else ())
+        return (None, None), (), told
 
     def name(label: int | str) -> str:
         return names[label] if isinstance(label, int) and label < len(names) else str(label)
 
-    splits = [split.tolist() if isinstance(split, np.ndarray) else split for split in (train, test)]
-    known = sorted(set(splits[0]))
+    known = sorted(set(train))
     if len(known) < 2:
-        return Splits(None, None)
+        return (None, None), (), ""
     number = {label: i for i, label in enumerate(known)}
-    new = sorted(set(splits[1]) - number.keys())
+    new = sorted(set(test) - number.keys())
     if new:
         more = f" and {len(new) - 1} more" if len(new) > 1 else ""
         note = f"labels are not used: no training image has the test images' {name(new[0])}{more}"
-        return Splits(None, None, notes=(note,))
-    numbers = [np.array([number[label] for label in split], np.int64) for split in splits]
-    return Splits(numbers[0], numbers[1], tuple(map(name, known)))
+        return (None, None), (), note
+    numbers = [np.array([number[label] for label in split], np.int64) for split in (train, test)]
+    return numbers, tuple(map(name, known)), ""
 
 
 def folder_labels(names: Sequence[str], many: bool) -> tuple[list[str] | None, str]:
