@@ -27,7 +27,7 @@ from configs.saved import as_recorded
 from configs.shapes import image_shape
 from configs.validate import check_array_fields, validate
 from data import arrays, loading, pixels
-from data.batches import Dataset
+from data.batches import Data, Dataset
 from errors import UserError
 from labels import check_labels, sample_labels
 from models import utils as mutils
@@ -82,6 +82,7 @@ class Setup:
     sampler: sampling.SamplerFn
     make_sample_fn: Callable[[int], Any]  # number of samples → (params, keys, labels) → (x, nfe)
     read_arrays: Callable[..., tuple[Dataset, list[str] | None]]  # of a user's own file
+    load_data: Callable[[], Data]
     make_nll_fn: Callable[[], Callable[..., dict[str, Array]]]
     make_nelbo_fn: Callable[[], Callable[..., dict[str, Array]]]
     seed: int
@@ -226,6 +227,11 @@ def with_data_facts(
     return config
 
 
+def open_run(config: ConfigDict, workdir: str | os.PathLike[str]) -> Setup:
+    """The parts of the run in `workdir`, or of a new one: `set_up` of `with_data_facts`."""
+    return set_up(with_data_facts(config, workdir))
+
+
 def with_classes(setup: Setup, train: Dataset, anew: bool = False) -> Setup:
     """The parts of a run with the names of the labels that its network is told.
 
@@ -308,6 +314,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         sampler=sampler,
         make_sample_fn=functools.partial(get_sampling_fn, config, sde, score_model),
         read_arrays=functools.partial(arrays.array_of_images, data),
+        load_data=functools.partial(loading.load, data),
         make_nll_fn=functools.partial(likelihood.get_nll_fn, config, sde, score_model, levels),
         make_nelbo_fn=functools.partial(likelihood.get_nelbo_fn, config, sde, score_model, levels),
         seed=config.seed,

@@ -455,7 +455,7 @@ def _finish(results: PartialResults, folder: pathlib.Path) -> None:
     log.info("report in %s", folder / "report.md")
 
 
-def make_statistics(config: ConfigDict) -> pathlib.Path:
+def make_statistics(setup: Setup) -> pathlib.Path:
     """Compute the statistics of the training images, for FID.
 
     Returns:
@@ -464,7 +464,7 @@ def make_statistics(config: ConfigDict) -> pathlib.Path:
     Raises:
       UserError: there are no Inception weights, or the file has statistics of something else.
     """
-    setup, train = set_up(config), datasets.get_dataset(config, "train")
+    train = setup.load_data().train
     options = setup.evaluation
     extractor = get_inception(options.inception_path, cache_dir(options), train.num_levels)
     if not extractor:

@@ -9,7 +9,7 @@ import sys
 import traceback
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from configs import saved
 from errors import UserError
@@ -181,25 +181,30 @@ def _check_flags() -> None:
         raise UserError("--mode import needs --checkpoint, an official .pth file")
 
 
-def _run(config: ConfigDict, workdir: str) -> None:
+def _run(workdir: str) -> None:
     """Run the chosen mode; its modules are imported when all processes are connected."""
+    import build
     import evaluation
     import run_lib
     from modes import sample, transfer
 
-    if _MODE.value == "train":
+    config, mode = _CONFIG.value, _MODE.value
+    if mode == "train":
         run_lib.train(config, workdir, _OVERRIDE.value, _config_file(), _INIT_FROM.value or "")
-    elif _MODE.value == "eval":
+        return
+    if mode == "eval":
         evaluation.evaluate(config, workdir)
-    elif _MODE.value == "sample":
-        sample.sample(config, workdir)
-    elif _MODE.value == "stats":
-        evaluation.make_statistics(config)
-    elif _MODE.value == "export":
+        return
+    setup = build.open_run(config, workdir)
+    if mode == "sample":
+        sample.sample(setup, workdir)
+    elif mode == "stats":
+        evaluation.make_statistics(setup)
+    elif mode == "export":
         export = transfer.export_official if _FORMAT.value == "pth" else transfer.export
-        export(config, workdir, _TO.value or "")
+        export(setup, workdir, _TO.value or "")
     else:
-        transfer.import_official(config, workdir, _CHECKPOINT.value or "", _config_file())
+        transfer.import_official(setup, workdir, _CHECKPOINT.value or "", _config_file())
 
 
 def main(argv: list[str]) -> None:
@@ -226,7 +231,7 @@ def _connect_and_run(workdir: str) -> None:
         level = logging.INFO if hosts.is_main() else logging.ERROR
         logging.getLogger("soft_truncation").setLevel(level)
         _check_flags()
-        _run(_CONFIG.value, workdir)
+        _run(workdir)
     except UserError as error:
         _fail(UserError(f"{error}{_hint_at_config_file(error)}"))
     except KeyboardInterrupt:

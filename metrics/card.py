@@ -4,8 +4,8 @@ import pathlib
 from typing import Any
 
 from clu.parameter_overview import count_parameters
-from ml_collections import ConfigDict
 
+from build import Setup
 from metrics.report import read_report, remarks, table
 from runtime.workdir import short_hash
 
@@ -20,37 +20,27 @@ def _report_of(workdir: pathlib.Path, step: int, params: Any) -> dict[str, Any] 
     return None
 
 
-def model_card(
-    name: str,
-    config: ConfigDict,
-    objective: str,
-    optimizer: str,
-    workdir: pathlib.Path,
-    step: int,
-    params: Any,
-) -> str:
+def model_card(name: str, setup: Setup, workdir: pathlib.Path, step: int, params: Any) -> str:
     """The README.md of an exported model.
 
     Args:
       name: the model's name.
-      config: the run's config.
-      objective, optimizer: what it was trained by, in words.
+      setup: the parts of the run.
       workdir: the run, whose report is quoted if it is of these weights.
       step: the step of the weights.
       params: the weights.
     """
-    data, training = config.data, config.training
-    own = data.dataset == "folder"  # which only their owner has
-    width = data.image_width or data.image_size
-    what, where = (data.path, " --config.data.path=IMAGES") if own else (data.dataset, "")
+    data = setup.fields["data"]
+    own = data["dataset"] == "folder"  # which only their owner has
+    what, where = (data["path"], " --config.data.path=IMAGES") if own else (data["dataset"], "")
     about = {
-        "data": f"{what}, {data.image_size}×{width}×{data.num_channels}",
+        "data": f"{what}, {'×'.join(map(str, setup.shape))}",
         "licence of the data": "not known to this program: see where they come from",
-        "network": f"{config.model.name}, {count_parameters(params):,} parameters, predicts the "
-        f"{config.model.parametrization}",
-        "objective": objective,
-        "optimiser": optimizer,
-        "training": f"{step:,} steps of {training.batch_size} images",
+        "network": f"{setup.network}, {count_parameters(params):,} parameters, predicts the "
+        f"{setup.fields['model']['parametrization']}",
+        "objective": setup.objective_text,
+        "optimiser": setup.optimizer_text,
+        "training": f"{step:,} steps of {setup.loop.batch_size} images",
     }
     lines = [f"# {name}", "", "The EMA weights of a score-based diffusion model are in "]
     lines[-1] += "`model.safetensors`, the recipe is in `config.json`."

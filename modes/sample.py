@@ -8,10 +8,9 @@ from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from batched_sampling import get_sampler, sample_batches
-from build import Setup, set_up, with_data_facts
+from build import Setup
 from controllable_generation import (
     PER_IMAGE,
     complete_test_images,
@@ -20,7 +19,6 @@ from controllable_generation import (
     read_mask,
 )
 from data.batches import Dataset
-from datasets import load_data
 from errors import UserError
 from labels import check_labels, sample_labels
 from memory_advice import advise_on_sampling
@@ -47,7 +45,7 @@ from train_step import (
 log = logging.getLogger("soft_truncation")
 
 
-def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
+def sample(setup: Setup, workdir: str | os.PathLike[str]) -> pathlib.Path:
     """Generate, inpaint or colour `sampling.n_images` images with a checkpoint's EMA weights.
 
     The checkpoint is the newest, or the one that eval.begin_ckpt and end_ckpt choose.
@@ -63,13 +61,11 @@ def sample(config: ConfigDict, workdir: str | os.PathLike[str]) -> pathlib.Path:
     samples/png, where dataset.json has the labels, and an interrupted run goes on.
 
     Raises:
-      UserError: the config, the data or the checkpoint can't be used.
+      UserError: the data or the checkpoint can't be used.
     """
-    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
-    setup = set_up(config)
-    task = setup.sampling.task
+    workdir, task = pathlib.Path(workdir), setup.sampling.task
     check_processes(setup.fields, {})
-    data = None if task == "generate" else load_data(config)
+    data = None if task == "generate" else setup.load_data()
     step = hosts.on_main(lambda: chosen_step(setup, workdir))
     state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step)
     log.info("task %s with step %d of %s", task, int(state.step), workdir)

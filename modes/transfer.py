@@ -8,9 +8,8 @@ import shutil
 from collections.abc import Iterator
 
 from clu.parameter_overview import count_parameters
-from ml_collections import ConfigDict
 
-from build import objective_in_words, optimizer_in_words, set_up, with_data_facts
+from build import Setup, set_up
 from configs import fields
 from errors import UserError
 from metrics.card import model_card
@@ -31,7 +30,7 @@ log = logging.getLogger("soft_truncation")
 
 
 def import_official(
-    config: ConfigDict,
+    setup: Setup,
     workdir: str | os.PathLike[str],
     path: str | pathlib.Path,
     config_file: str = "",
@@ -44,9 +43,8 @@ def import_official(
     Raises:
       UserError: the file can't be read or is of another network, or the workdir has checkpoints.
     """
-    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
-    setup = set_up(config)
-    fields.call(import_checkpoint.check_network, config, "model", "optim")
+    workdir = pathlib.Path(workdir)
+    fields.call(import_checkpoint.check_network, setup.fields, "model", "optim")
     state = import_checkpoint.load_state(path, setup.state_shape.params, setup.optimizer)
     exported.refuse(workdir)
     if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
@@ -86,7 +84,7 @@ def _exporting(to: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def export(
-    config: ConfigDict, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
+    setup: Setup, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
 ) -> pathlib.Path:
     """Write the EMA weights of a checkpoint to a folder for others.
 
@@ -95,7 +93,7 @@ def export(
     samples as a run does, by --workdir.
 
     Args:
-      config: the run's config.
+      setup: the parts of the run.
       workdir: the run; the checkpoint is the newest, or the one that eval.begin_ckpt and end_ckpt
         choose.
       to: the folder, which must be new or empty.
@@ -106,8 +104,7 @@ def export(
     Raises:
       UserError: the checkpoint can't be read, or `to` has files or can't be written to.
     """
-    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
-    setup, folder = set_up(config), pathlib.Path(to).absolute()
+    workdir, folder = pathlib.Path(workdir), pathlib.Path(to).absolute()
     step = hosts.on_main(lambda: chosen_step(setup, workdir))
     state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step)
     params = state.ema_params
@@ -119,8 +116,7 @@ def export(
         with _exporting(folder) as partial:
             partial.mkdir()
             (partial / "config.json").write_text(own.to_json_best_effort(indent=1) + "\n")
-            words = objective_in_words(own), optimizer_in_words(own)
-            card = model_card(folder.name, own, *words, workdir, step, params)
+            card = model_card(folder.name, set_up(own), workdir, step, params)
             (partial / "README.md").write_text(card)
             exported.write(partial, params, step)
         size = (folder / exported.WEIGHTS).stat().st_size / 2**20
@@ -131,12 +127,12 @@ def export(
 
 
 def export_official(
-    config: ConfigDict, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
+    setup: Setup, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
 ) -> pathlib.Path:
     """Write a checkpoint, with the whole state of training, to a .pth file of the official release.
 
     Args:
-      config, workdir: as in `export`.
+      setup, workdir: as in `export`.
       to: the new file.
 
     Returns:
@@ -146,11 +142,10 @@ def export_official(
       UserError: the checkpoint can't be read, the release has no such network, or `to` exists or
         can't be written to.
     """
-    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
-    setup, file = set_up(config), pathlib.Path(to).absolute()
+    workdir, file = pathlib.Path(workdir), pathlib.Path(to).absolute()
     step = hosts.on_main(lambda: chosen_step(setup, workdir))
     exported.refuse(workdir)
-    fields.call(import_checkpoint.check_network, config, "model", "optim")
+    fields.call(import_checkpoint.check_network, setup.fields, "model", "optim")
     shape = setup.state_shape
     state = checkpointing.restore_step(setup.fields, workdir, shape, step, weights_only=False)
 
@@ -160,7 +155,7 @@ def export_official(
         with _exporting(file) as partial:
             given = {"path": partial, "state": state, "model": setup.model}
             given["shape"] = setup.padded_shape
-            fields.call(export_checkpoint.write, config, "optim", "model", **given)
+            fields.call(export_checkpoint.write, setup.fields, "optim", "model", **given)
         log.info("step %d of %s in %s, as the official release's", step, workdir, file)
 
     hosts.on_main(write)

@@ -19,6 +19,7 @@ from configs.shapes import image_shape
 from configs.vp import digits_st
 from models import utils as mutils
 from models.score import ScoreModel
+from modes import sample as sample_mode
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -72,6 +73,11 @@ def tiny_config(**training):
     )
     config.training.update(training)
     return config
+
+
+def sample_run(config, workdir):
+    """`--mode sample`: the path of the grid."""
+    return sample_mode.sample(build.open_run(config, workdir), workdir)
 
 
 def param_shapes(config):

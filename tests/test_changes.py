@@ -17,10 +17,9 @@ from configs import saved
 from data.batches import Dataset
 from errors import UserError
 from labels import check_labels
-from modes import sample as sample_mode
 from readers.source import ArraySource
 from runtime import checkpointing
-from tests.helpers import tiny_config
+from tests.helpers import sample_run, tiny_config
 from tests.jobs import assert_identical, state_of
 
 
@@ -60,7 +59,7 @@ def test_an_optimisers_setting_may_change(run, tmp_path, change):
     config.optim.update(change)
     with pytest.raises(UserError, match=rf"optim\.{next(iter(change))} is .* go on with it by"):
         run_lib.train(config, workdir)
-    sample_mode.sample(config, workdir)
+    sample_run(config, workdir)
     state = run_lib.train(config, workdir, override=True)
     assert int(state.step) == 4 and np.isfinite(jax.tree.leaves(state.params)[0]).all()
     assert saved.get_config(workdir).optim[next(iter(change))] == next(iter(change.values()))
@@ -125,7 +124,7 @@ def test_the_weights_alone_are_read_to_sample(run, monkeypatch):
     monkeypatch.setattr(
         checkpointing, "restore", lambda *args: asked.append(args[1]) or restore(*args)
     )
-    sample_mode.sample(config_of(), run)
+    sample_run(config_of(), run)
     assert asked[0].params is None and asked[0].opt_state is None
 
 

@@ -278,7 +278,7 @@ def test_statistics_are_made_once_and_refused_for_other_data(tmp_path, monkeypat
     config.eval.samples = str(tmp_path / "x.npz")
     with pytest.raises(UserError, match=r"there is no file .*--mode stats makes it"):
         evaluation.evaluate(config, tmp_path / "run")
-    assert evaluation.make_statistics(config) == path
+    assert evaluation.make_statistics(build.set_up(config)) == path
     assert list(path.parent.iterdir()) == [path]
     assert evaluation.evaluate(config, tmp_path / "run")["statistics"] == str(path)
     config.eval.num_reference = 101

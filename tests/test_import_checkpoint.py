@@ -126,9 +126,13 @@ def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
 
     # What an import that was killed has left is not in the way.
     (tmp_path / "run" / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
-    imported = transfer.import_official(config, tmp_path / "run", tmp_path / "ddpm.pth")
+    imported = transfer.import_official(
+        build.open_run(config, tmp_path / "run"), tmp_path / "run", tmp_path / "ddpm.pth"
+    )
     assert int(imported.step) == 7
-    transfer.export_official(config, tmp_path / "run", tmp_path / "again.pth")
+    transfer.export_official(
+        build.open_run(config, tmp_path / "run"), tmp_path / "run", tmp_path / "again.pth"
+    )
     again = read_pth(tmp_path / "again.pth")
     assert list(again["model"]) == ["module.sigmas", *model]
     assert_equal({k: again["model"][k] for k in model}, model)
@@ -136,7 +140,9 @@ def test_a_ddpm_comes_with_the_moments_of_adam_and_trains_on(tmp_path, trained):
     assert_equal(again["ema"], checkpoint["ema"])
     assert again["step"] == 7
     with pytest.raises(UserError, match="has checkpoints already"):
-        transfer.import_official(config, tmp_path / "run", tmp_path / "ddpm.pth")
+        transfer.import_official(
+            build.open_run(config, tmp_path / "run"), tmp_path / "run", tmp_path / "ddpm.pth"
+        )
     config.training.n_iters = 9
     assert int(run_lib.train(config, tmp_path / "run").step) == 9
 

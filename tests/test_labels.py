@@ -23,10 +23,9 @@ from errors import UserError
 from labels import sample_labels
 from metrics import bits_per_dim
 from models import utils as mutils
-from modes import sample as sample_mode
 from runtime import checkpointing
 from runtime.workdir import PartialResults
-from tests.helpers import random_params, tiny_config
+from tests.helpers import random_params, sample_run, tiny_config
 
 SDE = sde_lib.VPSDE()
 
@@ -231,16 +230,16 @@ def test_a_run_with_labels_from_training_to_its_scores(tmp_path, monkeypatch):
     jax.tree.map(near, ema("run"), ema("resident"))
 
     # Samples of each label in a row; the same whatever the batch.
-    grid = sample_mode.sample(config, tmp_path / "run")
+    grid = sample_run(config, tmp_path / "run")
     found = dict(np.load(grid.with_suffix(".npz")))
     assert found["labels"].tolist() == list(range(10)) * 2
     config.sampling.update(labels="4", guidance=1.5, n_images=4)
-    guided = np.load(sample_mode.sample(config, tmp_path / "run").with_suffix(".npz"))
+    guided = np.load(sample_run(config, tmp_path / "run").with_suffix(".npz"))
     assert guided["labels"].tolist() == [4] * 4
     assert np.abs(guided["samples"].astype(int) - found["samples"][:4]).max() > 0
     config.sampling.update(task="inpaint", method="pc", n_images=6)
     config.model.num_scales = 5
-    sample_mode.sample(config, tmp_path / "run")
+    sample_run(config, tmp_path / "run")
     config.sampling.update(task="generate", method="dpm_solver", labels="all", guidance=0.0)
 
     # Scores.

@@ -30,7 +30,7 @@ from modes import sample as sample_mode
 from modes import transfer
 from runtime import checkpointing, exported, locking, workdir
 from runtime.workdir import check_network, claim_workdir
-from tests.helpers import GOLDEN, tiny_config
+from tests.helpers import GOLDEN, sample_run, tiny_config
 from tests.jobs import (
     DIGITS,
     ROOT,
@@ -256,7 +256,7 @@ def test_train_eval_and_sample_leave_what_they_promise(tmp_path, monkeypatch):
     # Everything again is the same again.
     assert evaluation.evaluate(config, workdir) == report
 
-    grid = Image.open(sample_mode.sample(config, workdir))
+    grid = Image.open(sample_run(config, workdir))
     samples = np.load(workdir / "samples" / "samples.npz")["samples"]
     assert samples.shape == (12, 8, 8, 1) and samples.dtype == np.uint8
     assert set(np.unique(samples)) <= set(np.round(np.arange(17) * 255 / 16).astype(np.uint8))
@@ -311,7 +311,7 @@ def test_inpainting_and_a_lossless_evaluation_leave_what_they_promise(tmp_path):
         (str(tmp_path / "mask.png"), np.s_[:, :4]),
     ):
         config.sampling.mask = name
-        path = sample_mode.sample(config, tmp_path)
+        path = sample_run(config, tmp_path)
         arrays = np.load(path.with_suffix(".npz"))
         assert arrays["samples"].shape == arrays["originals"].shape == (8, 8, 8, 1)
         kept = np.ones((8, 8, 8, 1), bool)
@@ -322,7 +322,7 @@ def test_inpainting_and_a_lossless_evaluation_leave_what_they_promise(tmp_path):
     assert Image.open(path).size[0] > 8 * 48
     config.sampling.mask = "nothing"
     with pytest.raises(UserError, match=r"sampling\.mask is 'nothing'"):
-        sample_mode.sample(config, tmp_path)
+        sample_run(config, tmp_path)
 
 
 @pytest.mark.slow
@@ -535,7 +535,7 @@ def exported_run(tmp_path_factory):
     config.eval.update(cache_dir="/somewhere/here", begin_ckpt=1, end_ckpt=1)
     config.training.snapshot_freq = 3
     run_lib.train(config, folder / "run")
-    transfer.export(config, folder / "run", folder / "model")
+    transfer.export(build.open_run(config, folder / "run"), folder / "run", folder / "model")
     config.eval.update(begin_ckpt=0, end_ckpt=0)
     return config, folder / "run", folder / "model"
 
@@ -552,7 +552,7 @@ def test_an_exported_model_samples_as_its_run_does(exported_run):
     assert "/somewhere" not in (model / "config.json").read_text()
     samples = []
     for folder, of_folder in ((run, config), (model, own)):
-        sample_mode.sample(of_folder, folder)
+        sample_run(of_folder, folder)
         samples.append(np.load(folder / "samples" / "samples.npz")["samples"])
     np.testing.assert_array_equal(*samples)
     card = (model / "README.md").read_text()
@@ -565,7 +565,7 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
     config = config.copy_and_resolve_references()
     config.eval.cache_dir = ""
     config.sampling.update(n_images=10, batch_size=4, format="npy")
-    sample_mode.sample(config, model)
+    sample_run(config, model)
     expected = np.load(model / "samples" / "samples.npy")
     config.sampling.format = "png"
     drawn, folder = [], model / "samples" / "png"
@@ -586,14 +586,14 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
 
     cut_after(2)
     with pytest.raises(KeyboardInterrupt):
-        sample_mode.sample(config, model)
+        sample_run(config, model)
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     assert "00000000.png" in kept and len(kept) <= 8
     (folder / "00000005.png").unlink(missing_ok=True)
     (folder / ".00000009.png.part").write_bytes(b"cut off")
     drawn.clear()
     cut_after(9)
-    sample_mode.sample(config, model)
+    sample_run(config, model)
     assert drawn == [4, 8]  # the batches that were not whole
     assert {path.name for path in folder.iterdir()} == {
         "source.json",
@@ -604,19 +604,19 @@ def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_ru
     np.testing.assert_array_equal(np.stack(images)[..., None], expected)
     config.seed += 1
     with pytest.raises(UserError, match=r"png has images of other weights, another seed"):
-        sample_mode.sample(config, model)
+        sample_run(config, model)
     with (
         locking.locked(model / "samples"),
         pytest.raises(UserError, match=r"is at work in .*samples; wait for it"),
     ):
-        sample_mode.sample(config, model)
+        sample_run(config, model)
     shutil.rmtree(model / "samples")
     config.sampling.update(method="pc", n_images=2)
     config.model.num_scales = 2
-    sample_mode.sample(config, model)
+    sample_run(config, model)
     config.model.num_scales = 3
     with pytest.raises(UserError, match=r"png has images of other weights, another seed"):
-        sample_mode.sample(config, model)
+        sample_run(config, model)
     shutil.rmtree(model / "samples")
 
 
@@ -642,7 +642,7 @@ def test_an_exported_model_is_not_trained_in_or_written_over(exported_run):
     with pytest.raises(UserError, match="is an exported model, without the state of training"):
         run_lib.train(config, model)
     with pytest.raises(UserError, match=r"--to: .* is not empty"):
-        transfer.export(config, run, model)
+        transfer.export(build.open_run(config, run), run, model)
     assert (model / exported.WEIGHTS).read_bytes() == before
 
 
@@ -665,7 +665,7 @@ def test_a_models_card_has_the_report_of_its_own_weights(exported_run, tmp_path)
         ("of_these", of_these),
     ):
         (tmp_path / "run" / "eval" / "report.json").write_text(text)
-        transfer.export(config, tmp_path / "run", tmp_path / name)
+        transfer.export(build.open_run(config, tmp_path / "run"), tmp_path / "run", tmp_path / name)
         card = (tmp_path / name / "README.md").read_text()
         assert ("0.1250" in card) == (name == "of_these")
 

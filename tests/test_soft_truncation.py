@@ -7,8 +7,7 @@ import pytest
 
 import run_lib
 import soft_truncation as st
-from modes import sample as sample_mode
-from tests.helpers import tiny_config
+from tests.helpers import sample_run, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def model(run):
 
 def test_samples_are_those_of_the_command_line(run, model):
     config, folder = run
-    sample_mode.sample(config, folder)
+    sample_run(config, folder)
     kept = np.load(folder / "samples" / "samples.npz")
     images = model.sample(6, seed=config.seed)
     assert images.dtype == np.uint8 and images.shape == (6, 8, 8, 1)

@@ -22,7 +22,6 @@ from errors import UserError
 from evaluation import evaluate
 from metrics import bits_per_dim
 from metrics.report import channel_moments
-from modes import sample as sample_mode
 from runtime.pictures import save_grid
 from runtime.workdir import PartialResults
 
@@ -338,7 +337,7 @@ def test_a_run_on_arrays(array, changes, tmp_path):
     tests = array[np.arange(20) % 10 == 9].reshape(-1, shape[2])
     assert np.allclose(moments["mean"], tests.mean(axis=0), rtol=1e-5)
     assert np.allclose(moments["std"], tests.std(axis=0), rtol=1e-3)
-    sample_mode.sample(config, run)
+    sample_run(config, run)
     with np.load(run / "samples" / "samples.npz") as file:
         samples = file["samples"]
     assert samples.shape == (3, *shape) and samples.dtype == array.dtype
@@ -349,7 +348,7 @@ def test_a_run_on_arrays(array, changes, tmp_path):
     config.eval.images = ""
     config.sampling.update(task="inpaint", method="pc", n_images=2)
     config.model.num_scales = 3
-    sample_mode.sample(config, run)
+    sample_run(config, run)
     with np.load(run / "samples" / "inpaint.npz") as file:
         originals, known = file["originals"], file["known"]
     assert originals.dtype == array.dtype
