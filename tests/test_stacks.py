@@ -24,6 +24,7 @@ from metrics import bits_per_dim
 from metrics.report import channel_moments
 from runtime.pictures import save_grid
 from runtime.workdir import PartialResults
+from tests.helpers import sample_run
 
 
 def array_config(path, **data):
