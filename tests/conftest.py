@@ -22,7 +22,7 @@ if version("jaxlib").startswith("0.10."):
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests, and the processes that they start, compile each program once; later runs find it again.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "tests"))
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Downloads and decoded images of tests are not the user's.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache_")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -66,3 +66,35 @@ def pytest_configure(config):
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None:  # not in xdist's workers
         config.pluginmanager.register(_FileProgress(terminal))
+
+
+@pytest.fixture(scope="module")
+def small_network():
+    """A network of four layers in place of the config's, where a test is of what is around it."""
+    from models import utils as mutils
+    from tests.helpers import SmallNetwork
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            mutils,
+            "create_model",
+            lambda config: SmallNetwork(config.model.nf, config.model.num_classes),
+        )
+        yield
+
+
+@pytest.fixture(scope="session")
+def classifiers(tmp_path_factory):
+    return tmp_path_factory.mktemp("classifiers")
+
+
+@pytest.fixture
+def short_classifier(classifiers, monkeypatch):
+    """The data's classifier is trained briefly, and once for all tests."""
+    from metrics import scorers
+    from metrics.classifier import get_classifier
+
+    def get(train, test, _):
+        return get_classifier(train, test, classifiers, steps=100)
+
+    monkeypatch.setattr(scorers, "get_classifier", get)

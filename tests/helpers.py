@@ -7,6 +7,7 @@ import pathlib
 import re
 import zlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from configs import fields
 from configs.default import get_default_config
 from configs.shapes import image_shape
 from configs.vp import digits_st
+from models import layers
 from models import utils as mutils
 from models.score import ScoreModel
 
@@ -72,6 +74,23 @@ def tiny_config(**training):
     )
     config.training.update(training)
     return config
+
+
+class SmallNetwork(nn.Module):
+    """A network that is traced and compiled in a tenth of the time of the smallest U-Net."""
+
+    nf: int
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, labels, train=False, dropout_keys=None, classes=None):
+        embedded = layers.Dense(self.nf)(layers.timestep_embedding(labels, self.nf))
+        if self.num_classes:
+            none = jnp.full(len(x), self.num_classes)
+            embed = nn.Embed(self.num_classes + 1, self.nf)
+            embedded += embed(none if classes is None else classes)
+        h = nn.silu(layers.Conv(self.nf)(x) + embedded[:, None, None, :])
+        return layers.Conv(x.shape[-1])(h)
 
 
 def param_shapes(config):
