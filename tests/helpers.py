@@ -83,14 +83,19 @@ class SmallNetwork(nn.Module):
     num_classes: int
 
     @nn.compact
-    def __call__(self, x, labels, train=False, dropout_keys=None, classes=None):
-        embedded = layers.Dense(self.nf)(layers.timestep_embedding(labels, self.nf))
+    def __call__(self, x, time_cond, train=False, dropout_keys=None, labels=None):
+        embedded = layers.Dense(self.nf)(layers.timestep_embedding(time_cond, self.nf))
         if self.num_classes:
             none = jnp.full(len(x), self.num_classes)
             embed = nn.Embed(self.num_classes + 1, self.nf)
-            embedded += embed(none if classes is None else classes)
+            embedded += embed(none if labels is None else labels)
         h = nn.silu(layers.Conv(self.nf)(x) + embedded[:, None, None, :])
         return layers.Conv(x.shape[-1])(h)
+
+
+def optimised(function):
+    """The compiled function, optimised: for what runs for long, as conftest.py turns it off."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 1})
 
 
 def param_shapes(config):
