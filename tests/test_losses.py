@@ -27,6 +27,7 @@ from tests.helpers import (
     golden_config,
     loss_fn_of,
     nhwc,
+    optimised,
     random_params,
     step_fn_of,
     tiny_config,
@@ -166,7 +167,7 @@ def step_losses_and_grads(config, steps, distinct=4):
         value, grads = jax.value_and_grad(mean_loss)({"a": jnp.array(0.3), "b": jnp.array(0.1)})
         return jnp.stack([value, grads["a"], grads["b"]])
 
-    return np.asarray(jax.jit(jax.vmap(one))(jnp.arange(steps)), np.float64)
+    return np.asarray(optimised(jax.vmap(one))(jnp.arange(steps)), np.float64)
 
 
 @pytest.mark.parametrize("likelihood", [True, False])
