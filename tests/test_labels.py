@@ -209,6 +209,7 @@ def test_bits_are_of_an_image_given_its_label(tmp_path, told):
     np.testing.assert_array_equal(np.concatenate([seen[0], seen[1][:2]]), expected)
 
 
+@pytest.mark.usefixtures("small_network_here", "short_classifier")
 @pytest.mark.slow
 def test_a_run_with_labels_from_training_to_its_scores(tmp_path, monkeypatch):
     config = tiny_config(n_iters=10, snapshot_freq=10)

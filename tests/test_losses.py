@@ -417,6 +417,7 @@ def test_balanced_brings_the_second_half_to_the_first_ones_size():
     np.testing.assert_allclose(balanced_grad[1::2], plain_grad[1::2] * ratio, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_mixed_training_is_the_same_on_several_devices():
     config = tiny_config(mixed=True, balanced=True, ddpm_weight=1.0, stratified_times=False)

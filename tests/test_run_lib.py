@@ -87,6 +87,7 @@ def test_a_killed_run_continues_and_ends_bit_identical(tmp_path):
     assert losses_of(cut) == losses_of(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path):
     short = run_lib.train(tiny_config(n_iters=6), tmp_path / "run")
@@ -283,6 +284,7 @@ def test_an_official_checkpoint_is_imported_sampled_and_refused_a_second_time(tm
     assert result.returncode == 2 and "has checkpoints already" in result.stderr
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_inpainting_and_a_lossless_evaluation_leave_what_they_promise(tmp_path):
     config = tiny_config(n_iters=3)
@@ -498,6 +500,7 @@ def test_a_misspelt_field_in_a_recipe_is_refused():
         get_default_config().model.update(unbounded=True)
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny_config(n_iters=12, max_skipped_steps=4)
@@ -510,6 +513,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert 1e-5 <= facts["tau"] <= min(facts["t"]) and max(facts["t"]) <= 1
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_several_steps_a_call_with_the_data_on_the_device_are_the_same_run(tmp_path, monkeypatch):
     config = tiny_config(n_iters=13, n_jitted_steps=6, log_freq=3, eval_freq=6)
