@@ -17,9 +17,9 @@ demo: $(VENV)/.installed
 
 # Lint, types, layers and the fast tests.
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not release"
 
-# All tests.
+# All tests, with those that are run before a release alone.
 test-all: check
 	$(BIN)/python -m pytest
 

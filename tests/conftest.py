@@ -1,6 +1,7 @@
 """Four CPU devices for every test: set before JAX starts."""
 
 import collections
+import contextlib
 import os
 import tempfile
 from importlib.metadata import version
@@ -22,10 +23,19 @@ if version("jaxlib").startswith("0.10."):
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests, and the processes that they start, compile each program once; later runs find it again.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "tests"))
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Downloads and decoded images of tests are not the user's.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache_")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+# They take longest: two processes share the files best if these come first.
+_LONGEST = ("run_lib", "accelerators", "evaluation", "losses", "configs", "sampling", "models")
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}": i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 class _FileProgress:
@@ -66,3 +76,47 @@ def pytest_configure(config):
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None:  # not in xdist's workers
         config.pluginmanager.register(_FileProgress(terminal))
+
+
+@contextlib.contextmanager
+def _small_networks():
+    from models import utils as mutils
+    from tests.helpers import SmallNetwork
+
+    def create(config):
+        return SmallNetwork(config.model.nf, config.model.num_classes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mutils, "create_model", create)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_network():
+    """A network of four layers in place of the config's, for files about what is around it."""
+    with _small_networks():
+        yield
+
+
+@pytest.fixture
+def small_network_here():
+    """The same for one test."""
+    with _small_networks():
+        yield
+
+
+@pytest.fixture(scope="session")
+def classifiers(tmp_path_factory):
+    return tmp_path_factory.mktemp("classifiers")
+
+
+@pytest.fixture
+def short_classifier(classifiers, monkeypatch):
+    """The data's classifier is trained briefly, and once for all tests."""
+    from metrics import scorers
+    from metrics.classifier import get_classifier
+
+    def get(train, test, _):
+        return get_classifier(train, test, classifiers, steps=100)
+
+    monkeypatch.setattr(scorers, "get_classifier", get)

@@ -22,6 +22,8 @@ from runtime import checkpointing
 from tests.helpers import sample_run, tiny_config
 from tests.jobs import assert_identical, state_of
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def config_of(n_iters=2, **model):
     config = tiny_config(n_iters=n_iters, snapshot_freq=2, snapshot_freq_for_preemption=2)
@@ -31,7 +33,7 @@ def config_of(n_iters=2, **model):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, small_network):
     """A run of two steps."""
     folder = tmp_path_factory.mktemp("run")
     run_lib.train(config_of(), folder)
@@ -45,13 +47,7 @@ def copy_of(run, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"warmup": 0},
-        *(
-            pytest.param(change, marks=pytest.mark.slow)
-            for change in ({"weight_decay": 0.1}, {"beta1": 0.5}, {"grad_clip": -1.0}, {"lr": 1e-5})
-        ),
-    ],
+    [{"warmup": 0}, {"weight_decay": 0.1}, {"beta1": 0.5}, {"grad_clip": -1.0}, {"lr": 1e-5}],
     ids=str,
 )
 def test_an_optimisers_setting_may_change(run, tmp_path, change):
@@ -83,18 +79,6 @@ def test_a_checkpoint_of_an_optimiser_of_three_parts_has_its_own_shapes(tmp_path
     checkpointing._check_shapes(tmp_path, shapes, shapes)
 
 
-def test_l2_decay_adds_the_parameters_to_the_gradient_and_spares_frequencies():
-    config = config_of()
-    config.optim.update(weight_decay=0.5, warmup=0, grad_clip=-1.0)
-    params = {"Dense_0": np.full(2, 4.0, np.float32), "GaussianFourierProjection_0": np.ones(1)}
-    gradient = {"Dense_0": np.array([-2.0, 1.0]), "GaussianFourierProjection_0": np.zeros(1)}
-    optimizer = build.get_optimizer(config)
-    _, state = optimizer.update(gradient, optimizer.init(params), params)
-    mu = jax.tree.map(lambda m: m / 0.1, state[2].mu)  # Adam's first moment is 0.1 of the gradient
-    np.testing.assert_allclose(mu["Dense_0"], [0.0, 3.0], atol=1e-6)
-    np.testing.assert_allclose(mu["GaussianFourierProjection_0"], [0.0])
-
-
 def test_checkpoints_of_runs_without_warmup_as_they_used_to_be_open(tmp_path):
     shape = build.set_up(config_of()).state_shape
     state = jax.tree.map(lambda s: np.full(s.shape, 3, s.dtype), shape)
@@ -113,9 +97,7 @@ def test_a_checkpoint_of_another_network_is_told_by_its_arrays(run):
         checkpointing.restore(run / "checkpoints", other, 2)
     line = str(raised.value)
     assert "is of another network or optimiser: ema_params." in line
-    assert (
-        "is (8, 8) there and (12, 12) here" in line and line.endswith("more") and "\n" not in line
-    )
+    assert "is (8,) there and (12,) here" in line and line.endswith("more") and "\n" not in line
 
 
 def test_the_weights_alone_are_read_to_sample(run, monkeypatch):
@@ -160,7 +142,7 @@ def test_a_run_may_start_from_anothers_weights(run, tmp_path, caplog):
     config.optim.update(lr=1e-30, warmup=0)
     state = run_lib.train(config, tmp_path / "new", init_from=str(run))
     assert f"weights of step 2 of {run}: " in caplog.text
-    assert len(jax.tree.leaves(old.params)) > 50 and "new:" not in caplog.text
+    assert "new:" not in caplog.text
     assert_identical(state.params, old.ema_params)
     assert_identical(state.ema_params, old.ema_params)
     assert int(state.step) == 2 and int(state.opt_state[2].count) == 2

@@ -215,21 +215,28 @@ def full_size(model, size, channels):
 def test_recipes_network_can_be_built_at_full_width(name):
     config = get_recipe(name)
     data = config.data
+    if name not in PARAMETERS:
+        config.model.num_res_blocks = 1  # more of them are more of the same to trace
     count = full_size(mutils.create_model(config), data.image_size, data.num_channels)
     assert count == PARAMETERS.get(name, count)
     small = config.data.dataset in ("digits", "fashion_mnist", "folder", "array")
-    assert count > (1e5 if small else 3e7)
+    assert count > (3e4 if small else 5e6)
 
 
-def reduced(config):
-    """The recipe with few channels and one or two smaller images; else as it is."""
-    config.model.update(nf=4, num_res_blocks=1)
+def reduced(config, levels=2):
+    """The recipe with few channels, levels and pixels, and one or two images; else as it is."""
+    model, data = config.model, config.data
+    model.update(nf=4, num_res_blocks=1)
     config.training.batch_size = 2 if config.training.mixed else 1
     config.optim.warmup = 0
-    if config.data.dataset == "array":
-        config.data.num_levels = 256
+    if data.dataset == "array":
+        data.num_levels = 256
+    model.ch_mult = tuple(model.ch_mult)[:levels]
+    if levels == 2:
+        model.ch_mult = (1, 2)[: len(model.ch_mult)]
+        model.attn_resolutions = (4,) if model.attn_resolutions else ()
     # Two pixels are left at the lowest level: attention on one would do nothing.
-    config.data.image_size = min(config.data.image_size, 2 ** max(7, len(config.model.ch_mult)))
+    data.image_size = max(8, 2 ** len(model.ch_mult))
     return config
 
 
@@ -323,39 +330,35 @@ def test_recipes_objective_takes_a_training_step(name, config):
     assert after["scale"] != params["scale"]
 
 
-# One recipe for each network that the recipes have, at its size of images.
+# One recipe for each network that the recipes have, at a reduced size.
 NETWORKS = (
     "vp/cifar10_st",
     "vp/cifar10_vdm_st",
     "vp/cifar10_ddpmpp_fid_st_deepest",
-    "vp/celeba_uddpmpp_fid_st",
-    "vp/imagenet32_ddpmpp_st",
     "vp/digits_st",
     "vp/digits_labels_st",
-    "vp/fashion_mnist_st",
-    "vp/folder_st",
     "rve/digits_st",
     "rve/cifar10_uncsnpp_st",
-    "rve/celeba_uncsnpp_st",
-    "rve/stl10_uncsnpp_st",
-    "rve/church_uncsn",
     "rve/ffhq_1024_uncsn",
 )
 
 
 def test_every_network_of_a_recipe_is_trained():
-    def network(name):
-        config = reduced(get_recipe(name))
-        return mutils.create_model(config), config.data.image_size
-
-    trained = [network(name) for name in NETWORKS]
-    assert all(network(name) in trained for name in RECIPES)
+    networks = {name: mutils.create_model(reduced(get_recipe(name))) for name in RECIPES}
+    assert {networks[name] for name in NETWORKS} == set(networks.values())
+    assert len(set(networks.values())) == len(NETWORKS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-def test_recipe_takes_a_training_step(name):
-    config = reduced(get_recipe(name))
+@pytest.mark.parametrize(
+    ("name", "levels"),
+    [
+        *((name, 2) for name in NETWORKS),
+        pytest.param("rve/ffhq_1024_uncsn", 8, marks=pytest.mark.release),
+    ],
+)
+def test_recipe_takes_a_training_step(name, levels):
+    config = reduced(get_recipe(name), levels)
     step, params, arguments = training_step(config, JittedNetwork(mutils.create_model(config)))
     after, metrics = step(*arguments)
     assert np.isfinite(metrics["loss"]) and metrics["loss"] > 0

@@ -21,8 +21,10 @@ from errors import UserError
 from metrics import bits_per_dim, scorers
 from metrics import report as metrics_report
 from metrics.features import Extractor
-from tests.helpers import tiny_config
-from tests.jobs import DIGITS, TINY, kill, run_main, start, wait_until
+from tests.helpers import GOLDEN, tiny_config
+from tests.jobs import kill, run_main, start, wait_until
+
+pytestmark = pytest.mark.usefixtures("small_network", "short_classifier")
 
 
 def eval_config(tmp_path, **fields):
@@ -36,7 +38,7 @@ def eval_config(tmp_path, **fields):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, small_network):
     """A workdir with checkpoints at steps 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("trained")
     run_lib.train(eval_config(folder), folder / "run")
@@ -320,13 +322,12 @@ def test_a_folder_of_other_images_is_one_line(tmp_path):
         evaluation.evaluate(config, tmp_path / "run")
 
 
-@pytest.mark.slow  # test_an_evaluation_goes_on_where_it_was_cut_off is its quick form
-def test_a_killed_evaluation_ends_with_the_same_report(trained, tmp_path):
-    shutil.copytree(trained / "run" / "checkpoints", tmp_path / "run" / "checkpoints")
+@pytest.mark.release  # test_an_evaluation_goes_on_where_it_was_cut_off is its quick form
+def test_a_killed_evaluation_ends_with_the_same_report(tmp_path):
+    shutil.copytree(GOLDEN / "workdir", tmp_path / "run")
     args = [
-        *TINY,
         f"--workdir={tmp_path}/run",
-        f"--config.eval.cache_dir={trained}/cache",
+        f"--config.eval.cache_dir={tmp_path}/cache",
         "--config.eval.batch_size=5",
         "--config.eval.num_test_data=30",
         "--config.eval.nelbo_draws=2",
@@ -335,16 +336,17 @@ def test_a_killed_evaluation_ends_with_the_same_report(trained, tmp_path):
         "--config.eval.num_samples=400",
         "--config.sampling.method=dpm_solver",
     ]
+    recipe = f"saved.py:{tmp_path}/run"
     eval_folder = tmp_path / "run" / "eval"
     for kind, count in (("bpd", 3), ("samples", 30)):
-        process = start(DIGITS, *args, "--mode=eval", stderr=subprocess.DEVNULL)
+        process = start(recipe, *args, "--mode=eval", stderr=subprocess.DEVNULL)
         parts = f"{kind}_*.npz"
         wait_until(lambda p=parts, n=count: len(list(eval_folder.rglob(p))) >= n, process)
         kill(process)
     assert not (eval_folder / "report.json").exists()
     reports = []
     for _ in range(2):  # gone on with, and from the beginning
-        result = run_main(DIGITS, *args, "--mode=eval")
+        result = run_main(recipe, *args, "--mode=eval")
         assert result.returncode == 0, result.stderr
         reports.append((eval_folder / "report.json").read_bytes())
     assert reports[0] == reports[1]

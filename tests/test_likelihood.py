@@ -13,7 +13,7 @@ import sde_lib
 from data import pixels
 from models import utils as mutils
 from official import import_checkpoint
-from tests.helpers import GOLDEN, Gaussian, Mixture, golden_config, nhwc, tiny_config
+from tests.helpers import GOLDEN, Gaussian, Mixture, golden_config, nhwc, optimised, tiny_config
 
 SDE = sde_lib.VPSDE()
 DATA = Gaussian((2, 2, 1), [0.02, 0.1, 0.3, 0.6], [0.5, -0.3, 0.0, 0.2])
@@ -154,7 +154,7 @@ def test_the_solvers_of_the_ode_agree(name):
         def solve(x):
             return likelihood.ode_log_likelihood(sde, score_fn, x, probe, eps=1e-5, **solver)
 
-        logp, latent, _ = jax.jit(solve)(x)
+        logp, latent, _ = optimised(solve)(x)
         return np.asarray(logp) / (4 * np.log(2)), np.asarray(latent) / sde.prior_std()
 
     value, latent = bits(rtol=1e-5, atol=1e-5)

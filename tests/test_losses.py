@@ -27,6 +27,7 @@ from tests.helpers import (
     golden_config,
     loss_fn_of,
     nhwc,
+    optimised,
     random_params,
     step_fn_of,
     tiny_config,
@@ -166,7 +167,7 @@ def step_losses_and_grads(config, steps, distinct=4):
         value, grads = jax.value_and_grad(mean_loss)({"a": jnp.array(0.3), "b": jnp.array(0.1)})
         return jnp.stack([value, grads["a"], grads["b"]])
 
-    return np.asarray(jax.jit(jax.vmap(one))(jnp.arange(steps)), np.float64)
+    return np.asarray(optimised(jax.vmap(one))(jnp.arange(steps)), np.float64)
 
 
 @pytest.mark.parametrize("likelihood", [True, False])
@@ -416,6 +417,7 @@ def test_balanced_brings_the_second_half_to_the_first_ones_size():
     np.testing.assert_allclose(balanced_grad[1::2], plain_grad[1::2] * ratio, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_mixed_training_is_the_same_on_several_devices():
     config = tiny_config(mixed=True, balanced=True, ddpm_weight=1.0, stratified_times=False)

@@ -5,7 +5,7 @@ import pytest
 from tests import rehearse_data
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_data_are_brought_as_a_user_brings_them():
     # The other ways take longer: python -m tests.rehearse_data has them all.
     only = ["downloads"]

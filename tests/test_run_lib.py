@@ -1,6 +1,5 @@
 """Runs as a user starts them: separate processes, real files, real signals."""
 
-import functools
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import batched_sampling
 import build
 import evaluation
 import main
@@ -24,13 +22,9 @@ from configs.default import get_default_config
 from configs.saved import as_recorded
 from configs.validate import validate
 from errors import UserError
-from metrics import scorers
-from metrics.classifier import get_classifier
-from modes import sample as sample_mode
-from modes import transfer
-from runtime import checkpointing, exported, locking, workdir
+from runtime import workdir
 from runtime.workdir import check_network, claim_workdir
-from tests.helpers import GOLDEN, sample_run, tiny_config
+from tests.helpers import GOLDEN, environment_of, sample_run, tiny_config
 from tests.jobs import (
     DIGITS,
     ROOT,
@@ -62,7 +56,7 @@ def test_a_killed_run_goes_on(tmp_path):
     assert losses_of(cut) == losses_of(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.release  # test_a_killed_run_goes_on is its quick form
 def test_a_killed_run_continues_and_ends_bit_identical(tmp_path):
     args = [
         *TINY,
@@ -92,6 +86,7 @@ def test_a_killed_run_continues_and_ends_bit_identical(tmp_path):
     assert losses_of(cut) == losses_of(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path):
     short = run_lib.train(tiny_config(n_iters=6), tmp_path / "run")
@@ -228,9 +223,8 @@ def test_what_may_differ_from_the_workdirs_config(tmp_path, field, value, modes)
             check()
 
 
-def test_train_eval_and_sample_leave_what_they_promise(tmp_path, monkeypatch):
-    shorter = functools.partial(get_classifier, steps=100)  # its accuracy does not matter here
-    monkeypatch.setattr(scorers, "get_classifier", shorter)
+@pytest.mark.usefixtures("short_classifier")
+def test_train_eval_and_sample_leave_what_they_promise(tmp_path):
     config = tiny_config(n_iters=6, snapshot_sampling=True)
     config.sampling.update(batch_size=8, n_images=12, method="dpm_solver", num_steps=3)
     config.eval.update(batch_size=8, num_samples=16, num_test_data=12, nelbo_draws=2, nll_steps=32)
@@ -289,6 +283,7 @@ def test_an_official_checkpoint_is_imported_sampled_and_refused_a_second_time(tm
     assert result.returncode == 2 and "has checkpoints already" in result.stderr
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_inpainting_and_a_lossless_evaluation_leave_what_they_promise(tmp_path):
     config = tiny_config(n_iters=3)
@@ -344,44 +339,71 @@ def test_a_strangers_folder_trains_with_the_command_of_the_readme(tmp_path):
     assert list(losses_of(tmp_path / "run")) == [1, 2, 3]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("args", "line"),
-    [
-        (["--config.training.kk=1"], "no such field: --config.training.kk=1"),
-        (["--config.training.truncaton=soft"], "did you mean truncation?"),
-        (["--mode=eval", "--override"], "--override is for --mode train"),
-        (["--config.training.n_iters=many"], "many"),
-        (["--config.training.batch_size=6", "devices=4"], "training.batch_size is 6"),
-        (
-            ["--config.data.dataset=folder", "--config.data.path=/nowhere"],
-            "no file or folder /nowhere",
-        ),
-        (["--config.model.nf=18"], "model.nf"),
-        (["--mode=fly"], "fly"),
-        (["--config=nowhere.py"], "nowhere.py"),
-        ([f"--config={ROOT}/README.md"], "can't be loaded"),
-        (["--config.seed=-1"], "seed is -1"),
-        ([f"--workdir={ROOT}/README.md/run"], "README.md/run can't be written to"),
-        (["--mode=sample"], "has no checkpoint"),
-        (["digits"], "is not a flag"),
-        (["--mode=import"], "needs --checkpoint"),
-        (["--mode=export"], "needs --to"),
-        (["--to=here"], "--to is for --mode export"),
-        (["--mode=import", "--checkpoint=/none.pth", NOISE], "No such file"),
-        (["--mode=import", f"--checkpoint={GOLDEN}/vp_ddpmpp.pth", NOISE], "AttnBlock_0"),
-    ],
+MISTAKES = (
+    (["--config.training.kk=1"], "no such field: --config.training.kk=1"),
+    (["--config.training.truncaton=soft"], "did you mean truncation?"),
+    (["--mode=eval", "--override"], "--override is for --mode train"),
+    (["--config.training.n_iters=many"], "many"),
+    (["--config.training.batch_size=6"], "training.batch_size is 6"),
+    (
+        ["--config.data.dataset=folder", "--config.data.path=/nowhere"],
+        "no file or folder /nowhere",
+    ),
+    (["--config.model.nf=18"], "model.nf"),
+    (["--mode=fly"], "fly"),
+    (["--config=nowhere.py"], "nowhere.py"),
+    ([f"--config={ROOT}/README.md"], "can't be loaded"),
+    (["--config.seed=-1"], "seed is -1"),
+    ([f"--workdir={ROOT}/README.md/run"], "README.md/run can't be written to"),
+    (["--mode=sample"], "has no checkpoint"),
+    (["digits"], "is not a flag"),
+    (["--mode=import"], "needs --checkpoint"),
+    (["--mode=export"], "needs --to"),
+    (["--to=here"], "--to is for --mode export"),
+    (["--mode=import", "--checkpoint=/none.pth", NOISE], "No such file"),
+    (["--mode=import", f"--checkpoint={GOLDEN}/vp_ddpmpp.pth", NOISE], "AttnBlock_0"),
 )
-def test_a_mistake_is_one_line(tmp_path, args, line):
-    devices = 4 if "devices=4" in args else 1
-    args = [a for a in args if a != "devices=4"]
-    result = run_main(DIGITS, f"--workdir={tmp_path}/run", *args, devices=devices)
-    assert result.returncode not in (0, None)
-    assert line in result.stderr
-    assert "Traceback" not in result.stderr
-    *log, _ = result.stderr.strip().splitlines()
+# Imports the program once, and runs each command in a fork, which has four devices.
+EACH_IN_A_FORK = """
+import json, os, sys
+import evaluation, main, modes.sample, modes.transfer, run_lib
+from absl import app
+codes = []
+for i, args in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(f"{i}.txt", os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv = ["main.py", *args]
+        app.run(main.main, flags_parser=main._parse)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(codes)
+"""
+
+
+@pytest.fixture(scope="module")
+def said_of_mistakes(tmp_path_factory):
+    """(folder, the exit code and the text of the error stream of each mistake)."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    given = [f"--config={ROOT}/configs/{DIGITS}", f"--workdir={folder}/run"]
+    commands = json.dumps([[*given, *args] for args, _ in MISTAKES])
+    environment = environment_of(4) | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", EACH_IN_A_FORK, commands]
+    done = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, check=True)
+    texts = [(folder / f"{i}.txt").read_text() for i in range(len(MISTAKES))]
+    return folder, list(zip(json.loads(done.stdout), texts, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(MISTAKES)), ids=lambda i: " ".join(MISTAKES[i][0]))
+def test_a_mistake_is_one_line(said_of_mistakes, case):
+    folder, said = said_of_mistakes
+    code, text = said[case]
+    assert code not in (0, None)
+    assert MISTAKES[case][1] in text
+    assert "Traceback" not in text
+    *log, _ = text.strip().splitlines()
     assert not [entry for entry in log if " data: " not in entry and "17 levels" not in entry]
-    assert not (tmp_path / "run").exists()
+    assert not (folder / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -477,6 +499,7 @@ def test_a_misspelt_field_in_a_recipe_is_refused():
         get_default_config().model.update(unbounded=True)
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny_config(n_iters=12, max_skipped_steps=4)
@@ -489,6 +512,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert 1e-5 <= facts["tau"] <= min(facts["t"]) and max(facts["t"]) <= 1
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_several_steps_a_call_with_the_data_on_the_device_are_the_same_run(tmp_path, monkeypatch):
     config = tiny_config(n_iters=13, n_jitted_steps=6, log_freq=3, eval_freq=6)
@@ -526,100 +550,6 @@ def test_skipped_steps_are_counted_over_calls_of_several():
     assert (last["loss"], last["steps"], last["skipped"]) == (6.0, 3, 6)
 
 
-@pytest.fixture(scope="module")
-def exported_run(tmp_path_factory):
-    """(config, run, exported model)."""
-    folder = tmp_path_factory.mktemp("exported")
-    config = tiny_config(n_iters=3)
-    config.sampling.update(method="dpm_solver", num_steps=2, n_images=4)
-    config.eval.update(cache_dir="/somewhere/here", begin_ckpt=1, end_ckpt=1)
-    config.training.snapshot_freq = 3
-    run_lib.train(config, folder / "run")
-    transfer.export(build.open_run(config, folder / "run"), folder / "run", folder / "model")
-    config.eval.update(begin_ckpt=0, end_ckpt=0)
-    return config, folder / "run", folder / "model"
-
-
-def test_an_exported_model_samples_as_its_run_does(exported_run):
-    config, run, model = exported_run
-    assert {path.name for path in model.iterdir()} == {exported.WEIGHTS, "config.json", "README.md"}
-    shape = build.set_up(config).state_shape
-    state = checkpointing.restore_latest(config, model, shape)
-    assert int(state.step) == 3
-    assert_identical(state.ema_params, checkpointing.restore_latest(config, run, shape).ema_params)
-    own = saved.get_config(model)
-    assert own.eval.cache_dir == "" and own.training == config.training
-    assert "/somewhere" not in (model / "config.json").read_text()
-    samples = []
-    for folder, of_folder in ((run, config), (model, own)):
-        sample_run(of_folder, folder)
-        samples.append(np.load(folder / "samples" / "samples.npz")["samples"])
-    np.testing.assert_array_equal(*samples)
-    card = (model / "README.md").read_text()
-    assert "3 steps of 8 images" in card and "10,593 parameters" in card
-    assert "soft truncation, k = 1" in card and "have not been evaluated" in card
-
-
-def test_png_files_go_on_where_they_were_cut_off_and_are_the_samples(exported_run, monkeypatch):
-    config, _, model = exported_run
-    config = config.copy_and_resolve_references()
-    config.eval.cache_dir = ""
-    config.sampling.update(n_images=10, batch_size=4, format="npy")
-    sample_run(config, model)
-    expected = np.load(model / "samples" / "samples.npy")
-    config.sampling.format = "png"
-    drawn, folder = [], model / "samples" / "png"
-
-    def cut_after(count):
-        def get(*args):
-            sampler = batched_sampling.get_sampler(*args)
-
-            def draw(params, key, start):
-                if len(drawn) == count:
-                    raise KeyboardInterrupt
-                drawn.append(start)
-                return sampler(params, key, start)
-
-            return draw
-
-        monkeypatch.setattr(sample_mode, "get_sampler", get)
-
-    cut_after(2)
-    with pytest.raises(KeyboardInterrupt):
-        sample_run(config, model)
-    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
-    assert "00000000.png" in kept and len(kept) <= 8
-    (folder / "00000005.png").unlink(missing_ok=True)
-    (folder / ".00000009.png.part").write_bytes(b"cut off")
-    drawn.clear()
-    cut_after(9)
-    sample_run(config, model)
-    assert drawn == [4, 8]  # the batches that were not whole
-    assert {path.name for path in folder.iterdir()} == {
-        "source.json",
-        *(f"{i:08}.png" for i in range(10)),
-    }
-    assert kept["00000003.png"] == (folder / "00000003.png").stat().st_mtime_ns
-    images = [np.asarray(Image.open(folder / f"{i:08}.png")) for i in range(10)]
-    np.testing.assert_array_equal(np.stack(images)[..., None], expected)
-    config.seed += 1
-    with pytest.raises(UserError, match=r"png has images of other weights, another seed"):
-        sample_run(config, model)
-    with (
-        locking.locked(model / "samples"),
-        pytest.raises(UserError, match=r"is at work in .*samples; wait for it"),
-    ):
-        sample_run(config, model)
-    shutil.rmtree(model / "samples")
-    config.sampling.update(method="pc", n_images=2)
-    config.model.num_scales = 2
-    sample_run(config, model)
-    config.model.num_scales = 3
-    with pytest.raises(UserError, match=r"png has images of other weights, another seed"):
-        sample_run(config, model)
-    shutil.rmtree(model / "samples")
-
-
 def test_samples_do_not_stop_where_noise_is_left():
     config = tiny_config(sde="reciprocal_vesde", truncation_time=1e-6)
     config.sampling.truncation_time = 1e-6
@@ -634,80 +564,6 @@ def test_a_batch_need_only_be_shared_in_training():
     build.set_up(config)
     with pytest.raises(UserError, match=r"batch_size is 12; .* the number of devices \(8\)"):
         build.set_up(config, 8)
-
-
-def test_an_exported_model_is_not_trained_in_or_written_over(exported_run):
-    config, run, model = exported_run
-    before = (model / exported.WEIGHTS).read_bytes()
-    with pytest.raises(UserError, match="is an exported model, without the state of training"):
-        run_lib.train(config, model)
-    with pytest.raises(UserError, match=r"--to: .* is not empty"):
-        transfer.export(build.open_run(config, run), run, model)
-    assert (model / exported.WEIGHTS).read_bytes() == before
-
-
-def test_a_models_card_has_the_report_of_its_own_weights(exported_run, tmp_path):
-    config, run, model = exported_run
-    params = checkpointing.restore_latest(config, model, build.set_up(config).state_shape).params
-    shutil.copytree(run, tmp_path / "run")
-    report = {"fd_classifier": 0.125, "classifier_accuracy": 0.5, "classifier_weights": "a"}
-    report |= {"num_reference_classifier": 9, "num_test_images_for_scale": 3}
-    (tmp_path / "run" / "eval").mkdir()
-    of_others, of_these = (
-        json.dumps(report | {"weights_digest": digest})
-        for digest in ("another", workdir.short_hash(params))
-    )
-    for name, text in (
-        ("of_others", of_others),
-        ("damaged", of_these[:-9]),
-        ("no_object", f"[{of_these}]"),
-        ("no_number", of_these.replace("0.125", '["x"]')),
-        ("of_these", of_these),
-    ):
-        (tmp_path / "run" / "eval" / "report.json").write_text(text)
-        transfer.export(build.open_run(config, tmp_path / "run"), tmp_path / "run", tmp_path / name)
-        card = (tmp_path / name / "README.md").read_text()
-        assert ("0.1250" in card) == (name == "of_these")
-
-
-def test_a_folders_name_is_all_that_is_left_of_its_path(tmp_path):
-    config = get_default_config()
-    config.sampling.mask = "/mine/mask.png"
-    for dataset, name in (("folder", "pictures"), ("CIFAR10", "")):
-        config.data.update(dataset=dataset, path="/mine/pictures/")
-        own = workdir.portable_config(as_recorded(config), tmp_path)
-        assert own.data.path == name and "/mine" not in own.to_json_best_effort()
-
-
-def test_weights_that_do_not_belong_to_the_config_are_one_line(exported_run, tmp_path):
-    config, _, model = exported_run
-    path = tmp_path / exported.WEIGHTS
-    other = config.copy_and_resolve_references()
-    other.model.nf = 16
-    shutil.copy(model / exported.WEIGHTS, path)
-    with pytest.raises(
-        UserError, match=r"of another network: AttnBlock_0/Dense_0/bias is \[8\] there, and"
-    ):
-        checkpointing.restore_latest(other, tmp_path, build.set_up(other).state_shape)
-    shape = build.set_up(config).state_shape
-    for damaged in (path.read_bytes()[:-100], (10**12).to_bytes(8, "little") + b"{}", b""):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match="can't be read"):
-            checkpointing.restore_latest(config, tmp_path, shape)
-
-
-def test_an_exported_array_in_another_order_of_memory_is_the_same(tmp_path):
-    # As transposed kernels of the release are.
-    params = {"Conv_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3).T}}
-    exported.write(tmp_path, params, 5)
-    assert_identical(exported.read(tmp_path, params), params)
-
-
-def test_a_hash_is_of_names_and_values():
-    x, y = np.zeros(2), np.ones(2)
-    trees = ({"a": x}, {"b": x}, {"a": y}, {"a": x, "b": x}, {"a": [x, x]})
-    assert len({workdir.short_hash(tree) for tree in trees}) == len(trees)
-    assert workdir.short_hash(trees[0]) == workdir.short_hash({"a": x.copy()})
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from data import pixels
 from errors import UserError
 from models import utils as mutils
 from official import import_checkpoint
-from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, tiny_config
+from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, optimised, tiny_config
 
 SDES = {
     "vp": sde_lib.VPSDE(),
@@ -84,7 +84,7 @@ def test_predictor_corrector_samples_a_gaussian(name, predictor, corrector):
     config.sampling.truncation_time = 1e-3 if name != "rve" else 1e-5
     config.model.num_scales = 500
     sample_fn = build.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), 8000)
-    x, nfe = sample_fn(None, jax.random.key(0))
+    x, nfe = optimised(functools.partial(sample_fn, None))(jax.random.key(0))
     assert nfe == (500 if corrector == "none" else 999)
     check_moments(x, slack=0.03)
 
@@ -220,7 +220,7 @@ def test_samplers_along_the_ode_sample_a_gaussian(name, method):
     config = sampling_config(method, num_steps=100, rtol=1e-5, atol=1e-5)
     config.sampling.truncation_time = 1e-4 if name == "ve" else 1e-5
     sample_fn = build.get_sampling_fn(config, sde, lambda _: DATA.score_fn(sde), COUNT)
-    x, nfe = sample_fn(None, jax.random.key(0))
+    x, nfe = optimised(functools.partial(sample_fn, None))(jax.random.key(0))
     assert {"heun": nfe == 201, "dpm_solver": nfe == 101, "ode": 30 < nfe < 1000}[method]
     check_moments(x, slack=0.015)  # of N(0, σ_max²) as the prior of VE
 
@@ -287,7 +287,8 @@ def test_inpainting_draws_from_the_conditional_distribution(predictor):
     complete = controllable_generation.get_completion_fn(
         build.sampling_method(config), SDE, lambda _: DATA.score_fn(SDE)
     )
-    x = np.asarray(complete(None, jax.random.key(0), images, mask)).reshape(4000, 4)
+    complete = optimised(functools.partial(complete, None))
+    x = np.asarray(complete(jax.random.key(0), images, mask)).reshape(4000, 4)
     np.testing.assert_array_equal(x[:, [0, 2]], np.asarray(images).reshape(4000, 4)[:, [0, 2]])
     seen, hidden = [0, 2], [1, 3]
     gain = DATA.cov[np.ix_(hidden, seen)] @ np.linalg.inv(DATA.cov[np.ix_(seen, seen)])

@@ -311,6 +311,7 @@ def test_options_that_arrays_do_not_have_get_one_line(changes, words, tmp_path):
         run_lib.train(config, tmp_path / "run")
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("array", "changes"),
@@ -356,6 +357,7 @@ def test_a_run_on_arrays(array, changes, tmp_path):
     assert np.array_equal(originals[:, :, : shape[1] // 2], known[:, :, : shape[1] // 2])
 
 
+@pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_padded_floats_have_no_density(tmp_path):
     config = array_config(saved(tmp_path / "a.npy", fields(shape=(5, 7))), pad=True)
