@@ -255,6 +255,29 @@ def _check_sampling_time(config: ConfigDict, sde: sde_lib.SDE) -> None:
         )
 
 
+def _check(config: ConfigDict, sde: sde_lib.SDE) -> None:
+    """Raise a UserError for what can't work and is not seen from the fields alone."""
+    training = config.training
+    _check_sampling_time(config, sde)
+    if config.model.num_classes > 0:
+        sample_labels(config.sampling.labels, config.model.num_classes, 0, 1)
+    if training.truncation != "fixed" and training.prior != "power":
+        prior = get_prior(config)
+        losses.check_prior(prior, sde, training.truncation_time, training.prior)
+
+
+def _network(
+    config: ConfigDict, optimizer: optax.GradientTransformation
+) -> tuple[mutils.Model, TrainState]:
+    """The network, and the shapes of the state."""
+    try:
+        model = mutils.create_model(config)
+        params = mutils.params_shape(model, image_shape(config))
+        return model, jax.eval_shape(functools.partial(_first_state, optimizer), params)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"config.model: no network can be built: {error}") from error
+
+
 def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
     """Check a config and build the parts that it names.
 
@@ -266,21 +289,10 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
       UserError: the config is wrong; the message is one line that says why.
     """
     validate(config, num_devices, REGISTRIES)
-    sde = sde_lib.get_sde(config)
-    _check_sampling_time(config, sde)
-    if config.model.num_classes > 0:
-        sample_labels(config.sampling.labels, config.model.num_classes, 0, 1)
-    training = config.training
-    if training.truncation != "fixed" and training.prior != "power":
-        prior = get_prior(config)
-        losses.check_prior(prior, sde, training.truncation_time, training.prior)
+    sde, training = sde_lib.get_sde(config), config.training
+    _check(config, sde)
     optimizer = get_optimizer(config)
-    try:
-        model = mutils.create_model(config)
-        params = mutils.params_shape(model, image_shape(config))
-        shape = jax.eval_shape(functools.partial(_first_state, optimizer), params)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"config.model: no network can be built: {error}") from error
+    model, shape = _network(config, optimizer)
     score_model = fields.call(ScoreModel, config, "model", "training", sde=sde, network=model)
     sampler = sampling_method(config)
     objective = get_objective(config, sde)

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -105,6 +105,23 @@ def _problems(
         unset = name == "training.weighting" and not get(name)
         if get(name) not in choices and not unset:
             yield f"{name} is {get(name)!r}; it must be one of {', '.join(choices)}"
+    yield from _range_problems(config, get)
+    yield from _eval_problems(config)
+    yield from _data_problems(config, registries)
+    # The name is in the registry: this was checked above.
+    sde = fields.call(registries["training.sde"][config.training.sde], config, "training", "model")
+    exploding = sde.exploding
+    network = registries["model.name"][config.model.name]
+    yield from _model_problems(config, network, exploding)
+    yield from _size_problems(config)
+    yield from _label_problems(config, network)
+    yield from _sampling_problems(config, registries)
+    yield from _training_problems(config, num_devices)
+    if not 0 <= config.seed < 2**32 - seeds.LARGEST:
+        yield f"seed is {config.seed}; it must be between 0 and {2**32 - seeds.LARGEST - 1}"
+
+
+def _range_problems(config: ConfigDict, get: Callable[[str], Any]) -> Iterator[str]:
     for name in _POSITIVE:
         if not (get(name) > 0 and math.isfinite(get(name))):
             yield f"{name} is {get(name)}; it must be a positive number"
@@ -133,6 +150,9 @@ def _problems(
         yield "model.beta_max must be larger than model.beta_min"
     if config.data.num_channels not in (1, 3) and config.data.dataset != "array":
         yield f"data.num_channels is {config.data.num_channels}; it must be 1 (grey) or 3 (RGB)"
+
+
+def _eval_problems(config: ConfigDict) -> Iterator[str]:
     if 0 < config.eval.num_samples < 4:
         yield f"eval.num_samples is {config.eval.num_samples}; precision and recall need 4 or more"
     if config.eval.num_test_data == 1:
@@ -155,6 +175,11 @@ def _problems(
         yield "eval.images is given, and eval.enable_bpd=False: nothing would be scored"
     if config.eval.samples and not config.eval.enable_sampling:
         yield "eval.samples is given, and eval.enable_sampling=False: nothing would be scored"
+
+
+def _data_problems(
+    config: ConfigDict, registries: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
     if config.data.dataset == "digits" and config.data.path:
         yield "data.dataset=digits comes with scikit-learn; data.path must be empty"
     if config.data.dataset == "folder" and not config.data.path:
@@ -164,14 +189,9 @@ def _problems(
         yield (
             f"data.category is {config.data.category!r}; it must be one of {', '.join(categories)}"
         )
-    # The name is in the registry: this was checked above.
-    sde = fields.call(registries["training.sde"][config.training.sde], config, "training", "model")
-    exploding = sde.exploding
-    network = registries["model.name"][config.model.name]
-    yield from _model_problems(config, network, exploding)
-    yield from _size_problems(config)
-    yield from _label_problems(config, network)
-    yield from _sampling_problems(config, registries)
+
+
+def _training_problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
     if config.training.balanced and not config.training.mixed:
         yield "training.balanced is for training.mixed: it brings the halves of a batch to one size"
     if config.training.balanced and config.training.stratified_times:
@@ -201,8 +221,6 @@ def _problems(
             f"training.batch_size is {batch}; it must be a multiple of the number of devices "
             f"({num_devices}) times optim.num_micro_batch ({micro}){twice}"
         )
-    if not 0 <= config.seed < 2**32 - seeds.LARGEST:
-        yield f"seed is {config.seed}; it must be between 0 and {2**32 - seeds.LARGEST - 1}"
 
 
 def _label_problems(config: ConfigDict, network: Network) -> Iterator[str]:

@@ -113,29 +113,7 @@ def remarks(report: dict[str, Any]) -> Iterator[str]:
                 "(NLL with residual)."
             )
     if "nll" in report:
-        draws, but = report["num_draws"], " but for the scores of levels"
-        on_levels = "nelbo_lossless" in report or "nelbo_truncated_normal" in report
-        solver = f"rtol {report['rtol']:g}, atol {report['atol']:g}"
-        if report["nll_steps"]:
-            solver = f"{report['nll_steps']} steps of a fixed size"
-        what = report.get("images", "test images")
-        what = what if what == "test images" else f"images of {what}"
-        kind = f"{report['num_levels']} levels, uniformly dequantised{but if on_levels else ''}"
-        if not report["num_levels"]:
-            nats = report["nll"] * math.log(2)
-            kind = (
-                "floats, not dequantised: densities in the data's own units, which another unit "
-                f"shifts (NLL {nats:.4f} nats a dimension)"
-            )
-        if report.get("padded"):
-            kind += ", with the bits of their padding: a bound on those of the images"
-        yield (
-            f"Bits/dim: {report['num_test_images']} {what}, {kind}, "
-            f"{draws} draw{'s' if draws > 1 else ''} each; {report['nll_nfe']:.0f} score "
-            f"evaluations a solve ({solver}), "
-            f"{report['nelbo_draws']} times an image for NELBO. "
-            f"The standard error is over images{' and draws' if draws > 1 else ''}."
-        )
+        yield _remark_on_bits(report)
     if "truncated_normal_r" in report:
         r, eps = report["truncated_normal_r"], report["truncated_normal_largest_eps"]
         most = f"a network trained with an ε of {eps:.2g} or less has 3" if eps else ""
@@ -149,6 +127,36 @@ def remarks(report: dict[str, Any]) -> Iterator[str]:
                 "**The network was trained on uniformly dequantised data, so that the bounds by "
                 "truncated-normal noise are loose.**"
             )
+    yield from _remarks_on_samples(report)
+
+
+def _remark_on_bits(report: dict[str, Any]) -> str:
+    draws, but = report["num_draws"], " but for the scores of levels"
+    on_levels = "nelbo_lossless" in report or "nelbo_truncated_normal" in report
+    solver = f"rtol {report['rtol']:g}, atol {report['atol']:g}"
+    if report["nll_steps"]:
+        solver = f"{report['nll_steps']} steps of a fixed size"
+    what = report.get("images", "test images")
+    what = what if what == "test images" else f"images of {what}"
+    kind = f"{report['num_levels']} levels, uniformly dequantised{but if on_levels else ''}"
+    if not report["num_levels"]:
+        nats = report["nll"] * math.log(2)
+        kind = (
+            "floats, not dequantised: densities in the data's own units, which another unit "
+            f"shifts (NLL {nats:.4f} nats a dimension)"
+        )
+    if report.get("padded"):
+        kind += ", with the bits of their padding: a bound on those of the images"
+    return (
+        f"Bits/dim: {report['num_test_images']} {what}, {kind}, "
+        f"{draws} draw{'s' if draws > 1 else ''} each; {report['nll_nfe']:.0f} score "
+        f"evaluations a solve ({solver}), "
+        f"{report['nelbo_draws']} times an image for NELBO. "
+        f"The standard error is over images{' and draws' if draws > 1 else ''}."
+    )
+
+
+def _remarks_on_samples(report: dict[str, Any]) -> Iterator[str]:
     if "samples" in report:
         yield f"Samples: {report['num_samples']} of {report['samples']}."
     elif "num_samples" in report:
