@@ -328,7 +328,7 @@ import sys
 sys.path[:0] = sys.argv[1:]  # the stand-in's folder, and the repository
 import datasets
 import jax
-import batched_sampling, build, likelihood, losses, sampling, session
+import batched_sampling, build, likelihood, losses, sampling, session, soft_truncation
 from metrics import bits_per_dim, classifier, inception, scorers
 from readers import samples
 from tests.helpers import random_params, tiny_config

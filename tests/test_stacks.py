@@ -382,8 +382,8 @@ def test_bits_with_their_padding_are_no_fewer_than_the_images_have(tmp_path):
     assert bits_per_dim._gaussian_baseline(build.set_up(config), data, 20).mean() > 4
     # What a network says of each dimension counts 16/9 times.
 
-    def two_bits(*given):
-        return {name: np.full(len(given[-1]), 2.0) for name in ("nll", "nelbo", "nfe")}
+    def two_bits(params, keys, image_keys, x, plain, labels):
+        return {name: np.full(len(x), 2.0) for name in ("nll", "nelbo", "nfe")}
 
     setup = build.set_up(config)
     results = PartialResults(tmp_path / "parts")
