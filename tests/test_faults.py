@@ -438,12 +438,15 @@ def test_no_flipped_bit_is_read_as_something_else(kind):
     assert not wrong and counts["noticed"]
 
 
-def test_files_with_the_checksums_from_before_crc_32c_are_read_and_compared(tmp_path, monkeypatch):
-    told = checksums.earlier_checksum(np.arange(5000, dtype=np.float32))
-    assert told == "90ca8db1f6781f7c"  # what the code of that time gave
+@pytest.mark.parametrize(
+    ("kind", "told"),  # what the code of that time gave
+    [(checksums.crc_32c, "8d09445f"), (checksums.sums_of_pages, "90ca8db1f6781f7c")],
+)
+def test_files_with_earlier_checksums_are_read_and_compared(tmp_path, monkeypatch, kind, told):
+    assert kind(np.arange(5000, dtype=np.float32)) == told
     (tmp_path / "model").mkdir()
     with monkeypatch.context() as patch:
-        before = functools.partial(checksums.checksums, of_array=checksums.earlier_checksum)
+        before = functools.partial(checksums.checksums, of_array=kind)
         patch.setattr(checkpointing, "checksums", before)
         patch.setattr(exported, "checksums", before)
         formats.write_checkpoint(tmp_path)
