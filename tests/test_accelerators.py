@@ -17,11 +17,12 @@ import pytest
 import build
 import evaluation
 import memory_advice
+import parts
 import run_lib
 import train_step
 import training_log
 from benchmarks.memory import compiled_bytes
-from configs import saved
+from configs import fields, saved
 from configs.rve import celebahq_256_uncsn, church_uncsn, ffhq_1024_uncsn
 from configs.saved import as_recorded
 from errors import UserError
@@ -122,7 +123,7 @@ def test_paths_may_differ_between_processes_and_nothing_else(monkeypatch):
 def test_large_images_are_evaluated_in_the_batches_of_the_release(recipe):
     config = recipe.get_config()
     assert config.eval.batch_size == 16 and not config.eval.enable_bpd
-    assert evaluation._sample_size(config) == 16
+    assert fields.call(parts.Evaluation, config, "eval").samples_a_batch == 16
     config.eval.sampling_batch_size = 5
     assert evaluation._sample_size(config) == 5
 
