@@ -125,7 +125,7 @@ def test_large_images_are_evaluated_in_the_batches_of_the_release(recipe):
     assert config.eval.batch_size == 16 and not config.eval.enable_bpd
     assert fields.call(parts.Evaluation, config, "eval").samples_a_batch == 16
     config.eval.sampling_batch_size = 5
-    assert evaluation._sample_size(config) == 5
+    assert fields.call(parts.Evaluation, config, "eval").samples_a_batch == 5
 
 
 @pytest.mark.usefixtures("small_network_here")
