@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import re
+import sys
 import warnings
 from typing import Any
 
@@ -201,6 +202,16 @@ def keep_freed_memory() -> None:
     _mallopt(arena_max=0)
 
 
+def _show_unless_of_a_closed_loop(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Show an exception that nothing can raise, unless it is that of a reader's closed event loop.
+
+    Of a damaged checkpoint TensorStore's threads report to Orbax's loop after it has ended.
+    `runtime.checkpointing` tells of the damage.
+    """
+    if "Event loop is closed" not in repr(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
 def hide_gpus_from_tensorflow() -> None:
     """Keep TensorFlow, which prepares data sets, off the GPUs.
 
@@ -226,6 +237,8 @@ def prepare() -> None:
     _keep_programs()
     _watch_cache()
     _listen()
+    sys.unraisablehook = _show_unless_of_a_closed_loop
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would show a traceback for a full disk
     logging.basicConfig(force=True)
     logging.root.handlers[0].setFormatter(_OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
