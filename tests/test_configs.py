@@ -337,6 +337,8 @@ NETWORKS = (
     "vp/cifar10_ddpmpp_fid_st_deepest",
     "vp/digits_st",
     "vp/digits_labels_st",
+    "vp/fashion_mnist_28",
+    "vp/fashion_mnist_28_gpu",
     "rve/digits_st",
     "rve/cifar10_uncsnpp_st",
     "rve/ffhq_1024_uncsn",
