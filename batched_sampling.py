@@ -1,4 +1,4 @@
-"""Drawing samples with a network in batches, on all devices."""
+"""Draws samples with a network in batches, on all devices."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator
@@ -29,7 +29,8 @@ class Samples(NamedTuple):
 def get_sampler(setup: Setup, batch_size: int) -> Any:
     """A function (params, key, start=0) → `batch_size` Samples, computed on all devices.
 
-    `start` is the index of the first sample. A sample's noise and label depend on its index alone.
+    `start` is the index of the first sample. A sample depends only on `params`, the key
+    and its index.
     """
     full = -(-batch_size // jax.device_count()) * jax.device_count()
     rows, everywhere = batch_and_replicated_shardings()
@@ -84,9 +85,9 @@ def sample_batches(
       sample: from `get_sampler`, for this batch size.
       params: the network's parameters.
       seed: the config's seed.
-      count, batch_size: the number of samples, and the number in a batch.
+      count, batch_size: the number of samples, and the number of samples in a batch.
       cache: stores and returns earlier batches; None: batches are not stored.
-      present: indices of samples that are not needed; batches of only these are left out.
+      present: indices of samples that are not needed; a batch is left out if it has no others.
     """
     key = jax.random.key(seed + seeds.SAMPLES)
     params = to_devices(params, batch_and_replicated_shardings()[1])

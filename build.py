@@ -1,4 +1,4 @@
-"""Building the parts of a run from its config: SDE, network, optimiser, training step, sampler."""
+"""Builds the parts of a run from its config: SDE, network, optimiser, training step, sampler."""
 
 import dataclasses
 import functools
@@ -66,7 +66,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """The parts of a run that a config names, without the data; nothing is compiled yet."""
+    """The parts of a run that a config names, except for the data; nothing is compiled yet."""
 
     sde: sde_lib.SDE
     model: mutils.Model
@@ -106,7 +106,7 @@ class Setup:
 
     @property
     def num_levels(self) -> int:
-        """The number of values of a pixel of the data; 0: floats."""
+        """The number of values that a pixel of the data can have; 0: pixels are floats."""
         return self.preprocessing.num_levels
 
     def init_state(self) -> TrainState:
@@ -148,7 +148,8 @@ def get_objective(
       config: the config.
       sde: its SDE.
       num_levels: replaces the data set's number of levels, if it isn't 0.
-      axis_name: of the mapped axis of devices in whose map it is called; None: there is none.
+      axis_name: the name of the mapped axis of devices that the objective is called within; None:
+        there is no such axis.
     """
     return fields.call(
         losses.OBJECTIVES[config.training.objective],
@@ -180,17 +181,18 @@ def with_data_facts(
     override: bool = False,
     init_from: str = "",
 ) -> ConfigDict:
-    """The config with what the data set says in place of what the recipe leaves to it.
+    """The config, with the fields that the recipe leaves to the data set filled in.
 
-    That is the number of labels for `model.num_classes` = -1, and the shape and units of an array
-    data set. A run keeps what was found at its start, and the names of its labels, unless it goes
-    on with other data by `override`.
+    These are the number of labels, if `model.num_classes` is -1, and the shape and units of an
+    array data set. A run that is resumed keeps the values that were found at its start, and the
+    names of its labels, unless `override` is set and the data are others.
 
     Args:
       config: the config.
       workdir: the run's folder, or that of a new one.
-      override: whether the run may go on with another config.
-      init_from: the run or model that a new run starts from; the config may be its own.
+      override: whether the run may be resumed with another config.
+      init_from: the run or model whose weights a new run starts from; the config may be that of
+        this model.
 
     Raises:
       UserError: the data set has no labels, or can't be read.
@@ -228,14 +230,14 @@ def with_data_facts(
 
 
 def open_run(config: ConfigDict, workdir: str | os.PathLike[str]) -> Setup:
-    """The parts of the run in `workdir`, or of a new one: `set_up` of `with_data_facts`."""
+    """The parts of the run in `workdir`, or of a new run there (`with_data_facts`, `set_up`)."""
     return set_up(with_data_facts(config, workdir))
 
 
 def with_classes(setup: Setup, train: Dataset, anew: bool = False) -> Setup:
-    """The parts of a run with the names of the labels that its network is told.
+    """The parts of a run, with the names of the labels of the training images.
 
-    They must be those of the training images, unless the run starts `anew` with these.
+    If the run already has names of labels, they must be the same, unless it starts `anew`.
     """
     check_labels(setup.num_classes, () if anew else setup.classes, train)
     if not setup.num_classes:
@@ -245,7 +247,7 @@ def with_classes(setup: Setup, train: Dataset, anew: bool = False) -> Setup:
 
 
 def _check_sampling_time(config: ConfigDict, sde: sde_lib.SDE) -> None:
-    """Raise a UserError if samples would stop so early that they are means of many images."""
+    """Raise a UserError if samplers would stop at a time with too much noise for samples."""
     end, least = config.sampling.truncation_time, config.training.truncation_time
     noise = float(sde.std(jnp.array(end)) / sde.mean_coeff(jnp.array(end)))
     if noise > 0.5 and end > least:
@@ -256,7 +258,7 @@ def _check_sampling_time(config: ConfigDict, sde: sde_lib.SDE) -> None:
 
 
 def _check(config: ConfigDict, sde: sde_lib.SDE) -> None:
-    """Raise a UserError for what can't work and is not seen from the fields alone."""
+    """Raise a UserError for mistakes that can't be found from single fields."""
     training = config.training
     _check_sampling_time(config, sde)
     if config.model.num_classes > 0:
@@ -354,7 +356,7 @@ def sampling_method(config: ConfigDict) -> sampling.SamplerFn:
     """The sampling method of a config, with its predictor and corrector.
 
     Raises:
-      UserError: it takes a field that the config does not have.
+      UserError: the sampler needs a field that the config does not have.
     """
     chosen, sections = config.sampling, ("sampling", "model")
 
@@ -388,15 +390,15 @@ def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def get_train_call(setup: Setup, train: Dataset, first_step: int) -> TrainCall:
-    """The training function (`make_train_call`) of a run, whose first call is `first_step`."""
+    """The training function (`make_train_call`) of a run, starting at `first_step`."""
     size, labelled = setup.loop.batch_size, setup.num_classes > 0
     return make_train_call(setup.make_step_fn(), train, size, setup.seed, first_step, labelled)
 
 
 def objective_in_words(config: ConfigDict) -> str:
-    """What a config trains by: SDE, weighting, times, truncation and prior.
+    """A description of a config's objective: SDE, weighting, times, truncation and prior.
 
-    Of an objective that a config file registers it is the SDE and the objective's name.
+    For an objective that a config file registers, only the SDE and the objective's name are given.
     """
     training = config.training
     if training.objective != "score_matching":
@@ -422,7 +424,7 @@ def objective_in_words(config: ConfigDict) -> str:
 
 
 def optimizer_in_words(config: ConfigDict) -> str:
-    """The optimiser of a config, and its learning rate."""
+    """A description of a config's optimiser and its learning rate."""
     optim = config.optim
     return (
         f"{optim.optimizer}, {optim.schedule.replace('_', ' ')} learning rate of {optim.lr:g} "
@@ -431,12 +433,12 @@ def optimizer_in_words(config: ConfigDict) -> str:
 
 
 def labels_on_devices(labels: np.ndarray, num_classes: int, whole: bool = False) -> Array | None:
-    """The labels of a batch of images, of which each device has its share.
+    """The labels of a batch of images, divided between the devices.
 
     Args:
-      labels: of the images, (N,); the devices must divide N.
-      num_classes: of the network; 0: the result is None.
-      whole: each device has the whole batch instead.
+      labels: of the images, (N,); N must be divisible by the number of devices.
+      num_classes: the number of labels of the network; 0: the result is None.
+      whole: whether each device gets the labels of the whole batch instead.
     """
     if not num_classes:
         return None

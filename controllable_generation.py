@@ -55,7 +55,7 @@ def colorization(sde: SDE, images: Array) -> tuple[Constraint, Callable[[Array],
       images: (N, H, W, 3), in the model's range; only the mean of their channels is used.
 
     Returns:
-      As `inpainting`.
+      As for `inpainting`.
     """
     rows = jnp.array([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]])
     basis = (rows / jnp.linalg.norm(rows, axis=1, keepdims=True)).T
@@ -84,7 +84,7 @@ def get_completion_fn(
 
     Args:
       sampler: `pc_sample` with its options; see `sampling.pc`.
-      sde, make_score_fn, guidance: as of `sampling.get_sampling_fn`.
+      sde, make_score_fn, guidance: as in `sampling.get_sampling_fn`.
       colors: whether to colour.
     """
 
@@ -111,14 +111,14 @@ def read_mask(name: str, size: tuple[int, int], padded: tuple[int, int]) -> np.n
     Args:
       name: the region, or a file whose white pixels are to be filled in.
       size: the height and width of the images.
-      padded: those as the network gets them. The padding repeats an image's edge, so it is not
-        known.
+      padded: the height and width of the network's images. The padding is filled in too, since it
+        repeats an image's edge.
 
     Returns:
       (*padded, 1) float32, 1 for pixels to fill in.
 
     Raises:
-      UserError: it is neither, or has transparency or no white pixel.
+      UserError: `name` is neither, or the file has transparency or no white pixel.
     """
     height, width = size
     mask = np.zeros((height, width, 1), np.float32)
@@ -178,9 +178,9 @@ def complete_test_images(
       test: the test images.
       preprocessing: from their levels to the model's range and back.
       mask: from `read_mask`; None: images are coloured.
-      count, batch_size: the number of completions, and of those in a batch.
+      count, batch_size: the number of completions, and the number in a batch.
       seed: chooses the images and their noise.
-      num_classes: of a network that is told the images' labels.
+      num_classes: the number of labels of the network; 0: it is told no labels.
 
     Returns:
       `samples`, `originals` and `known` (the known part of the originals): levels, (N, H, W, C)

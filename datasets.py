@@ -1,4 +1,4 @@
-"""The data set that a config names."""
+"""Loads the data set that a config names."""
 
 from ml_collections import ConfigDict
 

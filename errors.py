@@ -1,4 +1,4 @@
-"""Errors that a user can mend."""
+"""The exception for mistakes that the user can fix."""
 
 
 class UserError(Exception):

@@ -100,13 +100,13 @@ class _Run:
 
     @property
     def scores_samples(self) -> bool:
-        """Whether something can score samples; arrays have their channels' moments at least."""
+        """Whether samples can be scored; for arrays, at least the channels' moments can."""
         of_arrays = self.setup.units.of_arrays and self.setup.evaluation.enable_sampling
         return bool(self.scorers) or of_arrays
 
 
 def _samples_of_network(run: _Run, params: Any) -> tuple[Images, dict[str, Any]]:
-    """Sample from a network; returns the samples and their entries of the report."""
+    """Draw samples from a network; returns them and their entries in the report."""
     setup, results = run.setup, run.results
     count, size = setup.evaluation.num_samples, setup.evaluation.samples_a_batch
     digest = short_hash(params, *network_fields(setup), setup.fields["sampling"], size)
@@ -130,7 +130,7 @@ def _samples_of_network(run: _Run, params: Any) -> tuple[Images, dict[str, Any]]
 
 
 def _given_samples(setup: Setup) -> tuple[Images, dict[str, Any]]:
-    """The images of `eval.samples`, and their entries of the report."""
+    """The images of `eval.samples`, and their entries in the report."""
     path, num_levels = pathlib.Path(setup.evaluation.samples), setup.num_levels
     if setup.units.of_arrays:
         of_file, _ = setup.read_arrays(path, "eval.samples")
@@ -203,15 +203,15 @@ def _evaluate_checkpoint(
 
 
 def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Score checkpoints' EMA weights, or given images; writes report.json and report.md.
+    """Score the EMA weights of checkpoints, or given images; writes report.json and report.md.
 
-    The report of one checkpoint or of a sweep is in eval/, that of `eval.samples` in
-    eval/samples_…, and that of `eval.images`, with each image's bits/dim, in eval/images_…. The
-    reports of a sweep's checkpoints are in eval/step_<step>/.
+    The report of one checkpoint is in eval/, that of `eval.samples` in eval/samples_…, and that of
+    `eval.images`, with each image's bits/dim, in eval/images_…. If several checkpoints are scored,
+    their common report is in eval/, and that of each in eval/step_<step>/.
 
     Returns:
-      The report. For a sweep it has `checkpoints`, their reports, and `best`, the best step by each
-      score.
+      The report. For several checkpoints it has `checkpoints`, their reports, and `best`, the best
+      step by each score.
 
     Raises:
       UserError: the config, data, weights, statistics or checkpoints can't be used.
@@ -242,7 +242,7 @@ def _steps(setup: Setup, workdir: pathlib.Path) -> list[int]:
 
 
 def _take_hold(setup: Setup, workdir: pathlib.Path, stack: contextlib.ExitStack) -> list[int]:
-    """Lock eval/, and return the steps to evaluate."""
+    """Lock eval/, and return the steps of the checkpoints to evaluate."""
     steps = [] if setup.evaluation.samples else _steps(setup, workdir)
     check_network(setup.fields, workdir)
     make_folder(workdir / "eval", "--workdir")
@@ -252,7 +252,7 @@ def _take_hold(setup: Setup, workdir: pathlib.Path, stack: contextlib.ExitStack)
 
 
 def _check_density(setup: Setup) -> None:
-    """Refuse densities of padded floats: the padding is a function of the image."""
+    """Raise a UserError for padded floats, which have no density."""
     if not setup.num_levels and setup.padded_shape != setup.shape:
         raise UserError(
             "padded floats have no bits/dim: their padding has no density; set "
@@ -261,7 +261,7 @@ def _check_density(setup: Setup) -> None:
 
 
 def _images_to_score(setup: Setup, test: Dataset | None) -> tuple[Dataset, Sequence[str]]:
-    """The images of `eval.images`, with the labels of a network that is told them, and names."""
+    """The images of `eval.images`, with labels if the network is told labels; and their names."""
     options, num_levels = setup.evaluation, setup.num_levels
     # Of runs that do not have the names of their classes, they are numbers.
     classes = setup.classes or tuple(map(str, range(setup.num_classes)))
@@ -288,7 +288,7 @@ def _images_to_score(setup: Setup, test: Dataset | None) -> tuple[Dataset, Seque
 
 
 def _known_labels(given: Sequence[str] | None, classes: tuple[str, ...]) -> np.ndarray | None:
-    """The numbers of images' labels among a network's classes; None if there are none of these."""
+    """The numbers of the labels of images among a network's classes; None if any is unknown."""
     if given is None:
         log.warning("eval.images have no labels; they are scored as images of no label")
         return None
@@ -310,7 +310,7 @@ def _evaluate_images(
     chosen: Dataset,
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """Bits/dim of each of the images of `eval.images`, in a folder of their own below eval/."""
+    """Write bits/dim of each image of `eval.images` to a folder of its own below eval/."""
     if len(steps) != 1:
         raise UserError(f"eval.images is for one checkpoint; {len(steps)} are chosen")
     _check_density(setup)
@@ -409,7 +409,7 @@ def _evaluate(
 def _evaluate_steps(
     run: _Run, workdir: pathlib.Path, steps: list[int], about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write a report for each step, and a common one if there are several; returns the last."""
+    """Write a report for each step, and a common one for several; returns the last one written."""
     reports, folder = [], workdir / "eval"
     for step in steps:
         of_step = folder / f"step_{step:08}" if len(steps) > 1 else folder
@@ -432,7 +432,7 @@ def _evaluate_steps(
 def _write_report(
     report: dict[str, Any], folder: pathlib.Path, metrics: pathlib.Path
 ) -> dict[str, Any]:
-    """Write a checkpoint's report, with what an earlier one has besides; returns it."""
+    """Write a checkpoint's report, and keep scores that only an earlier report has; returns it."""
     kept = earlier_scores(report, folder)
     if kept:
         what = "scores of samples" if "num_samples" in kept else "bits/dim"

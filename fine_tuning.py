@@ -1,4 +1,4 @@
-"""The start of a new run from the weights of another: fine-tuning."""
+"""Fine-tuning: starts a new run from the weights of another run or model."""
 
 import dataclasses
 import logging
@@ -21,22 +21,22 @@ _LABELS = "Embed_0/embedding"  # a row for each class, and a last one for no lab
 
 
 def start_from(setup: Setup, state: TrainState, source: str) -> TrainState:
-    """The first state of a run whose weights are those of another run or of an exported model.
+    """The first state of a run, with the weights of another run or of an exported model.
 
-    Each array of the other network's EMA weights that has the name and the shape of one here takes
-    its place. So the data, the resolution, the objective and the parametrisation may be others. Of
-    the labels' embedding the rows are taken whose classes have the same names.
+    Every array of the other network's EMA weights is copied if an array here has the same name and
+    shape. So the data, the resolution, the objective and the parametrisation may differ. Of the
+    labels' embedding, the rows of classes with the same names are copied.
 
     Args:
       setup: the parts of the new run.
-      state: its first state.
+      state: its first state, before weights are copied.
       source: the folder of the other run, whose newest checkpoint is read, or of an exported model.
 
     Returns:
       `state` with these `params` and `ema_params`; its other arrays are new.
 
     Raises:
-      UserError: `source` can't be read, or is of another network.
+      UserError: `source` can't be read, or has too different a network.
     """
     folder, other = pathlib.Path(source), recorded_config(source)
     if other is None:
@@ -65,7 +65,7 @@ def start_from(setup: Setup, state: TrainState, source: str) -> TrainState:
 
 
 def _rows_of_classes(setup: Setup, other: Setup) -> dict[int, int]:
-    """The rows of the labels' embedding here, and those of the same meaning in another network."""
+    """{row of the labels' embedding here: row of the same class, or of no label, in another}."""
     here = setup.classes
     there = other.classes or tuple(map(str, range(other.num_classes)))  # an older run's
     numbers = all(name.isdecimal() for name in (*here, *there))
@@ -82,7 +82,7 @@ def _told(
     taken: dict[str, np.ndarray],
     rows: dict[int, int],
 ) -> str:
-    """What was taken and what is new, in one line."""
+    """One line that says which arrays were copied and which are new."""
 
     def some(names: set[str]) -> str:
         shown = sorted(names)

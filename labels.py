@@ -1,4 +1,4 @@
-"""Labels that a network is told: those of its samples, and those of the images that it is given."""
+"""The labels that a network is told: those of its samples, and checks of those of images."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from errors import UserError
 
 
 def check_labels(num_classes: int, classes: tuple[str, ...], images: Dataset) -> None:
-    """Raise a UserError if a network is told labels that the images do not have.
+    """Raise a UserError if the images do not have the labels that a network is told.
 
     Args:
       num_classes: the number of labels that it is told; 0: none.
@@ -38,7 +38,7 @@ def sample_labels(text: str, num_classes: int, start: int, count: int) -> np.nda
     Args:
       text: `sampling.labels`, whose labels are taken in turn.
       num_classes: the number of labels, which itself stands for no label.
-      start, count: which samples.
+      start, count: the index of the first sample, and the number of samples.
 
     Raises:
       UserError: the text can't be read, or a label does not exist.

@@ -4,18 +4,19 @@ Both are computed with and without the residual, the reconstruction term of the 
 
     -log p(x_0) ≤ E[-log p_ε(x_ε)] + E[log p_0ε(x_ε | x_0) - log p(x_0 | x_ε)],
 
-with x_ε ~ p_0ε(· | x_0); `losses.reconstruction_loss` computes it. With the residual the value
-bounds the likelihood of x_0. Without it, the NLL is that of x_0 at time ε (as is common), and the
-NELBO is that of x_ε. For data without dequantisation (`lossless`) there is a NELBO with a decoder
-of the levels.
+with x_ε ~ p_0ε(· | x_0); `losses.reconstruction_loss` computes the residual. With it, the value is
+an upper bound on -log p(x_0). Without it, the NLL is that of x_0 taken as x_ε (as is common), and
+the NELBO is that of x_ε. For data without dequantisation (`lossless`) there is a NELBO with a
+decoder of the levels.
 
 Truncated-normal dequantisation (arXiv 2305.03935) bounds the probability of the levels without a
-decoder: x_ε = α x_0 + σ z, with z normal, but cut to the cell of x_0, |z| ≤ r = α Δ/(2 σ) for
-levels that are Δ apart. The cells are disjoint, so for the density q of that x_ε
+decoder: x_ε = α x_0 + σ z with normal z, truncated to the cell of x_0, |z| ≤ r = α Δ/(2 σ), for
+levels that are Δ apart. The cells are disjoint, so for the density q of this x_ε
 
     -log P(x_0) = -log ∫_cell p_ε ≤ E_q[log q(x_ε) - log p_ε(x_ε)].
 
-For r ≥ 3 and a network of data without dequantisation q is nearly what the network was trained on.
+If r ≥ 3 and the network was trained on data without dequantisation, q is close to its training
+distribution.
 """
 
 import functools
@@ -212,7 +213,7 @@ def to_bits_per_dim(nats: Array, dims: int, offset: float) -> Array:
 
 
 def cell_radius(sde: SDE, eps: float, width: float) -> Array:
-    """r = α Δ/(2 σ) at ε: half a level's cell in standard deviations of the noise, for Δ=width."""
+    """r = α Δ/(2 σ) at ε with Δ = `width`: half a cell in standard deviations of the noise."""
     return 0.5 * width * jnp.exp(-0.5 * sde.gamma(eps))
 
 
@@ -224,7 +225,7 @@ def largest_eps(sde: SDE, width: float, radius: float = 3.0) -> float | None:
 
 
 def truncated_normal(key: Array, shape: tuple[int, ...], radius: Array) -> tuple[Array, Array]:
-    """Normal noise cut to |z| ≤ radius, and the sum of its log-density (in z), a scalar."""
+    """Normal noise truncated to |z| ≤ radius, and the sum of its log-density (in z), a scalar."""
     z = jax.random.truncated_normal(key, -radius, radius, shape)
     log_mass = jnp.log1p(-2 * jax.scipy.special.ndtr(-radius))
     log_density = -0.5 * z**2 - 0.5 * np.log(2 * np.pi) - log_mass
@@ -250,7 +251,7 @@ def importance_weighted(bits: np.ndarray, dims: int) -> np.ndarray:
       dims: D, the number of dimensions.
 
     Returns:
-      (N,) bits/dim. Each draw must be exact: noise in it, such as that of a trace's estimate,
+      (N,) bits/dim. The draws must be exact: noise in them, such as that of an estimated trace,
       makes the result too small.
     """
     nats = -np.asarray(bits, np.float64) * dims * np.log(2)
@@ -267,8 +268,8 @@ def nelbo_of_x_eps(
 
         E[-log p_T(x_T)] + ½ ∫ E[σ² ‖s + z/b‖² - σ² ‖z/b‖²] dγ - D (log α(T) - log α(ε)).
 
-    Near ε both squares diverge and their difference does not: it is σ² ‖s‖² + 2 σ² s·z/b, whose
-    mean stays if ‖z‖² - D is added. That sum is ‖σ s + z‖² - D where b is near σ, as in the usual
+    Near ε both squares diverge, but their difference, σ² ‖s‖² + 2 σ² s·z/b, does not. Adding
+    ‖z‖² - D does not change its mean; where b is near σ, the sum is ‖σ s + z‖² - D, as in the usual
     estimate. Times are drawn as γ = γ(ε) + Z_ε u², since 1/b ~ (γ - γ(ε))^-½.
 
     Args:
@@ -306,20 +307,20 @@ def make_nll_fn(
 
     Args:
       sde, make_score_fn: the model.
-      preprocessing: of the data, for their units.
+      preprocessing: the preprocessing of the data, for their units.
       eps: the time ε.
       num_steps, rtol, atol: as in `ode_log_likelihood`.
 
     Returns:
-      nll_fn(params, key, x, labels=None), with one key or keys (N,), x (N, H, W, C) dequantised and
-      scaled, and the images' labels (N,), if the network is told them →
+      nll_fn(params, key, x, labels=None), with a single key or keys (N,), dequantised and scaled x
+      (N, H, W, C), and the images' labels (N,) if the network is told labels →
         `nll`: bits/dim with the residual, (N,);
         `nll_without_residual`: bits/dim without it, (N,);
         `nfe`: score evaluations of one solve, (N,);
         `latent`: latents of the solve for `nll`, (N, H, W, C).
       With `truncated_normal=True`, x is `Preprocessing.to_x0_without_noise`, and the result is
         `nll_truncated_normal`: bits/dim of the levels, for one draw of the noise, (N,).
-      The noise can be given as `probe`, `z_eps` and `z_residual`, of x's shape; else it is drawn.
+      The noise is drawn, unless it is given as `probe`, `z_eps` and `z_residual`, of x's shape.
     """
     solver: dict[str, Any] = {"num_steps": num_steps, "rtol": rtol, "atol": atol}
     offset, width = preprocessing.bits_offset, preprocessing.cell_width
@@ -363,7 +364,7 @@ def make_nll_fn(
 def get_nll_fn(
     config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, num_levels: int = 256
 ) -> Callable[..., dict[str, Array]]:
-    """`make_nll_fn` with what a config names."""
+    """`make_nll_fn` with the arguments that a config names."""
     return make_nll_fn(
         sde,
         make_score_fn,
@@ -451,7 +452,7 @@ def make_nelbo_fn(
 def get_nelbo_fn(
     config: ConfigDict, sde: SDE, make_score_fn: MakeScoreFn, num_levels: int = 256
 ) -> Callable[..., dict[str, Array]]:
-    """`make_nelbo_fn` with what a config names."""
+    """`make_nelbo_fn` with the arguments that a config names."""
     preprocessing = get_preprocessing(data_spec(config), num_levels)
     eps, draws = config.training.truncation_time, config.eval.nelbo_draws
     return make_nelbo_fn(sde, make_score_fn, preprocessing, eps, draws)

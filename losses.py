@@ -38,10 +38,11 @@ class Prior(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TruncationPrior:
-    """P_k(τ) ∝ τ^-k on [eps, T] (arXiv 2106.05527, §4.2).
+    """The power prior P_k(τ) ∝ τ^-k on [eps, T] (arXiv 2106.05527, §4.2).
 
-    The relative error of `icdf` in float32 is at most 1e-5 for every k, also as k → 1. The error of
-    `cdf` and the relative error of `pdf` are at most 1e-6 + 2e-7 k, as t's rounding counts k-fold.
+    In float32 the relative error of `icdf` is at most 1e-5 for every k, also as k → 1. The error of
+    `cdf` and the relative error of `pdf` are at most 1e-6 + 2e-7 k, since t's rounding error is
+    multiplied by k.
 
     Attributes:
       k: exponent, at least 0; 0 is the uniform distribution, inf the fixed truncation τ = eps.
@@ -109,7 +110,7 @@ class TruncationPrior:
 
 @dataclasses.dataclass(frozen=True)
 class WeightingPrior:
-    """The prior on τ whose soft truncation weighs the noise's error by an increasing w(γ).
+    """The prior on τ with which soft truncation weights the noise's error by an increasing w(γ).
 
     In γ = log σ²/α² the objective is ½ ∫ w(γ) E‖ε̂ - z‖² dγ, and soft truncation with λ = g² has
     w(γ(t)) = P(τ ≤ t). So the CDF is w(γ(t))/w(γ(T)), with an atom of w(γ(ε))/w(γ(T)) at τ = ε.
@@ -118,7 +119,7 @@ class WeightingPrior:
       sde: the SDE.
       eps: smallest truncation.
       weight: w(γ), elementwise, increasing and positive.
-      inverse_weight: its inverse; None: by bisection.
+      inverse_weight: the inverse of `weight`; None: it is found by bisection.
     """
 
     sde: SDE
@@ -168,7 +169,7 @@ def power_prior(k: float, truncation_time: float) -> TruncationPrior:
 
 
 def sigmoid_prior(sde: SDE, truncation_time: float, sigmoid_bias: float) -> WeightingPrior:
-    """w = sigmoid(γ + b), as of arXiv 2303.00848 with its λ = -γ."""
+    """The prior for w = sigmoid(γ + b), as in arXiv 2303.00848, whose λ is -γ."""
 
     def weight(gamma: Array) -> Array:
         return jax.nn.sigmoid(gamma + sigmoid_bias)
@@ -180,7 +181,7 @@ def sigmoid_prior(sde: SDE, truncation_time: float, sigmoid_bias: float) -> Weig
 
 
 def velocity_prior(sde: SDE, truncation_time: float) -> WeightingPrior:
-    """w = e^{γ/2}, that of flow matching (arXiv 2303.00848)."""
+    """The prior for w = e^{γ/2}, the weighting of flow matching (arXiv 2303.00848)."""
 
     def weight(gamma: Array) -> Array:
         return jnp.exp(0.5 * gamma)
@@ -201,10 +202,10 @@ PRIORS: dict[str, Callable[..., Prior]] = {
 
 
 def check_prior(prior: Prior, sde: SDE, eps: float, name: str) -> None:
-    """Check what a prior on the truncation promises, at 2,000 times and 2,000 probabilities.
+    """Check the CDF of a prior on τ and its inverse, at 2,000 times and 2,000 probabilities.
 
     Raises:
-      UserError: its CDF does not increase to 1, or its icdf is not the inverse; in one line.
+      UserError: its CDF does not increase to 1, or its icdf is not the inverse of it.
     """
 
     def wrong(what: str) -> UserError:
@@ -288,7 +289,7 @@ def weighted_error(sde: SDE, score: Array, t: Array, z: Array, weight: Array) ->
       score: at x_t = α x_0 + σ z and t, (N, ...).
       t: times, (N,).
       z: the noise, of the score's shape.
-      weight: λ(t) over the density that t was drawn with, (N,).
+      weight: λ(t) divided by the density of t, (N,).
     """
     std = sde.std(t)
     # ∇ log p_0t = -z/σ; both terms are multiplied by σ, which may be too small to divide by.
@@ -312,7 +313,7 @@ def score_matching_loss(
       x0: scaled data, (N, ...).
       t: times, (N,).
       z: standard normal noise, the shape of x0.
-      weight: λ(t) over the density that t was drawn with, (N,).
+      weight: λ(t) divided by the density of t, (N,).
 
     Returns:
       (N,) in float32, summed over the dimensions of an image.
@@ -404,12 +405,12 @@ def step_key(seed: int, step: ArrayLike) -> Array:
 
 
 def drop_labels(key: Array, index: Array, classes: Array, rate: float, none: int) -> Array:
-    """Labels of which each is replaced by `none` with a probability.
+    """Replace each label by `none` with the probability `rate`.
 
     Args:
       key: the key of the step.
       index: the images' indices in the global batch, (N,).
-      classes: (N,).
+      classes: the labels, (N,).
       rate: the probability.
       none: the number that stands for no label.
     """
@@ -442,7 +443,7 @@ def split_step_key(key: Array, index: Array) -> tuple[Array, Array, ImageKeys]:
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """What the loss of a mini-batch of images is computed from, besides the network."""
+    """What the loss of a mini-batch of images is computed from, in addition to the network."""
 
     index: Array  # the images' indices in the global batch, (N,)
     keys: ImageKeys
@@ -487,7 +488,7 @@ class DrawnObjective(Objective):
 
     @abc.abstractmethod
     def draw(self, key: Array, images: Array, index: Array, train: bool) -> Draws:
-        """Draw what the losses are computed from; the arguments are those of a call."""
+        """Draw what the losses are computed from; arguments as in `__call__`."""
 
     @abc.abstractmethod
     def losses(self, score_fn: ScoreFn, draws: Draws) -> Array:
@@ -512,12 +513,12 @@ class ScoreMatching(DrawnObjective):
       preprocessing: from levels to x_0.
       eps: ε, the smallest time.
       prior: the prior on τ; None: τ = ε.
-      weigh_by_prior: weigh by P(τ ≤ t) instead of drawing τ, with the same expectation.
+      weigh_by_prior: weight by P(τ ≤ t) instead of drawing τ, which has the same expectation.
       weighting: λ(t).
       importance_sampling: draw t ~ g²/σ² on [τ, T] instead of uniformly.
       stratified: the size N of the global batch, whose times come from u_i = (u_0 + i/N) mod 1
         with one u_0 (arXiv 2107.00630, app. I.1); 0: from independent u_i.
-      reduce_mean: whether the loss of an image is per dimension.
+      reduce_mean: whether the loss of an image is divided by its number of dimensions.
     """
 
     sde: SDE
@@ -553,7 +554,7 @@ class ScoreMatching(DrawnObjective):
     def draw_times(
         self, batch_key: Array, keys: Array, index: Array, tau: Array
     ) -> tuple[Array, Array]:
-        """Times t of images on [τ, T], and λ(t) over the density of t; (N,) each."""
+        """Times t of images on [τ, T], and λ(t) divided by the density of t; (N,) each."""
         if self.stratified:
             u = (jax.random.uniform(batch_key) + index / self.stratified) % 1.0
         else:
@@ -565,7 +566,7 @@ class ScoreMatching(DrawnObjective):
         return t, weight
 
     def for_test(self, batch_size: int) -> "ScoreMatching":
-        """It has the same expectation without the variance of one truncation for each batch."""
+        """With the equivalent weight, which has the same expectation and less variance."""
         stratified = batch_size if self.stratified else 0
         return dataclasses.replace(self, weigh_by_prior=True, stratified=stratified)
 
@@ -574,14 +575,15 @@ class ScoreMatching(DrawnObjective):
 class Mixed(DrawnObjective):
     """One objective for the images with even index, and another for the rest.
 
-    A batch's mean loss is the mean of the first objective's, plus `factor` times the second's.
+    The mean loss of a batch is the mean of the first objective plus `factor` times that of the
+    second.
 
     Attributes:
-      first, second: the objectives, which have the same data and noise, but other times.
-      factor: the second one's.
-      balanced: scale the second one's losses to the size of the first one's before.
-      axis_name: of the mapped axis of devices over which the ratio of these sizes is a mean; None:
-        the ratio is that of the images given.
+      first, second: the objectives, which have the same data and noise, but different times.
+      factor: the factor of the second objective.
+      balanced: whether to scale the second objective's losses to the size of the first one's first.
+      axis_name: the name of the mapped axis of devices over which the ratio of these sizes is
+        averaged; None: the ratio is that of the images given.
     """
 
     first: ScoreMatching
@@ -603,7 +605,7 @@ class Mixed(DrawnObjective):
         return losses * jnp.where(even, 2, 2 * self.factor * ratio)
 
     def for_test(self, batch_size: int) -> "Mixed":
-        """The ratio of the halves, which depends on τ other than by the weight, is left out."""
+        """Without `balanced`: an equivalent weight can't express how its ratio depends on τ."""
         first, second = (o.for_test(batch_size) for o in (self.first, self.second))
         return dataclasses.replace(self, first=first, second=second, balanced=False)
 
@@ -638,7 +640,7 @@ class WithReconstruction(DrawnObjective):
         return self.objective.losses(score_fn, draws) + residual * _scale(x0, self.reduce_mean)
 
     def for_test(self, batch_size: int) -> Objective:
-        """Without the residual, which depends on τ other than by the weight."""
+        """Without the residual: an equivalent weight can't express how it depends on τ."""
         return self.objective.for_test(batch_size)
 
 
@@ -653,12 +655,12 @@ def _scale(x0: Array, reduce_mean: bool) -> float:
 
 
 def mean_pair_ratio(losses: Array, even: Array, axis_name: str | None) -> Array:
-    """The mean of each even image's loss over the next one's, a scalar without a gradient.
+    """The mean ratio of each even image's loss to the next image's, a scalar without gradient.
 
     Args:
       losses: (N,).
-      even: which have an even index, (N,).
-      axis_name: of the mapped axis of devices over which it is a mean, too; None: there is none.
+      even: whether the image's index is even, (N,).
+      axis_name: the name of the mapped axis of devices to average over, too; None: there is none.
     """
     ratios = jnp.where(even, losses / jnp.roll(losses, -1), 0)
     mean = jnp.sum(ratios) / jnp.sum(even)
@@ -683,13 +685,13 @@ def score_matching(
     balanced: bool,
     reconstruction_loss: bool,
 ) -> Objective:
-    """The built-in objective.
+    """The built-in objective, soft truncation and its variants.
 
     Args:
       sde, preprocessing, weighting: as in `ScoreMatching`.
       prior: the prior on τ; None for the fixed truncation.
       axis_name: as in `Mixed`.
-      truncation: equivalent_weight: weigh by the prior instead of drawing from it.
+      truncation: if it is equivalent_weight, weight by the prior instead of drawing from it.
       truncation_time, importance_sampling, stratified_times, batch_size, reduce_mean, mixed,
       ddpm_weight, balanced, reconstruction_loss: the fields of `config.training`.
     """

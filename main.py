@@ -208,7 +208,7 @@ def _run(workdir: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Run the chosen mode, and tell what the user can mend in one line."""
+    """Run the chosen mode; a mistake that the user can fix is printed as one line."""
     del argv
     from runtime import hosts
 

@@ -1,4 +1,4 @@
-"""How much memory a run needs, and what to set if that is more than there is."""
+"""Logs how much memory a run needs, and what to set if the device has less."""
 
 import itertools
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _OF_PC, _OF_ODE = 2.2, 1.3
 
 
 def train_program(setup: Setup) -> tuple[StepFn, tuple[Any, ...]]:
-    """One training step of one device, and the shapes of its arguments."""
+    """The function of one training step on one device, and the shapes of its arguments."""
     n = setup.loop.batch_size // jax.device_count()
     images = jax.ShapeDtypeStruct((1, n, *setup.padded_shape), setup.preprocessing.dtype)
     index = jax.ShapeDtypeStruct((n,), jnp.int32)
@@ -28,7 +28,7 @@ def train_program(setup: Setup) -> tuple[StepFn, tuple[Any, ...]]:
 
 
 def sample_program(setup: Setup, batch_size: int) -> tuple[Any, tuple[Any, ...]]:
-    """A device's share of a batch of samples as a function, and the shapes of its arguments."""
+    """The function that draws a device's share of a batch, and the shapes of its arguments."""
     n = -(-batch_size // jax.device_count())
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
     labels = [jax.ShapeDtypeStruct((n,), jnp.int32)] if setup.num_classes else []
@@ -36,7 +36,7 @@ def sample_program(setup: Setup, batch_size: int) -> tuple[Any, tuple[Any, ...]]
 
 
 def advise_on_training(setup: Setup) -> None:
-    """Log how much memory training needs, and what to set if it is more than there is."""
+    """Log how much memory training needs, and what to set if the device has less."""
 
     def needed(changes: Mapping[str, Any]) -> int:
         step_fn, shapes = train_program(setup.rebuild(changes))
@@ -70,7 +70,7 @@ def advise_on_sampling(setup: Setup, field: str, batch_size: int) -> None:
 
 
 def smaller_batches(field: str, batch_size: int) -> list[dict[str, Any]]:
-    """Remedies that halve a batch size again and again, down to one image a device."""
+    """Changes of a config that halve a batch size repeatedly, down to one image a device."""
     sizes = itertools.takewhile(
         lambda size: size >= jax.device_count(), (batch_size >> n for n in itertools.count(1))
     )

@@ -1,6 +1,6 @@
-"""Parts of a config that are plain values, each for one mode; configs/default.py says what each is.
+"""The parts of a config that are plain values; configs/default.py explains each field.
 
-`build` fills them; below it nothing reads a config.
+`build` makes them from a config. The modules below `build` receive these parts, and no config.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """The length of a training, and what is done between its steps (`config.training`)."""
+    """The length of a training, and how often it logs, scores and saves (`config.training`)."""
 
     batch_size: int
     n_iters: int
@@ -29,7 +29,7 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How many samples are drawn, of which labels, and what becomes of them (`config.sampling`)."""
+    """How many samples are drawn, for which labels, and in which format (`config.sampling`)."""
 
     method: str
     task: str

@@ -1,4 +1,4 @@
-"""Training: the loop, from top to bottom."""
+"""--mode train: the training loop."""
 
 import contextlib
 import functools
@@ -55,7 +55,7 @@ def train(
     Args:
       config: the config, which must be equal on every process.
       workdir: the run's folder; only the main process reads and writes it.
-      override: continue in a workdir of another config.
+      override: whether the workdir may belong to another config.
       config_file: the file of the config, recorded in the workdir.
       init_from: a run or an exported model whose weights a new run starts from (`fine_tuning`).
 
@@ -63,8 +63,8 @@ def train(
       The last state.
 
     Raises:
-      UserError: the config, the data or the workdir can't be used; or the loss is not finite, or
-        saving fails, too often in a row.
+      UserError: the config, the data or the workdir can't be used; or the loss was not finite, or
+        saving failed, too many times in a row.
     """
     config = with_data_facts(config, workdir, override, init_from)
     workdir = pathlib.Path(workdir)
@@ -105,7 +105,7 @@ def _loop(
     preemption: hosts.Preemption,
     workdir: pathlib.Path,
 ) -> TrainState:
-    """The state after the last step, or after the one at which this program is told to stop."""
+    """Train to the last step, or until a signal asks to stop; returns the state then."""
     loop, step = setup.loop, int(first_copy(packed.step))
     train_call = get_train_call(setup, data.train, first_step=step)
     test_loss = get_test_loss(setup, data.test)

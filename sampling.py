@@ -1,8 +1,8 @@
 """Samplers: predictor-corrector (arXiv 2011.13456, §4), and three solvers of the ODE.
 
 A predictor or a corrector is a pure function of a step, the state and the noise. A sampler is a
-compiled function of (params, key, labels). With a key for each sample, a sample does not depend on
-which others are drawn with it (exceptions: docs/samplers.md).
+compiled function of (params, key, labels). If each sample has its own key, it does not depend on
+the samples that are drawn together with it (docs/samplers.md names the exceptions).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def fill_time(t: ArrayLike, x: Array) -> Array:
 def make_score(
     make_score_fn: MakeScoreFn, params: Any, labels: Array | None, guidance: float = 0.0
 ) -> ScoreFn:
-    """The score function; without labels `make_score_fn` may be a function of `params` alone."""
+    """The score function. If `labels` is None, `make_score_fn` may take `params` alone."""
     return make_score_fn(params) if labels is None else make_score_fn(params, labels, guidance)
 
 
@@ -40,7 +40,7 @@ def sample_keys(key: Array, start: ArrayLike, count: int) -> Array:
 
 
 def _keys(key: Array, count: int, *numbers: ArrayLike) -> Array:
-    """A key for each of `count` samples, with `numbers` folded in; `key` is one, or has them."""
+    """A key for each of `count` samples, from one key or `count` keys; `numbers` are folded in."""
     if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     keys = key if key.ndim else sample_keys(key, 0, count)
@@ -50,9 +50,10 @@ def _keys(key: Array, count: int, *numbers: ArrayLike) -> Array:
 
 
 def normal(key: Array, shape: tuple[int, ...], *numbers: ArrayLike) -> Array:
-    """Standard normal noise of `shape`, (N, …): a row for each of the keys (N,), or of one key.
+    """Standard normal noise of `shape`, (N, …).
 
-    `numbers`, as that of a step, are folded into the keys.
+    With keys (N,), each row has its own key; with a single key, all rows come from it. `numbers`,
+    such as that of a step, are folded into the keys.
     """
     keys = _keys(key, shape[0], *numbers)
     return jax.vmap(lambda one: jax.random.normal(one, shape[1:]))(keys)
@@ -60,7 +61,7 @@ def normal(key: Array, shape: tuple[int, ...], *numbers: ArrayLike) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step of a chain, from t to t_next < t, both scalars."""
+    """A step of a sampler, from t to t_next < t, both scalars."""
 
     sde: SDE
     score_fn: ScoreFn
@@ -193,7 +194,7 @@ def pc_sample(
 
     Args:
       sde, score_fn: the reverse SDE.
-      key: all noise is a function of it; or keys (N,), each for the noise of one sample.
+      key: the key of all noise; or keys (N,), one for the noise of each sample.
       shape: the shape of the samples, (N, H, W, C).
       predictor, corrector: the functions of a step; None: none.
       num_steps: number of times, at least 2: predictor steps, plus one for the final denoising.
@@ -321,9 +322,8 @@ def solve_ode(
 ) -> tuple[Any, Array]:
     """Solve an ODE by Dormand-Prince 5(4) with adaptive steps, entirely on the device.
 
-    Each row has steps of its own, chosen by the root mean square of its errors, so a row does not
-    depend on the others. The vector field is evaluated for all rows at once, as long as one of
-    them is on its way.
+    Each row has its own steps, which depend on the root mean square of its errors, so a row does
+    not depend on the others. The vector field is evaluated for all rows until the last one is done.
 
     Args:
       vector_field: (t (N,), y, args) → dy/dt, where y has rows (N, ...) in each leaf.
@@ -333,7 +333,7 @@ def solve_ode(
 
     Returns:
       (y at t1, number of evaluations of the vector field for each row, (N,)). If the solver fails
-      for a row, that is NaN.
+      for a row, y is NaN there.
     """
     import diffrax  # takes half a second
 
@@ -385,7 +385,7 @@ def in_solver_time(
 ) -> Callable[[Any, Any, Any], Any]:
     """Convert a vector field (t, y, args) → dy/dt to (c, y, args) → dy/dc for c = solver_time(t).
 
-    In t itself an adaptive solver steps over the interval [1e-5, 1e-3], where RVE's dynamics are.
+    In t itself, an adaptive solver would step over [1e-5, 1e-3], where RVE changes most.
     """
 
     def field(c: Array, y: Any, args: Any) -> Any:
@@ -405,7 +405,7 @@ def ode_sample(
     atol: float,
     noise_removal: bool = True,
 ) -> tuple[Array, Array]:
-    """Samples by the probability-flow ODE from latents `z` at T: (x, evaluations of all rows)."""
+    """Samples by the probability-flow ODE from latents `z` at T: (x, evaluations (N,))."""
     field = in_solver_time(sde, probability_flow(sde, score_fn))
     x, each = solve_ode(field, z, sde.solver_time(sde.T), sde.solver_time(eps), rtol, atol)
     nfe = jnp.max(each)
@@ -417,8 +417,8 @@ def ode_sample(
 def slerp(a: Array, b: Array, share: ArrayLike) -> Array:
     """Spherical interpolation of latents, from a at share 0 to b at share 1.
 
-    Latents of D dimensions lie close to a sphere of radius √D times the prior's standard deviation.
-    So do points of a great circle; the middle of a straight line is too close to the centre.
+    Latents of D dimensions lie close to a sphere whose radius is √D times the prior's standard
+    deviation. So do the points of a great circle, but not the middle of a straight line.
 
     Args:
       a, b: (N, ...); their rows must not be opposite to each other.
@@ -451,7 +451,7 @@ def pc(
     n_steps_each: int,
     noise_removal: bool,
 ) -> Callable[..., tuple[Array, int]]:
-    """`pc_sample` as a sampling method, which takes `constrain`, too."""
+    """`pc_sample` as a sampling method, which also takes `constrain`."""
     return functools.partial(
         pc_sample,
         predictor=predictor,
@@ -464,7 +464,7 @@ def pc(
 
 
 def _along_the_ode(solve: Callable[..., tuple[Array, ArrayLike]], **options: Any) -> SamplerFn:
-    """A solver of the ODE from latents as a sampling method."""
+    """A sampling method from a solver of the ODE that starts at latents."""
 
     def sample(
         sde: SDE, score_fn: ScoreFn, key: Array, shape: tuple[int, ...]
@@ -506,8 +506,8 @@ def get_sampling_fn(
 ) -> Callable[..., tuple[Array, Array]]:
     """The compiled function of a sampling method, (params, key, labels=None) → (x, nfe).
 
-    The key is one, or has one for each sample, (N,); so have labels. x is of `shape`, (N, H, W, C),
-    in the model's range.
+    `key` is a single key, or keys (N,), one for each sample; `labels` are (N,). x has the given
+    `shape`, (N, H, W, C), and is in the model's range.
     """
 
     def sample(params: Any, key: Array, labels: Array | None = None) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """SDEs with linear drift, dx = f(t) x dt + g(t) dw, for which x_t = α(t) x_0 + σ(t) z.
 
 All formulas that depend on the SDE are in this file. Functions of time are elementwise, keep the
-shape of `t`, and are accurate in float32 on [1e-5, 1]; `SDE.inverse_gamma` says how its times are.
+shape of `t`, and are accurate in float32 on [1e-5, 1] (for times from γ, see `SDE.inverse_gamma`).
 """
 
 import abc
@@ -96,7 +96,7 @@ class SDE(abc.ABC):
         return jnp.clip(self.inverse_gamma(gamma), jnp.asarray(tau), self.T)
 
     def solver_time(self, t: ArrayLike) -> Array:
-        """An increasing function of t in which an adaptive solver takes steps of similar size."""
+        """An increasing function of t, in which an adaptive solver takes steps of similar size."""
         return jnp.asarray(t)
 
     def time_of_solver(self, c: ArrayLike) -> Array:
@@ -377,7 +377,7 @@ class RVESDE(_VarianceExploding):
 
 
 def reciprocal_vesde(sigma_min: float, sigma_max: float, truncation_time: float) -> RVESDE:
-    """RVE whose smallest σ is that of the truncation time."""
+    """The reciprocal VE SDE with σ_min at the truncation time."""
     return RVESDE(sigma_min, sigma_max, eps=truncation_time)
 
 

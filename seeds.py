@@ -1,6 +1,6 @@
-"""What is added to a run's seed for the random numbers of each use beside training.
+"""Offsets that are added to a run's seed, one for each use of random numbers except training.
 
-Training and the first parameters use the seed itself.
+Training and the initial parameters use the seed itself.
 """
 
 TEST_LOSS = 1

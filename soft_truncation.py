@@ -6,8 +6,9 @@
     images = model.sample(16, seed=0)
     bits = model.bits_per_dim(images)
 
-Images are in the data's units: uint8 (N, H, W, C) from 0 to 255, or for a model of arrays the type
-and the values of these. `x` is an image as the network gets it (`to_x`), float32 (N, H, W, C).
+Images are in the data's units: (N, H, W, C) uint8 from 0 to 255. For a model of arrays they have
+the type and the range of values of these arrays. `x` is an image as the network receives it
+(`to_x`), (N, H, W, C) float32.
 """
 
 import dataclasses
@@ -44,15 +45,15 @@ Labels = int | Sequence[int] | np.ndarray | None
 
 
 def load(path: str | os.PathLike[str], step: int | None = None) -> "Model":
-    """The EMA weights of a run or of an exported model.
+    """Load the EMA weights of a run or of an exported model.
 
     Args:
       path: the folder of a run or of an exported model; or hf://user/name, an exported model on the
         Hugging Face hub, for which the package huggingface_hub must be installed.
-      step: of the run's checkpoint; None: the newest.
+      step: the step of a checkpoint of the run; None: the newest checkpoint.
 
     Raises:
-      UserError: there is no model, or it can't be read.
+      UserError: `path` has no model, or it can't be read.
     """
     folder = _from_hub(str(path)[5:]) if str(path).startswith("hf://") else pathlib.Path(path)
     if not (folder / "config.json").is_file():
@@ -82,13 +83,13 @@ class Model:
     """A network with its weights and its SDE.
 
     Attributes:
-      setup: the parts of its config: `sde`, `shape` (H, W, C), `num_classes`, `classes`, …
+      setup: the parts that its config names: `sde`, `shape` (H, W, C), `num_classes`, `classes`, …
       params: the weights.
-      step: the step of training that they are of.
+      step: the step of training at which the weights were saved.
     """
 
     def __init__(self, setup: Setup, params: Any, step: int) -> None:
-        """Nothing is compiled before it is needed; what is, is kept."""
+        """Each function is compiled when it is first called, and kept."""
         self.setup, self.params, self.step = setup, params, step
         self._samplers: dict[Any, Any] = {}
         self._bpd_fn = bits_per_dim.get_bpd_fn(setup)
@@ -106,21 +107,21 @@ class Model:
         steps: int | None = None,
         batch_size: int = 64,
     ) -> np.ndarray:
-        """Draw n images, (n, H, W, C); with the config's seed, those of `--mode sample`.
+        """Draw n images, (n, H, W, C); with the config's seed, the same as `--mode sample`.
 
-        An image is a function of the seed and of its index, and not of n.
+        An image depends on the seed and on its index, and not on n.
 
         Args:
           n: the number of images.
-          seed: of the noise.
+          seed: the seed of the noise.
           labels: a class, or several that are taken in turn; None: those of `sampling.labels`.
           guidance: w of classifier-free guidance; None: the config's.
           method: pc, ode, heun or dpm_solver; None: the config's.
-          steps: of that method; None: the config's.
+          steps: the number of steps of that method; None: the config's.
           batch_size: the number of images that are drawn at once.
 
         Raises:
-          UserError: a label does not exist, or the options do not fit each other.
+          UserError: a label does not exist, or the options contradict each other.
         """
         size = min(n, batch_size)
         sampler = self._sampler(size, self._label_text(labels), guidance, method, steps)
@@ -143,15 +144,16 @@ class Model:
 
         Args:
           images: (N, H, W, C), in the data's units.
-          labels: the images' classes, for a network that is told them; None: no label.
-          draws: of dequantisation and noise for each image; 2 or more give standard errors.
-          seed: of the noise; None: the config's.
+          labels: the classes of the images, if the network is told labels; None: no label.
+          draws: the number of draws of dequantisation and noise for each image; 2 or more give
+            standard errors.
+          seed: the seed of the noise; None: the config's.
           batch_size: the number of images that are scored at once.
 
         Returns:
-          The columns of a table with a row for each image, (N,) float64 each: `nll`,
-          `nll_without_residual`, `nelbo` and others (docs/likelihood.md), and with `_stderr` their
-          standard errors over the draws. `nll` is a bound on the negative log-likelihood.
+          A dictionary of scores, (N,) float64 each: `nll`, `nll_without_residual`, `nelbo` and
+          others (docs/likelihood.md). The names with `_stderr` are their standard errors over the
+          draws. `nll` is an upper bound on the negative log-likelihood.
 
         Raises:
           UserError: the images are not of the model's shape or type.
@@ -176,7 +178,7 @@ class Model:
         """The latents z = x_T of images by the probability-flow ODE, (N, H, W, C) float32.
 
         Args:
-          images: (N, H, W, C), in the data's units. They are taken for x_ε/α(ε).
+          images: (N, H, W, C), in the data's units. They are used as x_ε/α(ε).
           labels: the images' classes; None: no label.
         """
         told, end = self._labels(labels, len(images)), self.setup.sde.T
@@ -192,7 +194,7 @@ class Model:
         """n images from image a to image b, (H, W, C) each, on a great circle of their latents.
 
         Returns:
-          (n, H, W, C); the first and the last are a and b, to the solver's error.
+          (n, H, W, C). The first is a and the last is b, up to the solver's error.
         """
         first, last = (self.encode(image[None]).repeat(n, axis=0) for image in (a, b))
         return self.decode(sampling.slerp(first, last, jnp.linspace(0, 1, n)))
@@ -200,13 +202,13 @@ class Model:
     def edit(
         self, images: np.ndarray, t: float, *, seed: int = 0, labels: Labels = None
     ) -> np.ndarray:
-        """Images with noise up to the time t, and back (SDEdit, arXiv 2108.01073).
+        """Add noise to images up to the time t, and remove it again (SDEdit, arXiv 2108.01073).
 
         Args:
           images: (N, H, W, C), in the data's units.
-          t: from ε, where nothing changes, to T, where all does.
-          seed: of the noise.
-          labels: classes that the results are to have; None: no label.
+          t: from ε, at which images do not change, to T, at which they change completely.
+          seed: the seed of the noise.
+          labels: the classes that the results should have; None: no label.
         """
         x0 = self.to_x(images)
         keys = sampling.sample_keys(jax.random.key(seed + seeds.COMPLETIONS), 0, len(x0))
@@ -223,14 +225,14 @@ class Model:
         labels: Labels = None,
         steps: int = 200,
     ) -> np.ndarray:
-        """Images with a part drawn anew by the predictor-corrector sampler.
+        """Draw a part of images anew with the predictor-corrector sampler.
 
         Args:
           images: (N, H, W, C), in the data's units.
           mask: (H, W) or (N, H, W), true for pixels to fill in.
-          seed: of the noise.
+          seed: the seed of the noise.
           labels: the images' classes; None: no label.
-          steps: of the sampler.
+          steps: the number of steps of the sampler.
         """
         x0, told = self.to_x(images), self._labels(labels, len(images))
         region = np.broadcast_to(np.asarray(mask, np.float32), images.shape[:3])[..., None]
@@ -245,10 +247,10 @@ class Model:
         return self.to_images(x)
 
     def score(self, x: Array, t: ArrayLike, *, labels: Labels = None) -> Array:
-        """The score ∇ log p_t(x), (N, H, W, C) float32; it can be traced and differentiated.
+        """The score ∇ log p_t(x), (N, H, W, C) float32; usable within `jax.jit` and `jax.grad`.
 
         Args:
-          x: (N, H, W, C) float32, as the network gets it at the time t.
+          x: x_t = α(t) x_0 + σ(t) z, (N, H, W, C) float32.
           t: from ε to T, a number or (N,).
           labels: classes; None: no label.
         """
@@ -263,13 +265,13 @@ class Model:
         sigma: ArrayLike | None = None,
         labels: Labels = None,
     ) -> Array:
-        """The expected clean image E[x_0 | x], (N, H, W, C) float32; it can be traced.
+        """The expected clean image E[x_0 | x], (N, H, W, C) float32; usable within `jax.jit`.
 
         Args:
           x: with `t`, x_t = α(t) x_0 + σ(t) z; with `sigma`, x_0 + σ z, the convention of EDM and
             k-diffusion, for every SDE. x_0 is in the scale of the network's data (`to_x`).
           t: a number or (N,), from ε to T.
-          sigma: a number or (N,), of the noise levels `sigma_range`; others are cut to it.
+          sigma: a number or (N,), within `sigma_range`; other values are clipped to it.
           labels: classes; None: no label.
         """
         if (t is None) == (sigma is None):
@@ -291,11 +293,11 @@ class Model:
         return low, high
 
     def to_x(self, images: np.ndarray) -> Array:
-        """Images (N, H, W, C) in the data's units as the network gets them, x_0, float32."""
+        """Convert images (N, H, W, C) in the data's units to x_0, the network's input, float32."""
         return jnp.asarray(self.setup.preprocessing.to_x0_without_noise(self._levels(images)))
 
     def to_images(self, x: Array) -> np.ndarray:
-        """x_0 (N, H, W, C) as images in the data's units; the inverse of `to_x`."""
+        """Convert x_0 (N, H, W, C) to images in the data's units; the inverse of `to_x`."""
         return self.setup.units.to_files(np.asarray(self.setup.preprocessing.to_levels(x)))
 
     def _levels(self, images: np.ndarray) -> np.ndarray:
@@ -321,7 +323,7 @@ class Model:
     def _sampler(
         self, size: int, labels: str, guidance: float | None, method: str | None, steps: int | None
     ) -> Any:
-        """The compiled sampler of these options, on the config's where they are None."""
+        """The compiled sampler with these options; None: the config's."""
         asked = (size, labels, guidance, method, steps)
         if asked not in self._samplers:
             of_pc = (method or self.setup.sampling.method) == "pc"
@@ -338,7 +340,7 @@ class Model:
     def _solve_ode(
         self, params: Any, x: Array, labels: Array | None, t: ArrayLike, forward: bool
     ) -> Array:
-        """x_t of x_0 by the probability-flow ODE, or x_0 of x_t; x_ε counts as α(ε) x_0."""
+        """x_t from x_0 by the probability-flow ODE, or x_0 from x_t; x_ε is taken as α(ε) x_0."""
         setup, sde = self.setup, self.setup.sde
         field = sampling.probability_flow(sde, setup.make_score_fn(params, labels))
         ends, alpha = (sde.solver_time(setup.eps), sde.solver_time(t)), sde.mean_coeff(setup.eps)

@@ -1,4 +1,4 @@
-"""The training step: state, optimiser, packing of parameters, micro-batches and EMA."""
+"""The training step: its state, optimisers, packed parameters, micro-batches and EMA."""
 
 import collections
 import dataclasses
@@ -50,7 +50,7 @@ def _trainable_mask(params: Any) -> Any:
 
 
 def decay(weight_decay: float) -> optax.GradientTransformation:
-    """L2 decay of trained parameters, or of the trained vector of `Packed`, without a state."""
+    """L2 decay of the trained parameters, also if they are `Packed`; it has no state."""
 
     def add(updates: Any, params: Any) -> Any:
         if isinstance(params, Packed):
@@ -63,16 +63,16 @@ def decay(weight_decay: float) -> optax.GradientTransformation:
 
 
 def clip(grad_clip: float) -> optax.GradientTransformation:
-    """Clipping by the global norm; a negative `grad_clip` is none."""
+    """Clipping by the global norm; a negative `grad_clip` turns it off."""
     return optax.clip_by_global_norm(grad_clip) if grad_clip >= 0 else optax.identity()
 
 
 def adam(
     learning_rate: optax.Schedule, grad_clip: float, weight_decay: float, beta1: float, eps: float
 ) -> optax.GradientTransformation:
-    """Adam with clipping and L2 decay, as officially.
+    """Adam with clipping and L2 decay, as in the official release.
 
-    The tree of its state does not depend on the settings, so that they may change during a run.
+    The structure of its state does not depend on the settings, so a run can change them.
     """
     return optax.chain(
         clip(grad_clip),
@@ -108,14 +108,14 @@ def constant(lr: float, warmup: int) -> optax.Schedule:
 
 
 def cosine(lr: float, warmup: int, n_iters: int) -> optax.Schedule:
-    """A linear warm-up from 0, then a half wave of the cosine from `lr` to 0 at `n_iters`."""
+    """A linear warm-up from 0, then half a cosine wave from `lr` down to 0 at `n_iters`."""
     return optax.warmup_cosine_decay_schedule(0.0, lr, warmup, n_iters)
 
 
 def inverse_sqrt(lr: float, warmup: int, decay_start: int) -> optax.Schedule:
-    """A linear warm-up from 0, then `lr`, and lr/√(step/decay_start) from `decay_start` on.
+    """EDM2's schedule (arXiv 2312.02696).
 
-    It is EDM2's (arXiv 2312.02696).
+    A linear warm-up from 0, then `lr`, and from `decay_start` on lr/√(step/decay_start).
     """
     before = constant(lr, warmup)
 
@@ -142,7 +142,7 @@ def ema_decay(rate: float, num_updates: ArrayLike) -> Array:
 
 @struct.dataclass
 class Packed:
-    """A tree of parameters as two vectors, which are updated by a few kernels, not thousands.
+    """A tree of parameters as two vectors, which a few kernels can update instead of thousands.
 
     Attributes:
       trained, fixed: the concatenated leaves that are trained, and those that are not
@@ -156,7 +156,7 @@ class Packed:
 
 
 def pack(params: Any) -> Packed:
-    """Pack a tree of parameters, or another tree of that structure."""
+    """Pack a tree of parameters, or another tree of the same structure."""
     leaves, structure = jax.tree.flatten(params)
     kinds = jax.tree.leaves(_trainable_mask(params))
     parts: list[list[Array]] = [[], []]
@@ -205,13 +205,13 @@ class Recipe:
     Attributes:
       objective: the loss.
       make_score_fn: (parameters, labels if there are any) → (x, t, dropout keys) → score.
-      optimizer: one of `OPTIMIZERS`.
+      optimizer: made by one of `OPTIMIZERS`.
       seed: the run's seed.
       ema_rate: the decay rate of the parameters' moving average.
       num_micro_batch: number of sequential parts of a device's batch, to save memory; their
         gradients are averaged.
-      num_classes: the number of labels that the network knows; 0: none.
-      label_dropout: the share of labels that it isn't told.
+      num_classes: the number of labels of the network; 0: it is told no labels.
+      label_dropout: the share of images whose label the network is not told.
     """
 
     objective: Objective
@@ -227,7 +227,7 @@ class Recipe:
 def mean_loss(
     params: Any, recipe: Recipe, key: Array, images: Array, index: Array, labels: Array | None
 ) -> tuple[Array, Array]:
-    """The mean loss of images, and τ, for the key of a step; the other arguments as of a step."""
+    """The mean loss of images, and τ, for the key of a step; the rest as in `get_step_fn`."""
     if labels is None:
         score_fn = recipe.make_score_fn(params)
     else:
@@ -240,7 +240,7 @@ def mean_loss(
 def loss_and_gradient(
     packed: Packed, recipe: Recipe, key: Array, *batch: Array | None
 ) -> tuple[Array, Array, Packed]:
-    """The mean loss of a device's images, τ and the gradient; the arguments as of `mean_loss`."""
+    """The mean loss of a device's images, τ, and the gradient; arguments as in `mean_loss`."""
     grad_fn, params = jax.value_and_grad(mean_loss, has_aux=True), unpack(packed)
     if recipe.num_micro_batch == 1:
         (loss, tau), grads = grad_fn(params, recipe, key, *batch)
@@ -261,14 +261,14 @@ def loss_and_gradient(
 
 
 def move_average(ema_params: Any, params: Any, decay: ArrayLike) -> Any:
-    """The moving average of parameters after one more of them."""
+    """The moving average of parameters after one more update."""
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema_params, params)
 
 
 def update(
     state: TrainState, recipe: Recipe, loss: Array, grads: Packed
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The state after a step with the global batch's loss and gradient, and the step's metrics."""
+    """Update the state by the global batch's loss and gradient; returns it and the metrics."""
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params = params.replace(fixed=state.params.fixed)  # whatever the optimiser does with them
@@ -302,7 +302,7 @@ def get_step_fn(recipe: Recipe) -> StepFn:
       step_fn(state, images, index, labels) → (state, metrics). The state is packed
       (`pack_state`), `images` (steps, n, H, W, C) uint8 is this device's share of each step's
       global batch, `index` (n,) the indices of its images in the global batch, and `labels`
-      (steps, n) their labels, which are left out without `num_classes`. Metrics are `loss` and
+      (steps, n) their labels, which are left out if `num_classes` is 0. Metrics are `loss` and
       `grad_norm` of the global batch, `tau` and `skipped`, (steps,) each. If the loss or the
       norm of the gradient is not finite, `skipped` is 1 and only the state's `step` changes.
     """
@@ -326,9 +326,9 @@ def get_step_fn(recipe: Recipe) -> StepFn:
 def times_of_step(
     objective: Objective, seed: int, step: int, images: ArrayLike
 ) -> tuple[Array, Array]:
-    """The truncation and the times (N,) of the step with number `step`, from 0.
+    """The truncation and the times (N,) of step number `step`, counted from 0.
 
-    `images` is its batch, or images of that number and shape.
+    `images` are those of the step, or others of the same number and shape.
     """
 
     def call(images: Array) -> tuple[Array, Array]:
@@ -351,7 +351,7 @@ def _on_accelerator() -> bool:
 
 
 def steps_a_call(loop: Loop) -> int:
-    """The number of steps in one call: a divisor of `n_jitted_steps` and all logging intervals."""
+    """The number of steps in one call, a divisor of `n_jitted_steps` and of all intervals."""
     if not _on_accelerator():  # convolution gradients are slow in loops there
         return 1
     regular = (loop.snapshot_freq, loop.snapshot_freq_for_preemption)
@@ -458,7 +458,7 @@ def _add_steps(sums: dict[str, Array], values: dict[str, Array]) -> dict[str, Ar
 
 
 class LossSums:
-    """Sums over steps that stay on the device, so that no step waits for the host."""
+    """Sums over steps, kept on the device so that no step waits for the host."""
 
     def __init__(self) -> None:
         """All sums are 0."""
@@ -479,7 +479,7 @@ class LossSums:
     def read(self) -> dict[str, float]:
         """The sum of the `loss`, the numbers of `steps` and `skipped` steps, and the `streak`.
 
-        `loss` and `steps` are without skipped steps; `streak` is the number of steps skipped in a
-        row at the end.
+        `loss` and `steps` do not count skipped steps. `streak` is the number of steps in a row, up
+        to the last one, that were skipped.
         """
         return {name: np.asarray(value).item() for name, value in self._sums.items()}

@@ -1,4 +1,4 @@
-"""What training writes to the log and to metrics.jsonl, and what it says when it gives up."""
+"""What training writes to the log and to metrics.jsonl, and its message when it stops a run."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ class TrainingLog:
         files: RunFiles | None,
         workdir: pathlib.Path,
     ) -> None:
-        """`files` are None on processes that write nothing."""
+        """On processes that write no files, `files` is None."""
         self._setup, self._files, self._workdir = setup, files, workdir
         self._train = train
         self._sums = LossSums()
@@ -53,13 +53,13 @@ class TrainingLog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The time spent within this context does not count for the training speed."""
+        """A context whose duration does not count for the training speed."""
         before = time.monotonic()
         yield
         self._window_start += time.monotonic() - before
 
     def skipped_in_a_row(self) -> int:
-        """The number of steps skipped in a row at the end."""
+        """The number of steps in a row, up to the last one, that were skipped."""
         return int(self._sums.read()["streak"])
 
     def after_call(
@@ -127,7 +127,7 @@ class TrainingLog:
         return next(train_batches(self._train, size, seed, step - 1))["image"]
 
     def _fault(self, step: int, values: dict[str, Array], packed: TrainState) -> str:
-        """What of a step is not finite, the first of what follows from each other."""
+        """Which of data, parameters, loss and gradient was the first that was not finite."""
         if not np.isfinite(self._images(step)).all():
             return "data"
         params = unpack_state(first_copy(packed)).params
@@ -138,7 +138,7 @@ class TrainingLog:
     def _give_up(
         self, step: int, streak: float, values: dict[str, Array], packed: TrainState
     ) -> NoReturn:
-        """Write what is known of the step to not_finite.json, and raise a UserError."""
+        """Write what is known about the step to not_finite.json, and raise a UserError."""
         setup = self._setup
         tau, t = times_of_step(setup.objective, setup.seed, step - 1, self._images(step))
         path = self._workdir / "not_finite.json"

@@ -1,4 +1,4 @@
-"""Data sets of arrays: their facts, and their examples in the model's units."""
+"""Data sets of arrays: facts that are read from them, and their examples in the model's units."""
 
 import dataclasses
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger("soft_truncation")
 
 @dataclasses.dataclass(frozen=True)
 class _StackSource:
-    """Arrays as a `Source`: floats from 0 to 1 as `data.scale` says, and padded as `data.pad`."""
+    """Arrays as a `Source`: floats scaled to [0, 1] by `data.scale`, padded if `data.pad`."""
 
     stack: Stack
     scale: tuple[Any, ...]
@@ -46,7 +46,7 @@ class _StackSource:
         return {"image": images, "label": of}
 
     def describe(self) -> bytes:
-        """The files' identity, and what becomes of their values."""
+        """The files' identity, and how their values are changed."""
         return repr((self.stack.identity, self.scale, self.shape)).encode()
 
 
@@ -64,7 +64,7 @@ def _looks_channels_first(shape: tuple[int, int, int]) -> bool:
 
 
 def array_facts(spec: DataSpec) -> dict[str, Any]:
-    """What `data.path` says of an array data set, by the name of the field in a config's `data`.
+    """Facts that the files at `data.path` give, by the names of fields of a config's `data`.
 
     All values are read once. `dequantization` is none for floats.
 
@@ -128,7 +128,7 @@ def _stack_dataset(
 
 
 def load_arrays(spec: DataSpec) -> Data:
-    """Both splits of an array data set; UserError if they can't be read, or do not fit."""
+    """Both splits of an array data set; UserError if they can't be read or used."""
     path = pathlib.Path(spec.path)
     train, test, classes, notes = _open_stacks(spec)
     log.info("data: arrays of %s in %s", train.dtype, path)
@@ -144,12 +144,12 @@ def array_of_images(
     """All arrays of a file in the units of an array data set, and their labels as text, if any.
 
     Args:
-      spec: of a run on arrays.
+      spec: the settings of a run on arrays.
       path: an .npy, or an .npz with `samples`, `images` or one array.
-      option: the config's field of the path, for messages.
+      option: the config's field that names the path, for messages.
 
     Raises:
-      UserError: they can't be read, or have another shape or kind of numbers than the data.
+      UserError: they can't be read, or their shape or kind of numbers differs from the data's.
     """
     stack = whole_stack(path, option)
     if spec.channels_first == 1 and stack.shape != spec.shape:

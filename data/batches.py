@@ -1,4 +1,4 @@
-"""The splits of a data set, and their examples in batches, in order or in memory."""
+"""The splits of a data set; their examples in shuffled batches, in order, or in memory."""
 
 import concurrent.futures
 import dataclasses
@@ -22,9 +22,9 @@ class Dataset:
     Attributes:
       name: the data set's name.
       source: its examples.
-      num_levels: the number of values of a pixel; 0: floats.
+      num_levels: the number of values that a pixel can have; 0: pixels are floats.
       classes: the names of labels 0, 1, …; (): there are no labels.
-      notes: sentences that must be in every report about it.
+      notes: sentences that every report about the data set must have.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """Labels are 0 … num_classes - 1; 0: there are no labels."""
+        """The number of classes; labels are 0 … num_classes - 1. 0: there are no labels."""
         return len(self.classes)
 
 
@@ -126,8 +126,8 @@ def in_memory(dataset: Dataset, limit: int) -> Examples | None:
 def subset(dataset: Dataset, limit: int | None = None) -> np.ndarray:
     """The sorted indices of `limit` random examples, or of all if there are no more.
 
-    They are the same in every call. The first examples would not be representative, since a data
-    set can be sorted by class.
+    They are the same in every call. They are not the first examples, since a data set can be sorted
+    by class.
     """
     if limit is None or limit >= len(dataset):
         return np.arange(len(dataset))
@@ -147,7 +147,7 @@ def in_batches(dataset: Dataset, size: int, limit: int | None = None) -> Iterato
 
 
 def fingerprint(dataset: Dataset, whole: bool = True) -> str:
-    """A hash of the data set's name, size and images; unless `whole`, of 64 of these."""
+    """A hash of the data set's name, size and images; of only 64 images unless `whole`."""
     probe = dataset.source.fetch(np.linspace(0, len(dataset) - 1, 64).astype(int))
     digest = hashlib.sha256(f"{dataset.name} {len(dataset)}".encode())
     for part in (probe["image"].tobytes(), probe["label"].tobytes()):
@@ -158,7 +158,7 @@ def fingerprint(dataset: Dataset, whole: bool = True) -> str:
 
 
 def facts_of_data(data: Data) -> dict[str, str]:
-    """What tells a run's data from others: the splits' numbers of images, and hashes of some."""
+    """The splits' numbers of images, and hashes of some of them, to tell data sets apart."""
     splits = {"training images": data.train, "test images": data.test}
     return {
         name: f"{len(split)} {name} ({fingerprint(split, whole=False)})"

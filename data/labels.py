@@ -1,4 +1,4 @@
-"""The labels of images: which are classes, and how these are numbered."""
+"""Decides which labels of images are classes, and numbers them."""
 
 import re
 import unicodedata
@@ -13,7 +13,7 @@ _MOST_CLASSES = 100
 
 
 def plain_classes(count: int) -> tuple[str, ...]:
-    """The names of classes that have no others: their numbers."""
+    """The names of classes without names: their numbers."""
     return tuple(map(str, range(count)))
 
 
@@ -24,14 +24,14 @@ def number_labels(
 
     The labels that occur among the training images are numbered in their order.
 
-    One label alone is no label. Without labels for both splits, and if a test image has one that no
-    training image has, they are not used.
+    Labels are not used if there is only one, if a split has none, or if a test image has a label
+    that no training image has.
 
     Args:
-      given: of the training and of the test images: a whole number from 0 on for each, or a name;
-        None: they have none.
-      names: the names of labels 0, 1, …; others are called by their number.
-      dropped: why labels are None; the first that is not empty becomes the note.
+      given: the labels of the training and of the test images: a whole number from 0 on, or a name,
+        for each image; None: the split has no labels.
+      names: the names of labels 0, 1, …; labels without a name are called by their number.
+      dropped: reasons why labels are None; the first that is not empty becomes the note.
     """
     train, test = given
     told = next(filter(None, dropped), "")
@@ -58,13 +58,14 @@ def number_labels(
 
 
 def folder_labels(names: Sequence[str], many: bool) -> tuple[list[str] | None, str]:
-    """(the folder of each file if folders are classes, else None; a sentence if that may surprise).
+    """(the folder of each file if folders are classes, else None; a note if this may surprise).
 
-    Classes are 2 to 100 folders that hold all files directly and do not only count.
+    Folders are classes if there are 2 to 100 of them, all files are directly in them, and their
+    names do not only count.
 
     Args:
       names: the files' paths.
-      many: whether more than 100 folders are classes, too.
+      many: whether more than 100 folders can be classes as well.
     """
     below = [unicodedata.normalize("NFC", name).split("/") for name in names]
     folders = {parts[0] for parts in below if len(parts) == 2}

@@ -1,4 +1,4 @@
-"""Loading the data set that its settings name."""
+"""Loads the data set that its settings name."""
 
 import logging
 import pathlib
@@ -72,7 +72,7 @@ def load(spec: DataSpec) -> Data:
     """The training and the test split of a data set.
 
     Raises:
-      UserError: the data are missing, can't be read, or do not fit the settings.
+      UserError: the data are missing, can't be read, or contradict the settings.
     """
     loaded = _OTHERS.get(spec.dataset, _load_published)(spec)
     for split, dataset in zip(("training", "test"), loaded, strict=True):

@@ -1,9 +1,9 @@
 """Pixels as levels, as the network's input and as users see them.
 
-Pixels are levels 0 … num_levels - 1: 17 for scikit-learn's digits, what `data.num_levels` says for
+Pixels are levels 0 … num_levels - 1. There are 17 for scikit-learn's digits, `data.num_levels` for
 arrays of whole numbers, and 256 for all other data sets. Arrays of floats have num_levels = 0;
-their pixels go from 0 to 1 in the training images, and `Units` gives them back in the data's own
-units. `Preprocessing` flips, dequantises and scales pixels on the device.
+their pixels range from 0 to 1 in the training images, and `Units` converts them back to the data's
+own units. `Preprocessing` flips, dequantises and scales pixels on the device.
 """
 
 import dataclasses
@@ -58,12 +58,12 @@ class Preprocessing:
     """The conversion of levels to the network's input x_0, and back.
 
     Attributes:
-      num_levels: levels are 0 … num_levels - 1; 0: floats, from 0 to 1.
+      num_levels: levels are 0 … num_levels - 1; 0: pixels are floats from 0 to 1.
       centered: whether the model's range is [-1, 1] instead of [0, 1].
       dequantization: none, uniform or lossless.
       random_flip: whether to mirror images at random in training.
-      width: of floats, what a difference of 1 is in the data's own units; of channels that differ,
-        the geometric mean.
+      width: for floats, a difference of 1 in the data's own units; if channels differ, the
+        geometric mean.
     """
 
     num_levels: int
@@ -100,7 +100,7 @@ class Preprocessing:
         return scale(x, self.centered)
 
     def to_x0_without_noise(self, images: np.ndarray) -> np.ndarray:
-        """Convert levels to x_0; noise of the dequantisation is replaced by its mean."""
+        """Convert levels to x_0, with the mean of the dequantisation's noise in place of noise."""
         if self.dequantization == "uniform":
             x = (images.astype(np.float32) + 0.5) / self.num_levels
         else:
@@ -110,7 +110,7 @@ class Preprocessing:
     def to_density_x0(self, images: np.ndarray, keys: Array) -> Array:
         """Convert pixels to values that have a density: levels uniformly dequantised, and scaled.
 
-        Args, returns: as `to_x0`.
+        Arguments and result are as for `to_x0`.
         """
         if not self.num_levels:
             return jnp.asarray(self.to_x0_without_noise(images))
@@ -145,8 +145,8 @@ class Preprocessing:
         """The term to add to -log2 p(x)/D of scaled, dequantised data for bits/dim of the levels.
 
         It is log2(num_levels), for the width of a level in [0, 1], minus 1 if scaling to [-1, 1]
-        doubles the width: 7 for 256 levels in [-1, 1]. For floats it is log2(width) in place of
-        log2(num_levels), and gives the density in the data's own units.
+        doubles the width: 7 for 256 levels in [-1, 1]. For floats, log2(width) replaces
+        log2(num_levels), which gives the density in the data's own units.
         """
         return float(np.log2(self.num_levels or self.width) - (1 if self.centered else 0))
 
@@ -167,7 +167,7 @@ def share_at_ends(levels: np.ndarray, num_levels: int) -> float:
 
 
 def levels_to_uint8(levels: np.ndarray, num_levels: int) -> np.ndarray:
-    """Convert levels to pixel values 0 … 255; floats are cut to [0, 1], and 0 if not finite."""
+    """Convert levels to values 0 … 255; floats are clipped to [0, 1], and 0 if not finite."""
     if not num_levels:
         levels = np.clip(np.nan_to_num(levels, posinf=0, neginf=0), 0, 1)
     return np.round(levels.astype(np.float32) * (255 / highest(num_levels))).astype(np.uint8)
@@ -175,12 +175,12 @@ def levels_to_uint8(levels: np.ndarray, num_levels: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """What users get for pixels: files in the data's own units, and pictures.
+    """The conversion of pixels to what users see: files in the data's own units, and pictures.
 
     Attributes:
       num_levels: as in `Preprocessing`.
-      of_arrays: whether the data set is an array; others' files have pixel values 0 … 255.
-      scale: of floats, the values in the data's units that are 0 and 1 here; numbers, or one for
+      of_arrays: whether the data set is an array; files of other data sets have values 0 … 255.
+      scale: for floats, the values in the data's units that are 0 and 1 here; numbers, or one for
         each channel.
       size: the height and width of the data, without padding.
       show_channels: the channels that pictures show; (): all, side by side if not 1 or 3.
@@ -193,7 +193,7 @@ class Units:
     show_channels: tuple[int, ...]
 
     def to_files(self, levels: np.ndarray) -> np.ndarray:
-        """Pixels (N, H, W, C) as files have them, without padding."""
+        """Convert pixels (N, H, W, C) to the values in files, without padding."""
         height, width = self.size
         levels = levels[:, :height, :width]
         if not self.of_arrays:
@@ -204,7 +204,7 @@ class Units:
         return (low + (high - low) * levels.astype(np.float64)).astype(np.float32)
 
     def from_files(self, files: np.ndarray, padded: tuple[int, int, int]) -> np.ndarray:
-        """The inverse of `to_files`: pixels (N, H, W, C) of images that files have, padded.
+        """Convert images (N, H, W, C) from files to pixels, padded; the inverse of `to_files`.
 
         Raises:
           UserError: they are of another type, or have levels that the data do not have.
@@ -225,7 +225,7 @@ class Units:
         return np.pad(levels, [(0, 0), *more, (0, 0)], mode="edge")
 
     def to_pictures(self, levels: np.ndarray) -> np.ndarray:
-        """Pixels (N, H, W, C) as pictures, (N, H, W', 1 or 3) uint8."""
+        """Convert pixels (N, H, W, C) to pictures, (N, H, W', 1 or 3) uint8."""
         height, width = self.size
         pictures = levels_to_uint8(levels[:, :height, :width], self.num_levels)
         if self.show_channels:

@@ -1,4 +1,4 @@
-"""The settings of a data set, as all modules below the config take them."""
+"""The settings of a data set, as all modules that receive no config take them."""
 
 import dataclasses
 from typing import Any
@@ -6,26 +6,26 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """Which data set is read, and what becomes of its images.
+    """Which data set is read, and how its images are processed.
 
     Attributes:
       dataset: digits, array, or a name in `readers.published.PUBLISHED`.
       shape: the height, width and channels of an image of the data.
-      padded_shape: the same as the network gets it.
-      num_levels: the number of values of a pixel; 0: floats, or not known yet.
-      path: of the files; empty: they are downloaded, if that is possible.
+      padded_shape: the same of the network's input.
+      num_levels: the number of values that a pixel can have; 0: floats, or not known yet.
+      path: the location of the files; empty: they are downloaded, if that is possible.
       tfds_dir: a folder of TFDS.
       category: the scene of LSUN.
       labelled: whether the network is told labels.
-      scale: of floats, the values that become 0 and 1: numbers, or one for each channel.
-      channels_first: of arrays, 1: their examples are (C, H, W); 0: (H, W, C); -1: not known.
+      scale: for floats, the values that become 0 and 1: numbers, or one for each channel.
+      channels_first: for arrays, 1: their examples are (C, H, W); 0: (H, W, C); -1: not known.
       centered: whether the model's range is [-1, 1] instead of [0, 1].
       random_flip: whether images are mirrored at random in training.
       dequantization: none, uniform or lossless.
       show_channels: the channels that pictures show; (): all.
       cache: whether decoded images are kept in the user's cache folder.
       max_pixels: images with more are refused.
-      skip_unreadable: whether files that are no readable images are left out.
+      skip_unreadable: whether files that are not readable images are left out.
     """
 
     dataset: str

@@ -1,4 +1,4 @@
-"""--mode sample: samples and completed test images, as files and as a grid."""
+"""--mode sample: draws samples or completes test images; writes files and a grid of them."""
 
 import contextlib
 import logging
@@ -50,15 +50,18 @@ def sample(setup: Setup, workdir: str | os.PathLike[str]) -> pathlib.Path:
 
     The checkpoint is the newest, or the one that eval.begin_ckpt and end_ckpt choose.
 
+    An .npz file in the folder of the grid has all images: `samples`, (N, H, W, C) uint8, pixel
+    values 0 … 255 (for an array data set, in the type and the units of the data). The tasks that
+    complete images add `originals` and `known` in the same format. For a network that is told
+    labels, it also has `labels`, (N,), and the grid has a row for each label if all have the same
+    number of images.
+
+    With `sampling.format=npy` the images are in samples.npy and the labels in labels.npy. With png
+    they are single files in samples/png, the labels are in dataset.json there, and an interrupted
+    run can be resumed.
+
     Returns:
       The path of a grid of the images, samples/<task>.png (samples/samples.png for "generate").
-
-    An .npz file beside it has all images: `samples`, (N, H, W, C) uint8, pixel values 0 … 255 (of
-    an array data set in the type and the units of the data), and for the other tasks `originals`
-    and `known` in the same format. A model that is told labels has `labels`, (N,), there, and a row
-    of the grid for each label if they have equally many. With
-    `sampling.format` npy they are samples.npy and labels.npy; with png, a file for each in
-    samples/png, where dataset.json has the labels, and an interrupted run goes on.
 
     Raises:
       UserError: the data or the checkpoint can't be used.
@@ -126,7 +129,7 @@ def _generate(setup: Setup, state: TrainState, folder: pathlib.Path) -> pathlib.
 def _draw(
     setup: Setup, state: TrainState, present: Collection[int] = ()
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(index of the first, levels) of each batch of samples that is not `present` as a whole."""
+    """Yield (index of the first, levels) of each batch that has samples not yet `present`."""
     count = setup.sampling.n_images
     size = min(setup.sampling.batch_size, count)
     advise_on_sampling(setup, "sampling.batch_size", size)
@@ -140,7 +143,7 @@ def _draw(
 
 
 def _write_arrays(to: pathlib.Path, samples: np.ndarray, labels: np.ndarray | None) -> None:
-    """Write samples to an .npz file with their labels, or to an .npy with labels.npy beside it."""
+    """Write samples to an .npz file with their labels, or to an .npy and labels.npy."""
     arrays = {"samples": samples} if labels is None else {"samples": samples, "labels": labels}
     if to.suffix == ".npz":
         with replacing(to) as file:
@@ -157,7 +160,7 @@ def _generate_pngs(
     to: pathlib.Path,
     labels: np.ndarray | None,
 ) -> np.ndarray:
-    """Draw the samples that the folder `to` lacks into a file each; returns the first of all."""
+    """Write the samples that the folder `to` lacks, a file each; returns the first ones of all."""
     now = setup.fields
     # These fields do not change a sample, but for the batch's size with some samplers.
     free = ("n_images", "format", "batch_size", "show_channels")
@@ -188,7 +191,7 @@ def chosen_step(setup: Setup, workdir: pathlib.Path) -> int:
     """The step of the newest checkpoint, or of the one that eval.begin_ckpt and end_ckpt choose.
 
     Raises:
-      UserError: there is none, or they choose several.
+      UserError: there is no such checkpoint, or they choose several.
     """
     options, period = setup.evaluation, setup.loop.snapshot_freq
     first, last = options.begin_ckpt, options.end_ckpt
@@ -202,7 +205,7 @@ _MOST_SHOWN = 1024  # samples in a grid
 
 
 def _save_samples_grid(images: np.ndarray, labels: np.ndarray | None, path: pathlib.Path) -> None:
-    """Write a grid, of a row for each label if these have equally many samples."""
+    """Write a grid, with a row for each label if all have the same number of samples."""
     columns = 0
     if labels is not None:
         kinds, counts = np.unique(labels, return_counts=True)

@@ -1,4 +1,4 @@
-"""--mode import and --mode export: checkpoints of the official release, and models for others."""
+"""--mode import and --mode export: official checkpoints, and models to share with others."""
 
 import contextlib
 import logging
@@ -41,7 +41,7 @@ def import_official(
       The state that was saved.
 
     Raises:
-      UserError: the file can't be read or is of another network, or the workdir has checkpoints.
+      UserError: the file can't be read or has another network, or the workdir has checkpoints.
     """
     workdir = pathlib.Path(workdir)
     fields.call(import_checkpoint.check_network, setup.fields, "model", "optim")
@@ -67,7 +67,7 @@ def import_official(
 
 @contextlib.contextmanager
 def _exporting(to: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to, which becomes `to` when all is written, and is removed otherwise."""
+    """A path to write to, which is renamed to `to` at the end, or removed after an error."""
     partial = beside(to)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -86,11 +86,11 @@ def _exporting(to: pathlib.Path) -> Iterator[pathlib.Path]:
 def export(
     setup: Setup, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
 ) -> pathlib.Path:
-    """Write the EMA weights of a checkpoint to a folder for others.
+    """Write the EMA weights of a checkpoint to a folder that can be shared with others.
 
     The folder gets model.safetensors, config.json without this machine's paths, and README.md, a
-    model card with the scores of the run's report if that is of these weights. It evaluates and
-    samples as a run does, by --workdir.
+    model card. If the run's report is of these weights, the card has its scores. With --workdir the
+    folder can be evaluated and sampled from like a run.
 
     Args:
       setup: the parts of the run.

@@ -1,4 +1,4 @@
-"""Applying a function to a stream of items in threads, ahead of whoever takes the results."""
+"""Applies a function to a stream of items in threads, before the results are needed."""
 
 import collections
 import concurrent.futures
@@ -15,10 +15,10 @@ def in_threads(
     """Yield the result for each item, in order.
 
     Args:
-      function: is called by several threads at once.
-      items: taken in their order, by the thread that takes the results.
-      threads: how many there are.
-      ahead: the number of items that are begun before their results are taken.
+      function: called by several threads at the same time.
+      items: read in order, by the thread that reads the results.
+      threads: the number of threads.
+      ahead: the number of items that are started before their results are read.
     """
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()

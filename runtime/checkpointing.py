@@ -1,4 +1,4 @@
-"""Saving checkpoints in the background during training, and restoring the newest readable one."""
+"""Saves checkpoints in the background during training, and restores the newest readable one."""
 
 import dataclasses
 import logging
@@ -64,7 +64,7 @@ def restore(folder: pathlib.Path, shape: State, step: int) -> State:
       step: the checkpoint's step.
 
     Raises:
-      UserError: it can't be read, or it has other arrays than `shape`; the line names them.
+      UserError: it can't be read, or its arrays differ from `shape`; the line names them.
     """
     path = folder.resolve() / str(step)
     wanted = {_name(key): leaf.shape for key, leaf in _leaves(shape)}
@@ -169,7 +169,7 @@ def restore_newest(manager: ocp.CheckpointManager, shape: State) -> State | None
 
 
 class Saver:
-    """Saves checkpoints in the background; training continues if the disk is full for a while."""
+    """Saves checkpoints in the background; training goes on if the disk is full for a while."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class Saver:
     ) -> None:
         """Stop the training after `max_failures` failed saves in a row.
 
-        With `on_first` the first save is waited for, and `on_first` called when it has succeeded.
+        With `on_first`, training waits for the first save, and `on_first` is called if it succeeds.
         """
         self._manager, self._max_failures = manager, max_failures
         self._on_first = on_first
@@ -288,9 +288,9 @@ def restore_step(
 ) -> State:
     """The state of a checkpoint as NumPy arrays on every process.
 
-    With `weights_only`, and of an exported model, only the EMA weights are read. They are its
-    `params` too, without an `opt_state`. `fields` are those of a config, which must be of the same
-    network (`check_network`).
+    With `weights_only`, and for an exported model, only the EMA weights are read; `params` are
+    these too, and there is no `opt_state`. `fields` are those of a config, which must describe the
+    same network (`check_network`).
     """
 
     def read() -> State:
@@ -313,6 +313,6 @@ def restore_step(
 def restore_latest(
     config: ConfigDict, workdir: pathlib.Path, shape: State, weights_only: bool = False
 ) -> State:
-    """The state of the newest checkpoint, whole or as `restore_step` says."""
+    """The state of the newest checkpoint; `weights_only` as in `restore_step`."""
     (step,) = hosts.on_main(lambda: steps_to_evaluate(workdir))
     return restore_step(as_recorded(config), workdir, shape, step, weights_only)

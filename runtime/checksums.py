@@ -1,8 +1,8 @@
-"""Checksums of arrays, to notice what has changed on a disk.
+"""Checksums of arrays, to notice files that have changed on a disk.
 
-They are XXH3 of 128 bits, at the speed of memory where SHA-256 would take longer than reading a
-checkpoint. Orbax stores none of its data (zarr's first two formats have none, and of the third
-Orbax has it for indices alone).
+They are XXH3 of 128 bits, which is as fast as memory; SHA-256 would take longer than reading a
+checkpoint. Orbax stores no checksums of its data: zarr's first two formats have none, and with the
+third Orbax has them for indices only.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ def checksum(array: Any) -> str:
 
 
 def crc_32c(array: Any) -> str:
-    """The checksum of files from before XXH3, 8 hex digits: the CRC-32C of an array's bytes."""
+    """The CRC-32C of an array's bytes, 8 hex digits; files from before XXH3 have it."""
     return f"{google_crc32c.value(_bytes(array)):08x}"
 
 
 def sums_of_pages(array: Any) -> str:
-    """The checksum of files from before CRC-32C, 16 hex digits.
+    """The checksum that files from before CRC-32C have, 16 hex digits.
 
-    It is of the array's type and shape and of the sums of its pages, as words of 64 bits.
+    It covers the array's type and shape, and the sums of its pages as words of 64 bits.
     """
     array = np.asarray(array)
     digest, data = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode()), _bytes(array)
@@ -47,7 +47,7 @@ _BY_LENGTH = {32: checksum, 8: crc_32c, 16: sums_of_pages}
 
 
 def is_of(saved: Any, array: Any) -> bool:
-    """Whether a saved checksum, of whichever kind, is that of an array."""
+    """Whether a saved checksum, of any of these kinds, is that of an array."""
     kind = _BY_LENGTH.get(len(str(saved)))
     return kind is not None and kind(array) == saved
 

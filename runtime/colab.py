@@ -1,4 +1,4 @@
-"""Install what a notebook needs on Colab, with only what Python itself has."""
+"""Installs the packages that a notebook needs on Colab; it needs no packages itself."""
 
 import importlib
 import importlib.metadata
@@ -23,7 +23,7 @@ def _imported() -> dict[str, str]:
 
 
 def install(packages: Sequence[str]) -> None:
-    """Install packages, and what they need, in the versions of requirements.txt.
+    """Install packages, and those that they need, in the versions of requirements.txt.
 
     On a machine with an NVIDIA GPU JAX comes with CUDA.
 
@@ -31,8 +31,8 @@ def install(packages: Sequence[str]) -> None:
       packages: names in requirements.txt.
 
     Raises:
-      SystemExit: a package that this process has imported was replaced, so it has to start anew; or
-        pip failed.
+      SystemExit: a package that this process has imported was replaced, so it must be restarted;
+        or pip failed.
     """
     before = _imported()
     pinned: list[str] = []

@@ -1,4 +1,4 @@
-"""Placing arrays on all devices of all processes, and fetching them back."""
+"""Places arrays on all devices of all processes, and fetches them back."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def batch_and_replicated_shardings() -> tuple[NamedSharding, NamedSharding]:
 
 
 def to_devices(tree: Any, sharding: NamedSharding) -> Any:
-    """Place arrays, which are equal on every process, on the devices of all processes."""
+    """Place arrays on the devices of all processes; they must be equal on every process."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
@@ -32,7 +32,7 @@ def to_devices(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def to_host(x: Array) -> np.ndarray:
-    """The whole of an array that is sharded over all processes' devices, on every process."""
+    """Fetch a whole array that is sharded over the devices of all processes, to every process."""
     if jax.process_count() == 1:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -43,9 +43,9 @@ def cache_dir() -> pathlib.Path:
 
 
 def shown(text: str) -> str:
-    """A text for one line of a terminal, where it can do nothing: control characters by number.
+    """A text with its control characters as numbers, so that it is harmless in a terminal.
 
-    What comes from others' files (names, configs, errors about them) may have such characters.
+    Text from files of others (names, configs, errors about them) may have such characters.
     """
     text = text if len(text) < _LONGEST else text[:_LONGEST] + "…"
     if text.isprintable():
@@ -65,7 +65,7 @@ class _OneLine(logging.Formatter):
 
 
 def _keep_programs() -> None:
-    """Make JAX cache compiled programs in the user's cache folder, if that is writable."""
+    """Let JAX cache compiled programs in the user's cache folder, if that is writable."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     import jax
@@ -82,7 +82,7 @@ def _keep_programs() -> None:
 def mend_cache(message: str) -> bool:
     """Delete the damaged programs that a warning of JAX's compile cache names, and say so.
 
-    JAX never replaces an entry, so one that a kill cut off would be warned of at every start.
+    JAX never replaces an entry, so an incomplete one would cause a warning at every start.
 
     Returns:
       Whether the message is such a warning.
@@ -108,7 +108,7 @@ def mend_cache(message: str) -> bool:
 
 @functools.cache
 def _tell_unreadable(folder: pathlib.Path) -> None:
-    """Say once that programs of a cache can be neither read nor replaced."""
+    """Log once that programs of a cache can be neither read nor replaced."""
     log.info(
         "compiled programs in %s can be neither read nor replaced, are they of another user? "
         "JAX_COMPILATION_CACHE_DIR names another folder",
@@ -141,10 +141,10 @@ def _listen() -> None:
 
 
 def load_compiled() -> None:
-    """On a CPU, have programs that were just compiled loaded from the compile cache instead.
+    """On a CPU, let programs that were just compiled be loaded from the compile cache.
 
-    A training step is slower, by a quarter to a half, in the process that has compiled it than
-    where it is loaded (jaxlib 0.10.2 and 0.12.0.1, docs/speed.md). Functions are traced again.
+    A training step is a quarter to a half slower in the process that compiled it than in one that
+    loaded it (jaxlib 0.10.2 and 0.12.0.1, docs/speed.md). Functions are traced again.
     """
     import jax
 
@@ -156,15 +156,15 @@ def load_compiled() -> None:
 def cpu_flags() -> str:
     """XLA flags that make training on a CPU faster; empty if this jaxlib may not know them.
 
-    They turn YNNPACK off for convolutions, whose gradients it makes up to twice as slow in jaxlib
-    0.10 and a little slower in 0.12. XLA aborts a program that sets a flag unknown to it.
+    They turn YNNPACK off for convolutions. It makes their gradients up to twice as slow in jaxlib
+    0.10, and a little slower in 0.12. XLA aborts a program that sets a flag unknown to it.
     """
     known = importlib.metadata.version("jaxlib").startswith(("0.10.", "0.12."))
     return "--xla_cpu_experimental_ynn_fusion_type=" if known else ""
 
 
 def _runs_on_cpu() -> bool:
-    """Whether JAX will find no accelerator, told without starting it."""
+    """Whether JAX will find no accelerator, found out without starting JAX."""
     platforms = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
     if platforms:
         return platforms == "cpu"
@@ -173,7 +173,7 @@ def _runs_on_cpu() -> bool:
 
 
 def _mallopt(**options: int) -> None:
-    """Set options of glibc's malloc, where there is one (mallopt(3))."""
+    """Set options of glibc's malloc, if the system has it (mallopt(3))."""
     names = {"trim_threshold": -1, "mmap_max": -4, "arena_max": -8}
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -182,14 +182,15 @@ def _mallopt(**options: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Start JAX on a CPU with a malloc of glibc that keeps what is freed, for the next allocation.
+    """Start JAX on a CPU so that glibc's malloc keeps freed memory for later allocations.
 
-    By default it returns large blocks to the system, and each call of a compiled program on a CPU
-    gets its work space anew: 186,000 page faults in a training step of a small CIFAR-10 network
-    (docs/speed.md). The arenas of threads return them whatever the options, so JAX's threads, which
-    start here, get none. Later ones do, since threads that compile would wait for each other.
+    By default malloc returns large blocks to the system, and each call of a compiled program on a
+    CPU allocates its work space anew: 186,000 page faults in a training step of a small CIFAR-10
+    network (docs/speed.md). Arenas of threads return large blocks whatever the options are, so
+    JAX's threads, which start here, get no arenas. Threads that start later do, since threads that
+    compile would otherwise wait for each other.
 
-    Call it after `prepare` and after the processes of a run have found each other.
+    Call it after `prepare`, and after the processes of a run have connected.
     """
     if not _runs_on_cpu():
         return
@@ -213,9 +214,9 @@ def _show_unless_of_a_closed_loop(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def hide_gpus_from_tensorflow() -> None:
-    """Keep TensorFlow, which prepares data sets, off the GPUs.
+    """Hide the GPUs from TensorFlow, which prepares data sets.
 
-    It would take the memory that JAX left. Call it before TensorFlow is used.
+    It would take the memory that JAX leaves. Call this before TensorFlow is used.
 
     Raises:
       ImportError: TensorFlow is not installed.
@@ -228,7 +229,7 @@ def hide_gpus_from_tensorflow() -> None:
 
 
 def prepare() -> None:
-    """Set XLA's flags for this version, cache compiled programs, and keep the log to our own lines.
+    """Set XLA's flags for this version, cache compiled programs, and log only our own lines.
 
     Call it before JAX is first used, since JAX reads the flags then.
     """

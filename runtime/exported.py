@@ -1,7 +1,8 @@
-"""Exported models: the EMA weights of one step, in a folder that evaluates and samples as a run.
+"""Exported models: the EMA weights of one step, in a folder that can be used like a run.
 
-`model.safetensors` has the weights by their path in the network, as `Conv_0/kernel`, float32, and
-among its metadata the step and a digest of all, which older files lack; config.json is the run's.
+`model.safetensors` has the weights, float32, by their path in the network, such as `Conv_0/kernel`.
+Its metadata have the step and, except in older files, a digest of everything. config.json is that
+of the run.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ def is_exported(workdir: pathlib.Path) -> bool:
 
 
 def refuse(workdir: pathlib.Path) -> None:
-    """Raise a UserError if a folder that should take a run has an exported model."""
+    """Raise a UserError if a folder for a run has an exported model."""
     if is_exported(workdir):
         raise UserError(
             f"{workdir} is an exported model, without the state of training; choose another "
@@ -104,7 +105,7 @@ def read(workdir: pathlib.Path, shape: Any) -> Any:
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[Any]:
-    """An open safetensors file; what is wrong with it is a UserError."""
+    """An open safetensors file; raises a UserError if it can't be read."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""Writing files on disks that can be full, broken or gone: each is there whole or not at all."""
+"""Writes files completely or not at all, also on disks that may be full, broken or gone."""
 
 import contextlib
 import logging
@@ -12,21 +12,21 @@ log = logging.getLogger("soft_truncation")
 
 
 def beside(path: pathlib.Path, suffix: str = "") -> pathlib.Path:
-    """A new hidden name beside `path`, which no other process takes, in a container or not."""
+    """A new hidden name in the folder of `path` that no other process uses, in any container."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}{suffix}")
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path, sync: bool = True) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the context ends, and not after an error.
+    """A new file that replaces `path` when the context ends without an error.
 
     Args:
       path: the file; its folder must exist.
-      sync: whether the file is on the disk before it takes the place, so that no crash of the
-        machine leaves an empty one.
+      sync: whether the new file is written to the disk before it replaces the old one, so that a
+        crash of the machine can't leave an empty file.
 
     Raises:
-      OSError: it can't be written; what was at `path` is there still.
+      OSError: it can't be written; an old file at `path` is still there.
     """
     partial = beside(path, ".part")
     try:
@@ -49,7 +49,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def can_do_without(path: pathlib.Path) -> Iterator[None]:
-    """Log a failure to write a file that is for people alone, instead of raising it."""
+    """Log a failure to write a file that the program does not need, instead of raising it."""
     try:
         yield
     except OSError as error:

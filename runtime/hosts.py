@@ -1,6 +1,6 @@
-"""Processes, on one machine or several, that train or evaluate together, and their signals.
+"""Connects the processes, on one or several machines, that share a run, and handles signals.
 
-All run the same program. Only process 0, the main process, reads and writes the workdir.
+All processes run the same program. Only process 0, the main process, reads and writes the workdir.
 """
 
 import contextlib
@@ -50,8 +50,8 @@ def initialize(
       coordinator: host:port of process 0, the same for every process; None: this process runs
         alone, or the address is detected.
       num_processes, process_id: the number of processes, and the index of this one.
-      detect: get these three from SLURM, Open MPI or the TPU's metadata.
-      timeout: seconds to wait for the others. If they do not come, the process ends with a line.
+      detect: whether to get these three from SLURM, Open MPI or the TPU's metadata.
+      timeout: seconds to wait for the others. Then the process ends with one line.
 
     Raises:
       UserError: only some of the three are given, they are wrong, or the port can't be used.
@@ -93,9 +93,10 @@ def _check_place(coordinator: str, count: int, index: int) -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Within it an error of one process ends the others, too; a process that is alone just raises.
+    """A context in which an error of one process also ends the others.
 
-    At a usual exit JAX would wait for the others. They notice within seconds that this one is gone.
+    At a normal exit JAX would wait for the other processes; here this one ends at once, and they
+    notice it within seconds. In a run of one process the error is just raised.
     """
     try:
         yield
@@ -127,7 +128,7 @@ def share(value: Any, like: Any = None) -> Any:
     """Send the main process's value to every process.
 
     Args:
-      value: of JSON's types and arrays; sequences arrive as lists. What arrives runs no code.
+      value: made of JSON's types and arrays; sequences arrive as lists. No received code is run.
       like: a tree of the same structure, if the value is a tree of other types.
     """
     if jax.process_count() == 1:
@@ -192,7 +193,7 @@ def on_main(fn: Callable[[], Any], like: Any = None) -> Any:
 
 
 def check_equal(facts: dict[str, Any]) -> None:
-    """Raise a UserError on every process if one has other facts, of JSON, than the main process."""
+    """Raise a UserError on every process if the facts (of JSON's types) of one differ from 0's."""
     if jax.process_count() == 1:
         return
     of_main = share(facts)
@@ -212,7 +213,7 @@ def check_equal(facts: dict[str, Any]) -> None:
 class Preemption:
     """Stops training after the current step at SIGTERM, SIGINT or SIGHUP.
 
-    A second SIGINT raises KeyboardInterrupt. A SIGHUP that is ignored, as after nohup, stays so.
+    A second SIGINT raises KeyboardInterrupt. A SIGHUP that nohup ignores stays ignored.
     With several processes, a SIGTERM to any of them stops all after the same step.
     """
 
@@ -244,7 +245,7 @@ class Preemption:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self) -> bool:
-        """Whether to stop now; every process must ask equally often, after the same steps."""
+        """Whether to stop now; all processes must call it after the same steps."""
         self._asked += 1
         if jax.process_count() > 1:
             # JAX agrees on the highest number that was asked with, plus one. Steps would not do:

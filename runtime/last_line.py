@@ -1,8 +1,8 @@
-"""Passes on what a process writes to stderr, with JAX's report of a lost process as one line.
+"""Passes on a process's stderr, and replaces JAX's report of a lost process by one line.
 
-JAX's coordination service ends a process by an abort in C++, after a text of many lines with a
-stack trace, and no Python code of that process runs then. So another process reads its stderr
-(`relay`): it runs this file as a program, which needs no package.
+JAX's coordination service ends a process by an abort in C++, after many lines with a stack trace,
+and no Python code of that process can run then. So a second process reads its stderr (`relay`). It
+runs this file as a program, which needs no packages.
 """
 
 import os
@@ -20,7 +20,7 @@ _NAMES = re.compile(r"(?:stopped sending heartbeats\)|timed out task names):\s*(
 
 
 def relay() -> None:
-    """Let another process pass on what this one writes to stderr from now on, until it ends."""
+    """Let a second process pass on this process's stderr from now on, until this one ends."""
     reader = subprocess.Popen(
         # A session of its own: Ctrl-C is for this process, whose last lines are still to come.
         [sys.executable, "-S", __file__],
@@ -33,10 +33,10 @@ def relay() -> None:
 
 
 def told(report: str) -> str:
-    """What a report of JAX says, in one line.
+    """One line that says the same as a report of JAX.
 
     Args:
-      report: from its first line on.
+      report: the report, from its first line on.
     """
     if "RegisterTask" in report:
         return (

@@ -1,4 +1,4 @@
-"""Locks between processes; one ends with its process, however that ends, and follows no link."""
+"""Locks between processes, which end with their process, however that ends; links are refused."""
 
 import contextlib
 import errno
@@ -51,7 +51,7 @@ def _held(path: pathlib.Path, waiting: str = "") -> Iterator[None]:
 
 
 def waiting_lock(path: pathlib.Path, waiting: str) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of a file, which is created, after waiting for it.
+    """Create a file and hold its lock, after waiting for other processes.
 
     On a file system without locks two processes may do the same work; one result is kept.
     `waiting` is the beginning of the log line if another process holds the lock.
@@ -60,5 +60,5 @@ def waiting_lock(path: pathlib.Path, waiting: str) -> contextlib.AbstractContext
 
 
 def locked(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of a folder; UserError if another process holds it, or it is a link."""
+    """Hold the lock of a folder; UserError if another process holds it, or its file is a link."""
     return _held(folder / ".lock")

@@ -1,4 +1,4 @@
-"""How much of a device's memory a computation needs, estimated before it is compiled."""
+"""Estimates how much device memory a computation needs, before it is compiled."""
 
 import dataclasses
 import logging
@@ -109,7 +109,7 @@ class _Program:
             )
 
     def peak(self, donated: Sequence[int] = ()) -> int:
-        """The most bytes alive at a time, besides inputs that are not `donated`."""
+        """The largest number of bytes alive at a time, without inputs that are not `donated`."""
         number_of_uses = [0] * len(self.sizes)
         in_memory = [False] * len(self.sizes)  # used by an operation that reads memory
         for operation in self.operations:
@@ -162,16 +162,16 @@ class _Program:
 
 
 def needed_bytes(fn: Callable[..., Any], *args: Any, donate: int = 0, devices: int = 1) -> int:
-    """Estimate the memory, in bytes, that fn(*args) needs with its arguments; it is only traced.
+    """Estimate the memory, in bytes, of fn(*args) with its arguments, by tracing it only.
 
-    The estimate follows the jaxpr's order, adds up what is still needed, and leaves out what XLA
-    computes within other operations. XLA can order the work better, and its libraries may want
-    work space. How good it is: `python -m benchmarks.memory`.
+    The estimate follows the order of the jaxpr, adds up the arrays that are still needed, and
+    leaves out those that XLA computes within other operations. XLA can find a better order, and its
+    libraries may need work space. `python -m benchmarks.memory` measures how good the estimate is.
 
     Args:
       fn: a function of arrays, which may sum over the axis "batch" of `devices` devices.
-      args: arrays or their shapes, those of one device.
-      donate: the number of first arguments whose memory the function may use again.
+      args: the arrays of one device, or their shapes.
+      donate: the number of first arguments whose memory the function may reuse.
       devices: the number of devices.
     """
     jaxpr = jax.make_jaxpr(fn, axis_env=[("batch", devices)])(*args)
@@ -182,7 +182,7 @@ def needed_bytes(fn: Callable[..., Any], *args: Any, donate: int = 0, devices: i
 
 
 def limit_bytes() -> int | None:
-    """The memory, in bytes, that JAX may use on a device; None if that is not known, as on CPUs."""
+    """The memory, in bytes, that JAX may use on a device; None if unknown, as on CPUs."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit")
 
@@ -194,8 +194,8 @@ def advise(
 
     Args:
       what: the computation, as the subject of a sentence.
-      needed: config fields that differ from the run's → bytes a device.
-      remedies: changes of the config, the mildest first.
+      needed: (changes of the config) → the bytes that a device then needs.
+      remedies: changes of the config to suggest, the mildest first.
     """
     limit = limit_bytes()
     if limit is None:

@@ -1,4 +1,4 @@
-"""Metrics of training, written to metrics.jsonl (one JSON object per line) and TensorBoard."""
+"""Writes metrics of training to metrics.jsonl (one JSON object a line) and to TensorBoard."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ log = logging.getLogger("soft_truncation")
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl file; damaged lines, as an incomplete last one, are left out."""
+    """The rows of a metrics.jsonl file, without damaged lines such as an incomplete last one."""
     rows = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
@@ -34,10 +34,10 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """Writes metrics to metrics.jsonl, and for TensorBoard."""
+    """Writes metrics to metrics.jsonl and to TensorBoard's file."""
 
     def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
-        """Continue after `first_step`; rows of later steps are deleted."""
+        """Continue the file after `first_step`; rows of later steps are deleted."""
         path = workdir / "metrics.jsonl"
         if os.path.lexists(path):  # the steps after the checkpoint are repeated
             kept = [r for r in read_metrics(path) if r["step"] <= first_step]

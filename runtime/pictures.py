@@ -18,7 +18,7 @@ from runtime.metrics_log import read_metrics
 
 
 def image_grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
-    """One near-square picture (…, …, C) of images (N, H, W, C) uint8; small ones are enlarged."""
+    """One nearly square picture (…, …, C) of images (N, H, W, C) uint8; small ones are enlarged."""
     count, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(count * height / width)))
     rows = -(-count // columns)
@@ -50,17 +50,17 @@ def _as_picture(image: np.ndarray) -> Image.Image:
 
 
 def start_png_folder(folder: pathlib.Path, source: dict[str, Any]) -> set[int]:
-    """Make a folder for numbered PNG files, or go on with it.
+    """Make a folder for numbered PNG files, or check that an existing one can be completed.
 
     Args:
       folder: its path.
-      source: what the images are a function of, beside their index; kept in source.json.
+      source: what the images depend on in addition to their index; recorded in source.json.
 
     Returns:
       The indices of the images that are there.
 
     Raises:
-      UserError: the folder has images of another source.
+      UserError: the folder has images from another source.
     """
     present = {int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()}
     record, text = folder / "source.json", json.dumps(source, indent=1, default=list)
@@ -77,11 +77,11 @@ def start_png_folder(folder: pathlib.Path, source: dict[str, Any]) -> set[int]:
 
 @contextlib.contextmanager
 def png_writer(folder: pathlib.Path) -> Iterator[Callable[[int, np.ndarray], None]]:
-    """A function (start, images) that writes images as PNG files in threads, beside other work.
+    """A function (start, images) that writes images as PNG files in threads, in the background.
 
-    Images (N, H, W, C) uint8 have the indices start … start + N - 1. A file is there whole or not
-    at all. A call waits for the files of the last call, and raises what went wrong with them; when
-    the context ends, all are written.
+    Images (N, H, W, C) uint8 have the indices start … start + N - 1. Each file is written
+    completely or not at all. A call waits for the files of the call before, and raises their
+    errors; when the context ends, all files are written.
     """
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     writing: list[concurrent.futures.Future[None]] = []

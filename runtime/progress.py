@@ -1,4 +1,4 @@
-"""Progress of long computations, as lines of the log."""
+"""Logs the progress of long computations."""
 
 import logging
 import time
@@ -19,14 +19,14 @@ class Progress:
     def __init__(self, name: str, total: int, every: float = 5.0) -> None:
         """Log the progress through `total` images every `every` seconds, and at the end.
 
-        With total = 0 their number is not known.
+        total = 0 means that the number is not known.
         """
         self._name, self._total, self._every = name, total, every
         self._done = self._fresh = 0
         self._start = self._last = time.monotonic()
 
     def advance(self, count: int, note: str = "", fresh: bool = True) -> None:
-        """Count `count` more images as done; not `fresh`: an earlier run has computed them."""
+        """Count `count` more images as done; if not `fresh`, an earlier run has computed them."""
         self._done += count
         self._fresh += count if fresh else 0
         now = time.monotonic()

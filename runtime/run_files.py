@@ -1,4 +1,4 @@
-"""The files of a run that the main process has open during training."""
+"""The files of a run that the main process keeps open during training."""
 
 import contextlib
 import pathlib
@@ -19,7 +19,7 @@ from runtime.workdir import (
 
 
 class RunFiles:
-    """The files that the main process has open during training."""
+    """The files that the main process keeps open during training."""
 
     def __init__(
         self,
@@ -29,12 +29,12 @@ class RunFiles:
         override: bool,
         config_file: str,
     ) -> None:
-        """Nothing is opened yet; `stack` closes what is opened."""
+        """Open nothing yet; `stack` closes the files that are opened later."""
         self._fields, self._workdir, self._stack = fields, workdir, stack
         self._override, self._config_file = override, config_file
 
     def record(self) -> None:
-        """Write the config to the workdir; what is there was saved under the config before."""
+        """Write the config to the workdir, in place of the one that its files were saved under."""
         claim_workdir(self._fields, self._workdir, True, self._override, self._config_file)
 
     def open(self, shape: checkpointing.State, loop: Loop) -> checkpointing.State | None:

@@ -1,4 +1,4 @@
-"""Unpickling without calling, importing or changing anything that a pickle names."""
+"""Reads pickles without calling, importing or changing anything that they name."""
 
 import io
 import pickle
@@ -31,7 +31,7 @@ class Named(NamedTuple):
 
 
 class Called(NamedTuple):
-    """The result of a call, which is not made; `state` receives what would have been set on it."""
+    """Stands for the result of a call that is not made; `state` is what would be set on it."""
 
     function: Any
     arguments: Any
@@ -39,9 +39,9 @@ class Called(NamedTuple):
 
 
 class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """An unpickler of plain containers, with `Named` and `Called` in place of all else.
+    """An unpickler of plain containers, with `Named` and `Called` in place of everything else.
 
-    It derives from pickle's Python implementation, where single opcodes can be removed.
+    It derives from pickle's Python implementation, from which single opcodes can be removed.
     """
 
     stack: list[Any]  # an attribute of the base class, like pop_mark
@@ -53,7 +53,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
     )
 
     def __init__(self, file: io.BytesIO) -> None:
-        """Read from a file in memory; Python 2's strings become bytes."""
+        """Read from a file in memory; strings of Python 2 become bytes."""
         super().__init__(file, encoding="bytes")
 
     def find_class(self, module: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A run's workdir: checking and recording its config, and keeping partial results."""
+"""A run's workdir: checks and records its config, and stores partial results."""
 
 import contextlib
 import hashlib
@@ -73,7 +73,7 @@ def _is_free(section: str, field: str, train: bool) -> bool:
 
 
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any], train: bool) -> str | None:
-    """A description of the first field that differs though it must not; None if there is none."""
+    """A description of the first field that must not differ but does; None if there is none."""
     defaults = json.loads(get_default_config().to_json_best_effort())
     if train and old.get("seed") != new["seed"]:
         return f"seed is {old.get('seed')} there and {new['seed']} here"
@@ -89,7 +89,7 @@ def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any], train: boo
 
 
 def check_processes(fields: Mapping[str, Any], data: dict[str, Any]) -> None:
-    """Raise a UserError on every process if one has another config, but for paths, or other `data`.
+    """Raise a UserError on every process if their configs, without paths, or their `data` differ.
 
     Every process must call it.
     """
@@ -102,7 +102,7 @@ def check_processes(fields: Mapping[str, Any], data: dict[str, Any]) -> None:
 
 
 def record_data(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
-    """Keep the facts of a training's data in data.json; warn if the run was trained on others."""
+    """Record facts about a training's data in data.json; warn if they differ from earlier ones."""
     path, before = workdir / "data.json", facts
     try:
         before = saved.read_object(path)
@@ -122,7 +122,7 @@ def record_data(workdir: pathlib.Path, facts: dict[str, Any]) -> None:
 def recorded_config(workdir: str | os.PathLike[str]) -> ConfigDict | None:
     """The config of a run or of an exported model; None if there is none.
 
-    The main process reads it, for every process, which must call it.
+    All processes must call it; the main process reads the file for them.
     """
     folder = pathlib.Path(workdir)
 
@@ -136,7 +136,7 @@ def recorded_config(workdir: str | os.PathLike[str]) -> ConfigDict | None:
 def portable_config(fields: Mapping[str, Any], workdir: pathlib.Path) -> ConfigDict:
     """The config of a run, without the paths of this machine.
 
-    The sections eval and sampling are those of `fields`, the others of the run in `workdir`.
+    Its sections eval and sampling are those of `fields`; the others are those of `workdir`.
     """
     portable = saved.config_of(dict(fields), workdir)
     if (workdir / "config.json").exists():
@@ -165,7 +165,7 @@ def make_folder(folder: pathlib.Path, option: str) -> None:
 
 
 def check_network(fields: Mapping[str, Any], workdir: pathlib.Path) -> None:
-    """Check that the workdir's network was trained with the network and data of this config.
+    """Check that the workdir's weights were trained with the network and data of this config.
 
     Raises:
       UserError: it was not.
@@ -190,10 +190,10 @@ def claim_workdir(
     """Check that the workdir is new or belongs to this config, and record the config there.
 
     Args:
-      fields: those of the run's config.
+      fields: the fields of the run's config.
       workdir: the folder.
       record: whether to write the config to the folder's config.json.
-      override: accept a workdir that belongs to another config.
+      override: whether the workdir may belong to another config.
       config_file: the file that the config comes from. It is recorded too, since the file may
         register a network or data set that the config names.
 
@@ -225,7 +225,7 @@ def claim_workdir(
 
 
 def short_hash(*what: Any) -> str:
-    """A hash, 16 hex digits, of trees of arrays, and plain values."""
+    """A hash, 16 hex digits, of trees of arrays and of plain values."""
     whole = hashlib.sha256()
     for item in what:
         for path, leaf in jax.tree_util.tree_leaves_with_path(item):
@@ -278,7 +278,7 @@ class PartialResults:
             ) from error
 
     def discard(self, names: set[str]) -> None:
-        """Delete the named subfolders; those of other interrupted work are kept."""
+        """Delete the named subfolders, and keep those of other interrupted work."""
         for name in names:
             shutil.rmtree(self._folder / name, ignore_errors=True)
         with contextlib.suppress(OSError):
