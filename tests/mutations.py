@@ -103,11 +103,12 @@ process's share: process_index * share, (process_index + 1) * share → 0, share
 [models/layers.py | test_models.py -k "golden_scores or attention"]
 time embedding: (half - 1) * jnp.arange(half) → half * jnp.arange(half)
 attention without its scale: (scores - largest) / math.sqrt(query.shape[-1]) → scores - largest
-[models/layers.py | test_models.py -k "resampling or waves or each_layer"]
+[models/layers.py | test_models.py -k "resampling or waves or each_layer or folded"]
 filter without gain: [up * tap / sum(kernel) → [tap / sum(kernel)
 filter shifted: ((rest + 1) // 2 + 1, rest // 2), up=2) → (rest // 2, (rest + 1) // 2 + 1), up=2)
 Fourier features: for scale in (128, 256) → for scale in (64, 128)
 Fourier embedding: 2 * math.pi * x.astype → math.pi * x.astype
+patches of a row: size, c).transpose(0, 1, 3, 2, 4, 5) → size, c)
 all layers drop alike: zlib.crc32("/".join(self.path).encode()) → 0
 [models/ncsnpp.py | test_models.py -k "first_layer"]
 range of the data: x if self.centered else 2 * x - 1 → x
