@@ -13,8 +13,9 @@ are the other 5,000, scored as `--mode eval` does. After 103 seconds of one core
 
 Patches cost more than a bit at first (nf = 64 is at 4.93 after 201 seconds). Without patches an
 image takes 2.0 times as long with nf = 24, 2.9 times with nf = 32, and 2.6 times with ch_mult
-(1, 4, 4), whose training loss after 50 steps is no lower; these were not scored. Such short runs
-say little about the end of a long one.
+(1, 4, 4), whose training loss after 50 steps is no lower; these were not scored. Other work ran on
+the machine, so the times are uncertain by a third. Such short runs say little about the end of a
+long one.
 
 Fourier features of the pixels were tried late in a training instead: they were added, with zero
 weights, to the 16×16 model of pretrained/, which was trained further. Its NELBO is lower with them
