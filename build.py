@@ -280,6 +280,54 @@ def _network(
         raise UserError(f"config.model: no network can be built: {error}") from error
 
 
+_OF_OURS = frozenset(NETWORKS), frozenset(losses.OBJECTIVES)
+
+
+def _check_own_parts(
+    config: ConfigDict, score_model: ScoreModel, objective: losses.Objective, params: Any
+) -> None:
+    """Trace a network or an objective of the user's own; UserError if it can't be trained."""
+    networks, objectives = _OF_OURS
+    name, chosen = config.model.name, config.training.objective
+    if name in networks and chosen in objectives:
+        return
+    shape, dtype = image_shape(config), pixels.get_preprocessing(data_spec(config)).dtype
+    keys, index = jax.random.split(jax.random.key(0), 2), jnp.arange(2)
+    labels = jnp.zeros(2, jnp.int32) if config.model.num_classes else None
+
+    def network(params: Any, x: Array) -> Array:
+        options: dict[str, Any] = {} if labels is None else {"labels": labels}
+        time = score_model.time_cond(jnp.ones(2))
+        options |= {"train": True, "dropout_keys": keys}
+        return jnp.asarray(score_model.network.apply({"params": params}, x, time, **options))
+
+    def losses_of(params: Any, images: Array) -> Array:
+        score_fn = score_model.for_training(params, labels)
+        return objective(score_fn, jax.random.key(0), images, index, train=True)[0]
+
+    x = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, 2, *shape), dtype)
+    try:
+        out = jax.eval_shape(network, params, x)
+        mapped = jax.vmap(losses_of, (None, 0), axis_name=train_step.AXIS)
+        of_images = jax.eval_shape(mapped, params, images)
+    except Exception as error:  # it is the user's code
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model.name {name!r} with training.objective {chosen!r} can't be trained: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    if out.shape != x.shape:
+        raise UserError(
+            f"model.name {name!r}: the network gives {out.shape[1:]} for images of {shape}"
+        )
+    if of_images.shape != (1, 2):
+        raise UserError(
+            f"training.objective {chosen!r} must give a loss for each image, (N,), and gives "
+            f"{of_images.shape[1:]} for N = 2"
+        )
+
+
 def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
     """Check a config and build the parts that it names.
 
@@ -298,6 +346,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
     score_model = fields.call(ScoreModel, config, "model", "training", sde=sde, network=model)
     sampler = sampling_method(config)
     objective = get_objective(config, sde)
+    _check_own_parts(config, score_model, objective, shape.params)
     recipe = Recipe(
         objective=objective,
         make_score_fn=score_model.for_training,

@@ -95,6 +95,11 @@ def _parse(argv: list[str]) -> list[str]:
                 f"--init_from without --config needs --workdir, and {_INIT_FROM.value} to be a run "
                 "or an exported model"
             )
+        if _CONFIG.value is None and _WORKDIR.value:
+            raise UserError(
+                f"{_WORKDIR.value} has no run (no config.json there); give --workdir of one, or "
+                "--config FILE for a new one"
+            )
         if _CONFIG.value is None:
             raise UserError(
                 "--config is missing; for example --config configs/vp/digits_st.py, or --workdir "

@@ -6,6 +6,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from errors import UserError
+
+_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # *args, **kwargs
+
 
 def call(function: Callable[..., Any], config: ConfigDict, *sections: str, **given: Any) -> Any:
     """Call a function whose parameters are named after fields of a config.
@@ -23,7 +27,7 @@ def call(function: Callable[..., Any], config: ConfigDict, *sections: str, **giv
         left out.
 
     Raises:
-      TypeError: a parameter has no default and is no field of the sections.
+      UserError: a parameter has no default and is no field of the sections.
     """
     parameters = inspect.signature(function).parameters
     found: dict[str, Any] = {}
@@ -37,4 +41,10 @@ def call(function: Callable[..., Any], config: ConfigDict, *sections: str, **giv
             found[name] = holder[name]
         elif len(parameters) == 1 and parameter.default is inspect.Parameter.empty:
             return function(config)
+        elif parameter.default is inspect.Parameter.empty and parameter.kind not in _OPEN:
+            places = " or ".join(f"config.{section}" for section in sections)
+            raise UserError(
+                f"{getattr(function, '__name__', function)} takes {name}, which {places} does not "
+                "have: set it in get_config within `with config.unlocked():`, or give it a default"
+            )
     return function(**found)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,7 @@ from configs.validate import validate
 from data.batches import in_order
 from errors import UserError
 from experiments.sweep import load_sweep
+from models import networks
 from models import utils as mutils
 from runtime.workdir import claim_workdir
 from tests.helpers import (
@@ -310,15 +312,51 @@ def test_a_network_that_is_told_no_labels_says_so(mine):
         build.set_up(config)
 
 
-@pytest.mark.parametrize(
-    ("section", "field", "told"),
-    [("model", "depth", "no network can be"), ("sampling", "churn", "no sampler can be")],
-)
-def test_a_field_that_is_missing_is_named(mine, section, field, told):
+@pytest.mark.parametrize(("section", "field"), [("model", "depth"), ("sampling", "churn")])
+def test_a_field_that_is_missing_is_named(mine, section, field):
     config = mine.get_config()
     with config.unlocked():
         del config[section][field]
-    with pytest.raises(UserError, match=rf"^config\.{section}: {told} built: .*'{field}'"):
+    with pytest.raises(UserError, match=rf" takes {field}, which config\.{section} .*unlocked"):
+        build.set_up(config)
+
+
+class Grey(nn.Module):
+    """Gives one channel less than its input has."""
+
+    @nn.compact
+    def __call__(self, x, time_cond, train=False, dropout_keys=None):
+        return nn.Conv(1, (1, 1))(x)[..., :0]
+
+
+class WithoutTrain(nn.Module):
+    @nn.compact
+    def __call__(self, x, time_cond):
+        return nn.Conv(1, (1, 1))(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "line"),
+    [
+        (Grey, r"^model\.name 'own': the network gives \(8, 8, 0\) for images of \(8, 8, 1\)"),
+        (WithoutTrain, r"^model\.name 'own' with .* can't be trained: .*argument 'train'"),
+    ],
+)
+def test_a_network_that_can_not_be_trained_is_told_at_the_start(monkeypatch, network, line):
+    monkeypatch.setitem(networks.NETWORKS, "own", networks.Network(network))
+    config = tiny_config()
+    config.model.update(name="own", parametrization="velocity")
+    with pytest.raises(UserError, match=line):
+        build.set_up(config)
+
+
+def test_an_objective_gives_a_loss_for_each_image(monkeypatch):
+    def mean_of_all(sde):
+        return lambda score_fn, key, images, index, train: (jnp.zeros(()), jnp.zeros(()))
+
+    monkeypatch.setitem(losses.OBJECTIVES, "own", mean_of_all)
+    config = tiny_config(objective="own")
+    with pytest.raises(UserError, match=r"'own' must give a loss for each image, \(N,\), and"):
         build.set_up(config)
 
 
