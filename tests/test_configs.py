@@ -220,7 +220,7 @@ def test_recipes_network_can_be_built_at_full_width(name):
     count = full_size(mutils.create_model(config), data.image_size, data.num_channels)
     assert count == PARAMETERS.get(name, count)
     small = config.data.dataset in ("digits", "fashion_mnist", "folder", "array")
-    assert count > (3e4 if small else 5e6)
+    assert count > (3e4 if small else 2e6)
 
 
 def reduced(config, levels=2):
