@@ -360,6 +360,7 @@ REHEARSED = (
 )
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_sigterm_stops_two_processes_with_several_steps_a_call(tmp_path):
     processes = start(
@@ -378,6 +379,7 @@ def test_sigterm_stops_two_processes_with_several_steps_a_call(tmp_path):
     assert step % 10 == 0 and (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_with_one_line(tmp_path, victim):

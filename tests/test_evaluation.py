@@ -271,6 +271,7 @@ def test_bits_of_given_images_are_a_row_each_in_a_folder_of_their_own(trained, t
         evaluation.evaluate(config, tmp_path / "run")
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_statistics_are_made_once_and_refused_for_other_data(tmp_path, monkeypatch):
     stand_in_for_inception(monkeypatch, 2048)

@@ -257,6 +257,7 @@ def test_train_eval_and_sample_leave_what_they_promise(tmp_path):
     assert min(grid.size) > 100
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_an_official_checkpoint_is_imported_sampled_and_refused_a_second_time(tmp_path):
     args = [
@@ -283,6 +284,7 @@ def test_an_official_checkpoint_is_imported_sampled_and_refused_a_second_time(tm
     assert result.returncode == 2 and "has checkpoints already" in result.stderr
 
 
+@pytest.mark.release
 @pytest.mark.usefixtures("small_network_here")
 @pytest.mark.slow
 def test_inpainting_and_a_lossless_evaluation_leave_what_they_promise(tmp_path):
@@ -320,6 +322,7 @@ def test_inpainting_and_a_lossless_evaluation_leave_what_they_promise(tmp_path):
         sample_run(config, tmp_path)
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_a_strangers_folder_trains_with_the_command_of_the_readme(tmp_path):
     paths = make_folder(tmp_path / "my folder", 500)
