@@ -1,4 +1,4 @@
-"""SVHN's cropped digits, in MATLAB files."""
+"""SVHN's cropped digits, in MATLAB files, where the label 10 is the digit 0."""
 
 import pathlib
 
@@ -14,13 +14,15 @@ def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     import scipy.io
 
     with reading(path):
-        content = scipy.io.loadmat(path, variable_names=["X", "y"])
+        try:
+            content = scipy.io.loadmat(path, variable_names=["X", "y"])
+        except MemoryError as error:  # SciPy believes any length that a damaged file claims
+            raise ValueError("it claims lengths that no memory holds") from error
         images, labels = content["X"], content["y"]
     if images.dtype != np.uint8 or images.shape[:3] != (32, 32, 3) or images.ndim != 4:
         raise UserError(f"{path} has X of {images.dtype}, {images.shape}; (32, 32, 3, N) is needed")
     if labels.size != images.shape[3]:
         raise UserError(f"{path} has {images.shape[3]} images and {labels.size} labels")
-    # The label 10 is the digit 0.
     return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels.ravel().astype(int) % 10
 
 

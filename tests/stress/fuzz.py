@@ -3,7 +3,7 @@
     python -m tests.stress.fuzz [--formats pth npz] [--seconds 3600] [--seed 0]
 
 Bytes are changed, cut, doubled and set to extreme numbers, in members of archives too. A child
-process reads one damaged file after the other, with 4 GiB of memory. Wrong are: an exception that
+process reads one damaged file after the other, with 1 GiB of memory. Wrong are: an exception that
 is no UserError, a message of several lines, a crash, a read of more than 20 seconds, and a file
 that appears outside. Prints a table, and each file that was wrong.
 """
@@ -28,7 +28,7 @@ from benchmarks.measure import Table
 from errors import UserError
 from tests.stress.formats import BROUGHT
 
-MEMORY = 4 * 2**30
+MEMORY = 2**30
 SECONDS_A_FILE = 20
 NUMBERS = (0, 1, 0x7F, 0xFF, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 10**12, 2**63 - 1)
 ENDS = ("read", "refused", "wrong", "crash")
