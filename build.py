@@ -16,22 +16,21 @@ from ml_collections import ConfigDict
 
 import likelihood
 import losses
-import parts
 import sampling
 import sde_lib
 import train_step
-from configs import fields
+from configs import fields, parts
 from configs.data import data_spec
 from configs.default import get_default_config
+from configs.errors import UserError
 from configs.saved import as_recorded
 from configs.shapes import image_shape
 from configs.validate import check_array_fields, validate
 from data import arrays, loading, pixels
 from data.batches import Data, Dataset
-from errors import UserError
-from labels import check_labels, sample_labels
+from data.told_labels import check_labels, sample_labels
+from models import networks
 from models import utils as mutils
-from models.networks import NETWORKS
 from models.score import ScoreModel
 from readers import published
 from runtime.devices import batch_and_replicated_shardings, to_devices
@@ -50,7 +49,7 @@ log = logging.getLogger("soft_truncation")
 
 # The values that these fields can name; a config file can register more (docs/extending.md).
 REGISTRIES: dict[str, dict[str, Any]] = {
-    "model.name": NETWORKS,
+    "model.name": networks.NETWORKS,
     "data.dataset": published.PUBLISHED,
     "training.sde": sde_lib.SDES,
     "training.prior": losses.PRIORS,
@@ -280,16 +279,12 @@ def _network(
         raise UserError(f"config.model: no network can be built: {error}") from error
 
 
-_OF_OURS = frozenset(NETWORKS), frozenset(losses.OBJECTIVES)
-
-
 def _check_own_parts(
     config: ConfigDict, score_model: ScoreModel, objective: losses.Objective, params: Any
 ) -> None:
     """Trace a network or an objective of the user's own; UserError if it can't be trained."""
-    networks, objectives = _OF_OURS
     name, chosen = config.model.name, config.training.objective
-    if name in networks and chosen in objectives:
+    if name in networks.BUILT_IN and chosen in losses.BUILT_IN:
         return
     shape, dtype = image_shape(config), pixels.get_preprocessing(data_spec(config)).dtype
     keys, index = jax.random.split(jax.random.key(0), 2), jnp.arange(2)

@@ -11,11 +11,11 @@ from jax import Array
 from jax.typing import ArrayLike
 from PIL import Image
 
-import seeds
 from build import labels_on_devices
+from configs import seeds
+from configs.errors import UserError
 from data.batches import Dataset
 from data.pixels import Preprocessing, highest
-from errors import UserError
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress
 from sampling import Constraint, MakeScoreFn, make_score, normal, sample_keys

@@ -18,14 +18,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import datasets
-from batched_sampling import get_sampler, sample_batches
 from build import Setup, set_up, with_data_facts
+from configs.errors import UserError
 from data import pixels
 from data.batches import Data, Dataset, fingerprint, subset
+from data.told_labels import check_labels, sample_labels
 from datasets import load_data
-from errors import UserError
-from labels import check_labels, sample_labels
-from memory_advice import advise_on_sampling
+from metrics.batched_sampling import get_sampler, sample_batches
 from metrics.bits_per_dim import (
     BitsEvaluation,
     advise_on_bits,
@@ -44,6 +43,7 @@ from metrics.distances import (
     precision_recall,
 )
 from metrics.inception import get_inception
+from metrics.memory_advice import advise_on_sampling
 from metrics.report import (
     channel_moments,
     earlier_scores,

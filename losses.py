@@ -21,8 +21,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from configs.errors import UserError
 from data.pixels import Preprocessing
-from errors import UserError
 from sde_lib import SDE, expand, one_minus_exp, safe_log
 
 
@@ -720,3 +720,4 @@ def score_matching(
 # named after fields of a config (configs.fields.call), or sde, preprocessing, prior, weighting or
 # axis_name, as above.
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"score_matching": score_matching}
+BUILT_IN = frozenset(OBJECTIVES)  # a config file registers its own later

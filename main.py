@@ -12,7 +12,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs import saved
-from errors import UserError
+from configs.errors import UserError
 from runtime import environment
 
 _CONFIG = config_flags.DEFINE_config_file(

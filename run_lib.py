@@ -12,12 +12,13 @@ from clu.parameter_overview import count_parameters
 from ml_collections import ConfigDict
 
 from build import Setup, get_train_call, set_up, with_classes, with_data_facts
+from configs.errors import UserError
 from data.batches import Data, facts_of_data
 from datasets import load_data
-from errors import UserError
-from fine_tuning import start_from
-from memory_advice import advise_on_training
 from metrics.in_training import get_grid_fn, get_test_loss
+from metrics.memory_advice import advise_on_training
+from metrics.training_log import TrainingLog
+from modes.fine_tuning import start_from
 from runtime import hosts
 from runtime.files import can_do_without
 from runtime.pictures import (
@@ -36,7 +37,6 @@ from train_step import (
     steps_a_call,
     unpack_state,
 )
-from training_log import TrainingLog
 
 log = logging.getLogger("soft_truncation")
 
@@ -112,6 +112,8 @@ def _loop(
     draw_grid = get_grid_fn(setup, data.test, workdir)
     training_log = TrainingLog(setup, data.train, files, workdir)
     most = steps_a_call(loop)
+    if step < loop.n_iters:
+        log.info("compiling the training step: seconds if it is in the cache, else up to minutes")
     while step < loop.n_iters:
         count = most if step % most == 0 and step + most <= loop.n_iters else 1
         packed, values = train_call(packed, count)

@@ -25,15 +25,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 import sampling
-import seeds
-from batched_sampling import get_sampler, sample_batches
 from build import Setup, set_up, with_data_facts
-from configs import saved
+from configs import saved, seeds
+from configs.errors import UserError
 from controllable_generation import get_completion_fn
 from data.batches import Data, Dataset
-from errors import UserError
 from losses import perturb
 from metrics import bits_per_dim
+from metrics.batched_sampling import get_sampler, sample_batches
 from readers.source import ArraySource
 from runtime import checkpointing
 from runtime.workdir import PartialResults

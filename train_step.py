@@ -16,9 +16,9 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
+from configs.parts import Loop
 from data.batches import Dataset, in_memory, train_batches
 from losses import Objective, ScoreFn, drop_labels, step_key
-from parts import Loop
 
 log = logging.getLogger("soft_truncation")
 

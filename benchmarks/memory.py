@@ -30,9 +30,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import build
-import memory_advice
 from benchmarks.measure import Table, get_parser
-from metrics import bits_per_dim
+from metrics import bits_per_dim, memory_advice
 from models import norm_kernels
 from runtime import memory
 

@@ -9,8 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.default import get_default_config
+from configs.errors import UserError
 from configs.old_names import without_defaults
-from errors import UserError
 
 _MOST_BYTES, _DEEPEST = 2**24, 16  # of a file of JSON that a run or a model has
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import seeds
-from configs import fields
+from configs import fields, seeds
+from configs.errors import UserError
 from configs.shapes import array_shape, image_shape, size_factor
-from errors import UserError
 from models.networks import Network
 
 _CHOICES = {

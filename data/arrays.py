@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from configs.errors import UserError
 from data.batches import Data, Dataset
 from data.pixels import ends
 from data.spec import DataSpec
-from errors import UserError
 from readers.arrays import Stack, open_stacks, whole_stack
 from readers.layout import Splits
 from readers.source import Examples

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from configs.errors import UserError
 from data import arrays
 from data.batches import Data, Dataset
 from data.labels import plain_classes
 from data.spec import DataSpec
-from errors import UserError
 from readers import cache, published
 from readers.source import ArraySource
 

@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from configs.errors import UserError
 from data.spec import DataSpec
-from errors import UserError
 
 
 def highest(num_levels: int) -> int:

@@ -23,13 +23,13 @@ import matplotlib
 import numpy as np
 
 import datasets
-from batched_sampling import get_sampler
 from build import set_up
 from configs import saved
+from configs.errors import UserError
 from data.batches import in_order
-from errors import UserError
 from experiments.rows import Row, read_sweep
 from experiments.tables import SCORES, get_score, label
+from metrics.batched_sampling import get_sampler
 from runtime import checkpointing, environment
 from runtime.pictures import image_grid
 

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 import datasets
+from configs.errors import UserError
 from configs.vp import fashion_mnist_st
-from errors import UserError
 from runtime import environment
 
 # The numbers of crops, by the group of photographs that they are of.

@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from errors import UserError
+from configs.errors import UserError
 from runtime.files import write_text
 from runtime.locking import waiting_lock
 

@@ -24,7 +24,7 @@ import jax
 
 import evaluation
 import run_lib
-from errors import UserError
+from configs.errors import UserError
 from experiments.rows import add_row, read_rows
 from experiments.sweep import Run, load_sweep, parse_machine_paths, select
 from runtime import environment

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.default import get_default_config
-from errors import UserError
+from configs.errors import UserError
 
 # Paths of data and caches on a machine. They do not affect scores and are not part of a run's hash.
 MACHINE_PATHS = ("data.path", "data.tfds_dir", "eval.cache_dir")

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError
+from configs.errors import UserError
 from experiments.rows import Row, read_sweep
 from metrics.distances import Estimate
 

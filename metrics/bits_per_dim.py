@@ -14,13 +14,13 @@ import numpy as np
 from jax import Array
 
 import likelihood
-import seeds
 from build import Setup, labels_on_devices
+from configs import seeds
+from configs.errors import UserError
 from data import pixels
 from data.batches import Data, fingerprint, in_batches, in_order, subset
-from errors import UserError
-from memory_advice import smaller_batches
 from metrics import distances
+from metrics.memory_advice import smaller_batches
 from runtime import memory
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from runtime.progress import Progress

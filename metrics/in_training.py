@@ -11,11 +11,11 @@ import numpy as np
 from jax import Array
 
 import losses
-import seeds
-from batched_sampling import get_sampler
 from build import Setup, labels_on_devices
+from configs import seeds
 from data import pixels
 from data.batches import Dataset, in_order
+from metrics.batched_sampling import get_sampler
 from runtime import hosts
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.files import can_do_without

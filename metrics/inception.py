@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from configs.errors import UserError
 from data import pixels
-from errors import UserError
 from metrics.features import Extractor, apply_batched
 from models import inception
 from official.pth_reader import read_pth

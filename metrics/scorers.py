@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-import parts
 from build import Setup
+from configs import parts
+from configs.errors import UserError
 from data.batches import Data, Dataset, fingerprint, in_batches
-from errors import UserError
 from metrics import distances
 from metrics.classifier import get_classifier
 from metrics.features import Extractor

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError
+from configs.errors import UserError
 from metrics.distances import Moments
 from runtime.files import replacing
 

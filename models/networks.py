@@ -111,3 +111,6 @@ NETWORKS: dict[str, Network] = {
     ),
     **{name: _ncsnv2(stages) for name, stages in STAGES.items()},
 }
+
+# Networks of this project; a config file registers its own later.
+BUILT_IN = frozenset(NETWORKS)

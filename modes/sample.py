@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from batched_sampling import get_sampler, sample_batches
 from build import Setup
+from configs.errors import UserError
 from controllable_generation import (
     PER_IMAGE,
     complete_test_images,
@@ -19,9 +19,9 @@ from controllable_generation import (
     read_mask,
 )
 from data.batches import Dataset
-from errors import UserError
-from labels import check_labels, sample_labels
-from memory_advice import advise_on_sampling
+from data.told_labels import check_labels, sample_labels
+from metrics.batched_sampling import get_sampler, sample_batches
+from metrics.memory_advice import advise_on_sampling
 from runtime import checkpointing, hosts
 from runtime.files import replacing
 from runtime.locking import locked

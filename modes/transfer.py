@@ -11,7 +11,7 @@ from clu.parameter_overview import count_parameters
 
 from build import Setup, set_up
 from configs import fields
-from errors import UserError
+from configs.errors import UserError
 from metrics.card import model_card
 from modes.sample import chosen_step
 from official import export_checkpoint, import_checkpoint

@@ -11,8 +11,8 @@ import optax
 from ml_collections import ConfigDict
 
 from configs import fields
+from configs.errors import UserError
 from configs.shapes import image_shape
-from errors import UserError
 from models import utils as mutils
 from models.networks import NETWORKS
 from official.pth_reader import read_pth

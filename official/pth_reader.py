@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from errors import UserError
+from configs.errors import UserError
 from runtime.unpickling import InertUnpickler
 
 # Dtypes of the storage classes. A pickle can refer to these names, but not to the classes.

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from configs.errors import UserError
 from data.labels import folder_labels
-from errors import UserError
 from readers import layout
 from readers.containers import Folder, file_identity
 from readers.splits import TEST_NAMES, TRAIN_NAMES, choose_splits, divide

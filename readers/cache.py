@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from configs import saved
-from errors import UserError
+from configs.errors import UserError
 from readers.decode import Fit, has_16_bits, is_grey, open_image
 from readers.layout import Arrays, Found, Item, Opened, Records, Splits
 from readers.source import ArraySource, Examples, RecordSource, Source

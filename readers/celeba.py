@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from errors import UserError
+from configs.errors import UserError
 from readers.containers import Container, file_identity, open_container
 from readers.decode import is_image_name
 from readers.image_files import find_unsplit, records_of

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from configs.errors import UserError
 from data.labels import plain_classes
-from errors import UserError
 from readers.containers import Container, member, open_holder, reading
 from readers.layout import Arrays, Found, Opened, arrays_of
 from runtime.unpickling import Called, InertUnpickler, Named

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, cast
 
-from errors import UserError
+from configs.errors import UserError
 
 _IN_MEMORY = 2**29  # bytes; smaller gzip archives are decompressed in memory
 _SMALL, _MOST = 2**26, 100  # larger entries are refused if they are so many times their packed size

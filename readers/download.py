@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from errors import UserError
+from configs.errors import UserError
 from runtime import environment
 from runtime.locking import waiting_lock
 

@@ -6,8 +6,8 @@ import struct
 
 import numpy as np
 
+from configs.errors import UserError
 from data.labels import plain_classes
-from errors import UserError
 from readers.containers import file_identity, reading
 from readers.layout import Arrays, Found, Opened, arrays_of
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from configs.errors import UserError
 from data.labels import folder_labels
-from errors import UserError
 from readers import containers, layout
 from readers.decode import is_image_name
 from readers.splits import choose_splits, common_folder, divide

@@ -11,7 +11,7 @@ import weakref
 
 import numpy as np
 
-from errors import UserError
+from configs.errors import UserError
 from readers import lmdb_server
 from readers.containers import all_of, damaged, file_identity
 from readers.image_files import find_splits

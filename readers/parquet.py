@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import UserError
+from configs.errors import UserError
 from readers import layout
 from readers.containers import Folder, file_identity, reading
 from readers.splits import TEST_NAMES, divide, split_of

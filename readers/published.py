@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 
 from PIL import Image
 
+from configs.errors import UserError
 from data.spec import DataSpec
-from errors import UserError
 from readers import (
     arrays,
     celeba,

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from configs.errors import UserError
 from data.labels import Labels
-from errors import UserError
 from readers import arrays
 from readers.containers import is_archive_name, open_container
 from readers.image_files import Part, records_of

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from errors import UserError
+from configs.errors import UserError
 from readers.decode import MAX_PIXELS, open_image
 from readers.layout import Item, Records
 

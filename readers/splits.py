@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from configs.errors import UserError
 from data.labels import Labels, number_labels
-from errors import UserError
 from readers.layout import Splits
 
 TRAIN_NAMES = ("train", "training")

@@ -4,8 +4,8 @@ import pathlib
 
 import numpy as np
 
+from configs.errors import UserError
 from data.labels import plain_classes
-from errors import UserError
 from readers.containers import all_of, file_identity, reading
 from readers.layout import Found, Opened, arrays_of
 

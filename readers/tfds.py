@@ -7,8 +7,8 @@ import pathlib
 import re
 from typing import Any
 
+from configs.errors import UserError
 from data.labels import plain_classes
-from errors import UserError
 from readers import download, tfrecords
 from readers.containers import file_identity, reading
 from readers.layout import Found, Item, Opened, Records

@@ -8,7 +8,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from errors import UserError
+from configs.errors import UserError
 from readers.containers import file_identity, reading
 from readers.layout import Found, Item, Opened, Records
 from readers.splits import divide

@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from configs.errors import UserError
 from configs.saved import as_recorded, read_object
-from errors import UserError
 from runtime import exported, hosts
 from runtime.checksums import checksums, compare
 from runtime.workdir import check_network, first_line

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging as absl_logging
 
-from errors import UserError
+from configs.errors import UserError
 
 log = logging.getLogger("soft_truncation")
 

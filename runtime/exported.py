@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from errors import UserError
+from configs.errors import UserError
 from runtime.checksums import KINDS, checksums
 from runtime.workdir import first_line, short_hash
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from errors import UserError
+from configs.errors import UserError
 from runtime import last_line
 
 log = logging.getLogger("soft_truncation")

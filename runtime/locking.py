@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from filelock import FileLock, Timeout
 
-from errors import UserError
+from configs.errors import UserError
 
 log = logging.getLogger("soft_truncation")
 

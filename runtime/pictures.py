@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from errors import UserError
+from configs.errors import UserError
 from runtime.files import replacing, write_text
 from runtime.metrics_log import read_metrics
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from parts import Loop
+from configs.parts import Loop
 from runtime import checkpointing, exported
 from runtime.locking import locked
 from runtime.metrics_log import Metrics

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs import saved
 from configs.default import get_default_config
-from errors import UserError
+from configs.errors import UserError
 from runtime import hosts
 from runtime.files import beside, can_do_without, replacing, write_text
 

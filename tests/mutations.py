@@ -174,7 +174,7 @@ moments exchanged: moment("exp_avg"), → moment("exp_avg_sq"),
 kernel transposed: value.transpose(2, 3, 1, 0) → value.transpose(3, 2, 1, 0)
 [official/export_checkpoint.py | test_import_checkpoint.py -k exported]
 EMA of frequencies: if one] → if one is not None]
-[labels.py | test_labels.py -k of_samples]
+[data/told_labels.py | test_labels.py -k of_samples]
 labels of the first batch: chosen[np.arange(start, start + count) → chosen[np.arange(count)
 [models/networks.py | test_run_lib.py -k "refused or cannot_work"]
 frequencies divided by 0: or embedding_dim == 2: → or False:

@@ -175,7 +175,7 @@ def load_and_measure(folder):
     import numpy as np
 
     import datasets
-    from errors import UserError
+    from configs.errors import UserError
 
     folder, answers = pathlib.Path(folder), {}
     for name, job in json.loads((folder / "jobs.json").read_text()).items():

@@ -16,17 +16,14 @@ import pytest
 
 import build
 import evaluation
-import memory_advice
-import parts
 import run_lib
 import train_step
-import training_log
 from benchmarks.memory import compiled_bytes
-from configs import fields, saved
+from configs import fields, parts, saved
+from configs.errors import UserError
 from configs.rve import celebahq_256_uncsn, church_uncsn, ffhq_1024_uncsn
 from configs.saved import as_recorded
-from errors import UserError
-from metrics import in_training
+from metrics import in_training, memory_advice, training_log
 from models import layers, ncsnpp, norm_kernels
 from readers import tfds
 from runtime import hosts, memory, workdir
@@ -337,7 +334,7 @@ def test_the_kernel_is_left_to_xla_where_few_programs_have_much_to_do(shape, ker
     assert norm_kernels.pays(jax.ShapeDtypeStruct(shape, jnp.bfloat16)) == kernel
 
 
-STEPS = int(os.environ.get("REHEARSED_STEPS", "0"))
+STEPS = int(os.environ.get("REHEARSED_STEPS", "200"))
 SAMPLES = 5 * STEPS // 2
 SMALLEST = (*TINY, "--config.model.nf=4", "--config.model.num_res_blocks=1")
 REHEARSED = (
@@ -401,7 +398,7 @@ def test_a_killed_process_ends_the_other_with_one_line(tmp_path, victim):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not STEPS, reason="minutes: REHEARSED_STEPS=2000 (10) or 200 (3) runs it")
+@pytest.mark.release  # three minutes; with REHEARSED_STEPS=2000 ten
 def test_a_run_on_eight_devices_of_two_processes_survives_what_happens_to_it(tmp_path):
     """Training and evaluation, each cut off and gone on, against undisturbed ones."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

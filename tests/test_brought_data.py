@@ -22,10 +22,10 @@ import datasets
 from build import with_data_facts
 from configs.data import data_spec
 from configs.default import get_default_config
+from configs.errors import UserError
 from configs.vp import array_st
 from data import pixels
 from data.batches import in_order
-from errors import UserError
 from readers import arrays, decode, idx, samples, tfds, tfrecords
 from readers.decode import Fit
 from runtime import environment

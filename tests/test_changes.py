@@ -14,9 +14,9 @@ import pytest
 import build
 import run_lib
 from configs import saved
+from configs.errors import UserError
 from data.batches import Dataset
-from errors import UserError
-from labels import check_labels
+from data.told_labels import check_labels
 from readers.source import ArraySource
 from runtime import checkpointing
 from tests.helpers import sample_run, tiny_config

@@ -13,10 +13,10 @@ from PIL import Image
 
 import datasets
 from configs.data import data_spec
+from configs.errors import UserError
 from configs.vp import celeba_ddpmpp_nll_st, fashion_mnist_st
 from data import pixels
 from data.batches import Dataset, in_memory, in_order, train_batches
-from errors import UserError
 from readers.containers import Folder
 from readers.decode import Fit
 from readers.image_files import records_of
@@ -328,7 +328,8 @@ import sys
 sys.path[:0] = sys.argv[1:]  # the stand-in's folder, and the repository
 import datasets
 import jax
-import batched_sampling, build, likelihood, losses, sampling, session, soft_truncation
+from metrics import batched_sampling
+import build, likelihood, losses, sampling, session, soft_truncation
 from metrics import bits_per_dim, classifier, inception, scorers
 from readers import samples
 from tests.helpers import random_params, tiny_config

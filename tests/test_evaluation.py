@@ -15,9 +15,9 @@ import build
 import datasets
 import evaluation
 import run_lib
+from configs.errors import UserError
 from data import pixels
 from data.batches import subset
-from errors import UserError
 from metrics import bits_per_dim, scorers
 from metrics import report as metrics_report
 from metrics.features import Extractor

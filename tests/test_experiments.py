@@ -11,8 +11,8 @@ from PIL import Image
 import evaluation
 import run_lib
 from build import REGISTRIES
+from configs.errors import UserError
 from configs.validate import validate
-from errors import UserError
 from experiments import figures, make_data, tables
 from experiments import run as runner
 from experiments.rows import add_row, read_rows, read_sweep

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import batched_sampling
 import build
 import run_lib
 from configs import saved
 from configs.default import get_default_config
+from configs.errors import UserError
 from configs.saved import as_recorded
-from errors import UserError
+from metrics import batched_sampling
 from modes import sample as sample_mode
 from modes import transfer
 from runtime import checkpointing, exported, locking, workdir

@@ -22,11 +22,11 @@ import losses
 import sampling
 import sde_lib
 import train_step
+from configs.errors import UserError
 from configs.saved import as_recorded
 from configs.shapes import size_factor
 from configs.validate import validate
 from data.batches import in_order
-from errors import UserError
 from experiments.sweep import load_sweep
 from models import networks
 from models import utils as mutils
@@ -348,6 +348,35 @@ def test_a_network_that_can_not_be_trained_is_told_at_the_start(monkeypatch, net
     config.model.update(name="own", parametrization="velocity")
     with pytest.raises(UserError, match=line):
         build.set_up(config)
+
+
+OF_THREE_CHANNELS = """
+import flax.linen as nn
+from configs.vp import digits_st
+from models import networks
+
+class Own(nn.Module):
+    @nn.compact
+    def __call__(self, x, time_cond, train=False, dropout_keys=None):
+        return nn.Conv(3, (1, 1))(x)
+
+networks.NETWORKS["own"] = networks.Network(Own)
+
+def get_config():
+    config = digits_st.get_config()
+    config.model.name = "own"
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_it_is_told_where_main_reads_the_config_file_first(tmp_path):
+    (tmp_path / "own.py").write_text(OF_THREE_CHANNELS)
+    command = [sys.executable, ROOT / "main.py", "--config=own.py", "--workdir=run"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment_of(1), capture_output=True)
+    line = "error: model.name 'own': the network gives (8, 8, 3) for images of (8, 8, 1)\n"
+    assert done.returncode == 2 and done.stderr.decode() == line
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_objective_gives_a_loss_for_each_image(monkeypatch):

@@ -35,9 +35,9 @@ import datasets
 import losses
 import run_lib
 import train_step
-import training_log
+from configs.errors import UserError
 from data.batches import facts_of_data
-from errors import UserError
+from metrics import training_log
 from metrics.report import earlier_scores
 from readers import cache, tfrecords
 from readers.source import ArraySource

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import datasets
+from configs.errors import UserError
 from data import pixels
 from data.batches import in_order
-from errors import UserError
 from metrics import classifier, scorers
 from metrics import inception as metrics_inception
 from metrics import statistics as stats

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from errors import UserError
+from configs.errors import UserError
 from runtime import hosts, last_line
 
 ROOT = pathlib.Path(__file__).parent.parent

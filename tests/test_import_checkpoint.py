@@ -6,8 +6,8 @@ import pytest
 import build
 import run_lib
 from configs import fields
+from configs.errors import UserError
 from configs.shapes import image_shape
-from errors import UserError
 from models import utils as mutils
 from modes import transfer
 from official import export_checkpoint, import_checkpoint

@@ -17,10 +17,10 @@ import run_lib
 import sampling
 import sde_lib
 import train_step
+from configs.errors import UserError
 from configs.vp import digits_st
 from data.batches import Data, in_order
-from errors import UserError
-from labels import sample_labels
+from data.told_labels import sample_labels
 from metrics import bits_per_dim
 from models import utils as mutils
 from runtime import checkpointing

@@ -15,10 +15,10 @@ import sde_lib
 import train_step
 from configs import fields
 from configs.data import data_spec
+from configs.errors import UserError
 from configs.validate import validate
 from data import pixels
 from data.batches import train_batches
-from errors import UserError
 from models import utils as mutils
 from official import import_checkpoint
 from tests.helpers import (

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
-from errors import UserError
+from configs.errors import UserError
 from official.pth_reader import read_pth
 from official.pth_writer import write_pth
 from tests import torch_file

@@ -18,8 +18,8 @@ from PIL import Image
 
 import datasets
 from configs.default import get_default_config
+from configs.errors import UserError
 from data.batches import in_order
-from errors import UserError
 from readers import cache, image_files, lsun
 from readers.decode import Fit, open_image
 from readers.layout import Records

@@ -19,9 +19,9 @@ import train_step
 from build import REGISTRIES
 from configs import saved
 from configs.default import get_default_config
+from configs.errors import UserError
 from configs.saved import as_recorded
 from configs.validate import validate
-from errors import UserError
 from runtime import workdir
 from runtime.workdir import check_network, claim_workdir
 from tests.helpers import GOLDEN, environment_of, sample_run, tiny_config
@@ -394,6 +394,15 @@ def said_of_mistakes(tmp_path_factory):
     done = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, check=True)
     texts = [(folder / f"{i}.txt").read_text() for i in range(len(MISTAKES))]
     return folder, list(zip(json.loads(done.stdout), texts, strict=True))
+
+
+@pytest.mark.slow
+def test_a_folder_without_a_run_is_named(tmp_path):
+    command = [sys.executable, ROOT / "main.py", "--workdir=typo", "--mode=sample"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment_of(1), capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith(
+        b"error: typo has no run (no config.json"
+    )
 
 
 @pytest.mark.slow

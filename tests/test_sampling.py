@@ -14,8 +14,8 @@ import losses
 import sampling
 import sde_lib
 from configs.data import data_spec
+from configs.errors import UserError
 from data import pixels
-from errors import UserError
 from models import utils as mutils
 from official import import_checkpoint
 from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, optimised, tiny_config

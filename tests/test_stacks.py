@@ -14,11 +14,11 @@ import datasets
 import run_lib
 from build import with_data_facts
 from configs.data import data_spec
+from configs.errors import UserError
 from configs.shapes import image_shape
 from configs.vp import array_st
 from controllable_generation import read_mask
 from data import pixels
-from errors import UserError
 from evaluation import evaluate
 from metrics import bits_per_dim
 from metrics.report import channel_moments

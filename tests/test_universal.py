@@ -13,8 +13,8 @@ import build
 import likelihood
 import losses
 import sde_lib
+from configs.errors import UserError
 from configs.validate import validate
-from errors import UserError
 from models import utils as mutils
 from models.score import preconditioning
 from official import import_checkpoint

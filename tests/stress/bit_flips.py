@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from benchmarks.measure import Table
-from errors import UserError
+from configs.errors import UserError
 from runtime import environment
 from runtime.checksums import checksum, checksums
 from tests.stress.formats import KEPT

@@ -25,7 +25,7 @@ import traceback
 import zipfile
 
 from benchmarks.measure import Table
-from errors import UserError
+from configs.errors import UserError
 from tests.stress.formats import BROUGHT
 
 MEMORY = 2**30

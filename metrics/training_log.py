@@ -15,8 +15,8 @@ from jax import Array
 from build import (
     Setup,
 )
+from configs.errors import UserError
 from data.batches import Dataset, train_batches
-from errors import UserError
 from runtime import environment
 from runtime.files import can_do_without, write_text
 from runtime.progress import clock

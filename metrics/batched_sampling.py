@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-import seeds
 from build import Setup, labels_on_devices
-from labels import sample_labels
+from configs import seeds
+from data.told_labels import sample_labels
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
 from sampling import sample_keys
 

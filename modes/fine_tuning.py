@@ -9,7 +9,7 @@ import numpy as np
 from flax import traverse_util
 
 from build import Setup, set_up
-from errors import UserError
+from configs.errors import UserError
 from runtime import checkpointing
 from runtime.workdir import recorded_config
 from train_step import TrainState

@@ -4,8 +4,8 @@ import pathlib
 
 import numpy as np
 
+from configs.errors import UserError
 from data.batches import Dataset
-from errors import UserError
 
 
 def check_labels(num_classes: int, classes: tuple[str, ...], images: Dataset) -> None:
