@@ -47,14 +47,13 @@ def load(path: str | os.PathLike[str], step: int | None = None) -> "Model":
     """Load the EMA weights of a run or of an exported model.
 
     Args:
-      path: the folder of a run or of an exported model; or hf://user/name, an exported model on the
-        Hugging Face hub, for which the package huggingface_hub must be installed.
+      path: the folder of a run or of an exported model.
       step: the step of a checkpoint of the run; None: the newest checkpoint.
 
     Raises:
       UserError: `path` has no model, or it can't be read.
     """
-    folder = _from_hub(str(path)[5:]) if str(path).startswith("hf://") else pathlib.Path(path)
+    folder = pathlib.Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no run and no exported model: it has no config.json")
     config = with_data_facts(saved.get_config(folder), folder)
@@ -64,18 +63,6 @@ def load(path: str | os.PathLike[str], step: int | None = None) -> "Model":
     else:
         state = checkpointing.restore_step(setup.fields, folder, setup.state_shape, step)
     return Model(setup, jax.device_put(state.ema_params), int(state.step))
-
-
-def _from_hub(name: str) -> pathlib.Path:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise UserError("hf:// needs the package huggingface_hub: pip install it") from error
-    wanted = ["config.json", "model.safetensors", "README.md"]
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # a connection's or the hub's own
-        raise UserError(f"hf://{name} can't be downloaded: {error}") from error
 
 
 class Model:
@@ -234,6 +221,10 @@ class Model:
           steps: the number of steps of the sampler.
         """
         x0, told = self.to_x(images), self._labels(labels, len(images))
+        if np.shape(mask) not in (images.shape[1:3], images.shape[:3]):
+            raise UserError(
+                f"the mask must be {images.shape[1:3]} or (N, H, W), not {np.shape(mask)}"
+            )
         region = np.broadcast_to(np.asarray(mask, np.float32), images.shape[:3])[..., None]
         more = [(0, p - s) for p, s in zip(x0.shape[1:3], images.shape[1:3], strict=True)]
         region = np.pad(region, ((0, 0), *more, (0, 0)), constant_values=1)

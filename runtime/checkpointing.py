@@ -67,6 +67,10 @@ def restore(folder: pathlib.Path, shape: State, step: int) -> State:
       UserError: it can't be read, or its arrays differ from `shape`; the line names them.
     """
     path = folder.resolve() / str(step)
+    if not path.is_dir():
+        steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+        known = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"{folder} has no checkpoint of step {step}; there are: {known}")
     wanted = {_name(key): leaf.shape for key, leaf in _leaves(shape)}
     fields = {name.split(".")[0] for name in wanted}
     reader = ocp.Checkpointer(

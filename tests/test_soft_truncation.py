@@ -88,11 +88,15 @@ def test_what_is_known_stays_and_a_little_noise_changes_little(model):
     assert abs(near).mean() < 8 < abs(far).mean()
 
 
-def test_mistakes_are_told_in_a_line(model, tmp_path):
+def test_mistakes_are_told_in_a_line(run, model, tmp_path):
+    with pytest.raises(st.UserError, match=r"has no checkpoint of step 7; there are: 3, 4$"):
+        st.load(run[1], step=7)
     with pytest.raises(st.UserError, match="has no run and no exported model"):
         st.load(tmp_path / "typo")
     with pytest.raises(st.UserError, match=r"images are \(N, \*\(8, 8, 1\)\), not \(8, 8\)"):
         model.encode(np.zeros((8, 8), np.uint8))
+    with pytest.raises(st.UserError, match=r"the mask must be \(8, 8\) or"):
+        model.inpaint(np.zeros((2, 8, 8, 1), np.uint8), np.zeros((8, 8, 1)))
     with pytest.raises(st.UserError, match="images must be uint8"):
         model.bits_per_dim(np.zeros((1, 8, 8, 1)))
     with pytest.raises(st.UserError, match="told labels below 10"):
