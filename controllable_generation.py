@@ -204,7 +204,7 @@ def complete_test_images(
     size = -(-min(batch_size, count) // jax.device_count()) * jax.device_count()
     params, parts = to_devices(params, everywhere), []
     unknown = to_devices(jnp.asarray(np.zeros(1, np.float32) if mask is None else mask), everywhere)
-    progress = Progress("colorize" if mask is None else "inpaint", count)
+    progress = Progress("colorize" if mask is None else "inpaint", count, compiles=True)
     for i in range(0, count, size):
         batch = np.arange(i, i + size) % count  # the last one is filled up
         x = preprocessing.to_x0_without_noise(originals[batch])

@@ -115,7 +115,7 @@ def _samples_of_network(run: _Run, params: Any) -> tuple[Images, dict[str, Any]]
         return results.get(f"{digest}/{name}", compute)
 
     batches = functools.partial(sample_batches, run.sample, params, setup.seed, count, size, keep)
-    progress, evaluations, broken = Progress("sampling", count), [], 0
+    progress, evaluations, broken = Progress("sampling", count, compiles=True), [], 0
     for _, part in batches():
         evaluations.append(part.nfe)
         broken += part.num_broken

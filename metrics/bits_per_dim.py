@@ -155,7 +155,7 @@ def _bits_per_dim(
         solver["truncated_normal"] = True
     data = fingerprint(test), count  # the images of a batch depend on both
     name_of_work = short_hash(params, *network_fields(setup), solver, *data)
-    progress, drawn = Progress(f"bits/dim, {name}", count * num_draws), []
+    progress, drawn = Progress(f"bits/dim, {name}", count * num_draws, compiles=True), []
 
     indices = subset(test, count)
 

@@ -64,7 +64,7 @@ def _train_classifier(
 
     opt_state = optimizer.init(params)
     rng = np.random.default_rng(0)
-    progress = Progress(f"training {train.name}'s classifier", steps * batch_size)
+    progress = Progress(f"training {train.name}'s classifier", steps * batch_size, compiles=True)
     for _ in range(steps):
         progress.advance(batch_size)
         batch = train.source.fetch(rng.integers(len(train), size=batch_size))

@@ -133,7 +133,7 @@ def _draw(
     count = setup.sampling.n_images
     size = min(setup.sampling.batch_size, count)
     advise_on_sampling(setup, "sampling.batch_size", size)
-    progress = Progress("sampling", count)
+    progress = Progress("sampling", count, compiles=True)
     progress.advance(len({i for i in present if i < count}), fresh=False)
     sampler, params = get_sampler(setup, size), state.ema_params
     for start, part in sample_batches(sampler, params, setup.seed, count, size, present=present):

@@ -16,11 +16,13 @@ def clock(seconds: float) -> str:
 class Progress:
     """Logs lines with a bar, the rate and the time left of a long computation."""
 
-    def __init__(self, name: str, total: int, every: float = 5.0) -> None:
+    def __init__(self, name: str, total: int, every: float = 5.0, compiles: bool = False) -> None:
         """Log the progress through `total` images every `every` seconds, and at the end.
 
-        total = 0 means that the number is not known.
+        total = 0 means that the number is not known. What `compiles` first says so.
         """
+        if compiles:
+            log.info("%s | compiling, on a CPU for up to minutes; then %d images", name, total)
         self._name, self._total, self._every = name, total, every
         self._done = self._fresh = 0
         self._start = self._last = time.monotonic()

@@ -649,6 +649,11 @@ def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch, log):
     assert "| 5 images/s |" in log.text
 
 
+def test_what_compiles_says_so_before_its_first_image(log):
+    Progress("work", 10, compiles=True)
+    assert "work | compiling" in log.text and "then 10 images" in log.text
+
+
 def test_progress_through_an_unknown_number_of_images_is_told_in_images(log):
     progress = Progress("work", 0, every=0)
     progress.advance(1000)
