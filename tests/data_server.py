@@ -4,12 +4,11 @@
         subprocess.run([...], env={**os.environ, **server.environment()})
 
 Programs that follow the usual environment variables, such as those that use `requests`, send each
-request to it, whatever the host; nothing leaves the machine. Certificates are made for the run with
-the command `openssl`; `server.environment()` names the authority that signed them.
+request to it, whatever the host; nothing leaves the machine. A certificate of the hosts is made for
+the run with the command `openssl`, and `server.environment()` has it trusted.
 """
 
 import collections
-import ipaddress
 import pathlib
 import ssl
 import subprocess
@@ -17,101 +16,23 @@ import tempfile
 import threading
 from collections.abc import Collection, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 
-class CertificateAuthority:
-    """Makes a certificate for each host name that is asked for, below `folder`."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.certificate = folder / "authority.pem"
-        self._contexts, self._lock = {}, threading.Lock()
-        for name in ("authority", "server"):
-            self._openssl(
-                "genpkey",
-                "-algorithm",
-                "EC",
-                "-pkeyopt",
-                "ec_paramgen_curve:P-256",
-                "-out",
-                f"{name}.key",
-            )
-        # Without a configuration file of its own, openssl would add the system's extensions.
-        (folder / "request.cnf").write_text(
-            "[req]\ndistinguished_name = name\n[name]\n"
-            "[authority]\nbasicConstraints = critical, CA:TRUE\n"
-            "keyUsage = critical, keyCertSign, cRLSign\nsubjectKeyIdentifier = hash\n"
-        )
-        self._openssl(
-            "req",
-            "-x509",
-            "-new",
-            "-key",
-            "authority.key",
-            "-out",
-            self.certificate.name,
-            "-days",
-            "2",
-            "-subj",
-            "/CN=Authority of the tests",
-            "-config",
-            "request.cnf",
-            "-extensions",
-            "authority",
-        )
-
-    def _openssl(self, *arguments):
-        subprocess.run(["openssl", *arguments], cwd=self.folder, check=True, capture_output=True)
-
-    def context(self, host):
-        """The TLS context of the server `host`."""
-        with self._lock:
-            if host not in self._contexts:
-                self._contexts[host] = self._make_context(host, f"host{len(self._contexts)}")
-            return self._contexts[host]
-
-    def _make_context(self, host, name):
-        try:
-            alternative = f"IP:{ipaddress.ip_address(host)}"
-        except ValueError:
-            alternative = f"DNS:{host}"
-        (self.folder / f"{name}.cnf").write_text(
-            f"subjectAltName = {alternative}\nbasicConstraints = critical, CA:FALSE\n"
-            "keyUsage = critical, digitalSignature\nextendedKeyUsage = serverAuth\n"
-            "subjectKeyIdentifier = hash\nauthorityKeyIdentifier = keyid\n"
-        )
-        self._openssl(
-            "req",
-            "-new",
-            "-key",
-            "server.key",
-            "-out",
-            f"{name}.csr",
-            "-subj",
-            "/CN=Server of the tests",
-            "-config",
-            "request.cnf",
-        )
-        self._openssl(
-            "x509",
-            "-req",
-            "-in",
-            f"{name}.csr",
-            "-out",
-            f"{name}.pem",
-            "-days",
-            "2",
-            "-CA",
-            "authority.pem",
-            "-CAkey",
-            "authority.key",
-            "-CAcreateserial",
-            "-extfile",
-            f"{name}.cnf",
-        )
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.folder / f"{name}.pem", self.folder / "server.key")
-        return context
+def tls_context(folder, hosts):
+    """(a server's TLS context for these hosts, the certificate, which vouches for itself)."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    # A request without an extension section: openssl would add the system's.
+    (folder / "empty.cnf").write_text("[req]\ndistinguished_name = name\n[name]\n")
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+    names = ",".join(f"DNS:{host}" for host in sorted(hosts))
+    more = ["-subj", "/CN=Server of the tests", "-config", folder / "empty.cnf"]
+    more += ["-keyout", key, "-out", certificate, "-addext", f"subjectAltName={names}"]
+    more += ["-addext", "basicConstraints=critical,CA:TRUE"]
+    subprocess.run([*command.split(), *more], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context, certificate
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -123,13 +44,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_CONNECT(self):
         host, port = self.path.rsplit(":", 1)
-        host = host.strip("[]")
-        context = self.server.authority.context(host)
         self.send_response(200, "Connection established")
         self.end_headers()
         self.wfile.flush()
         try:
-            self.connection = context.wrap_socket(self.connection, server_side=True)
+            self.connection = self.server.context.wrap_socket(self.connection, server_side=True)
         except (ssl.SSLError, OSError):  # the client does not trust the certificate, or is gone
             self.close_connection = True
             return
@@ -207,13 +126,15 @@ class DataServer:
     def __enter__(self) -> "DataServer":
         self._folder = tempfile.TemporaryDirectory(prefix="data_server_")
         try:
-            authority = CertificateAuthority(pathlib.Path(self._folder.name))
+            hosts = {urlsplit(url).hostname for url in (*self.files, *self.cut, *self.hang)}
+            context, certificate = tls_context(
+                pathlib.Path(self._folder.name), hosts | {"storage.googleapis.com"}
+            )
             self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         except BaseException:
             self._folder.cleanup()
             raise
-        self._certificate = str(authority.certificate)
-        self._server.authority = authority
+        self._certificate, self._server.context = str(certificate), context
         self._server.files, self._server.cut, self._server.hang = self.files, self.cut, self.hang
         self._server.counts, self._server.lock = self.counts, threading.Lock()
         self._server.closing = threading.Event()
