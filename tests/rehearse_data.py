@@ -1,6 +1,6 @@
 """Bring data as a user does, in every way that the project knows, and tell what came of it.
 
-    python -m tests.rehearse_data [--fresh] [--python PYTHON] [--only NAME ...] [--full] [--out OUT]
+    python -m tests.rehearse_data [--only NAME ...] [--full] [--out OUT]
 
 Tiny data sets are written in their authors' layouts (make_datasets), and a server on this machine
 stands for the internet (data_server). The program is started in child processes with a home of
@@ -21,7 +21,7 @@ import tempfile
 import time
 
 from tests.data_server import DataServer
-from tests.rehearsal import HEAD_READ, HEAD_REFUSED, ROOT, Job, Refusal, Row, Stage, table
+from tests.rehearsal import HEAD_READ, HEAD_REFUSED, Job, Refusal, Row, Stage, table
 
 GROUPS = ("downloads", "tfds", "mishaps")
 EVALUATED = ("cifar10_python_tar", "lsun_lmdb", "edm_zip_unlabelled")
@@ -220,7 +220,7 @@ def mishap_rows(stage, makes, pool):
 
     tasks = [
         lambda: refused("a download with another checksum", shim=False),
-        lambda: refused("the server answers 404", DataServer({})),
+        lambda: refused("the server answers 404", DataServer({url: 404})),
         lambda: refused("a download is cut off", DataServer(stage.server.files, cut=[url])),
         lambda: refused("the server hangs", DataServer({}, hang=[url]), timed=True),
         lambda: refused("no network", False, no_network, timed=True),
@@ -291,34 +291,13 @@ def rehearse(only, full):
     return text, good
 
 
-def in_another_python(python, fresh, arguments):
-    """This script again, by another Python or in a fresh environment of it; its exit code."""
-    with tempfile.TemporaryDirectory(prefix="environment_") as folder:
-        if fresh:
-            subprocess.run([python, "-m", "venv", folder], check=True)
-            python = f"{folder}/bin/python"
-            install = [python, "-m", "pip", "install", "-q", "-r", str(ROOT / "requirements.txt")]
-            installed = subprocess.run(install, capture_output=True, text=True, check=False)
-            if installed.returncode:
-                raise SystemExit(installed.stderr)
-        command = [python, "-m", "tests.rehearse_data", *arguments]
-        return subprocess.run(command, cwd=ROOT, check=False).returncode
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="tests.rehearse_data", description=__doc__)
-    parser.add_argument("--fresh", action="store_true", help="in an environment made for it")
-    parser.add_argument("--python", default=sys.executable, help="another interpreter")
     names = f"of make_datasets' layouts, or {', '.join(GROUPS)}"
     parser.add_argument("--only", nargs="+", metavar="NAME", help=names)
     parser.add_argument("--full", action="store_true", help="train on and evaluate every layout")
     parser.add_argument("--out", type=pathlib.Path, help="write the tables to this file, too")
     given = parser.parse_args(arguments)
-    if given.fresh or given.python != sys.executable:
-        again = ["--only", *given.only] if given.only else []
-        again += ["--full"] if given.full else []
-        again += ["--out", str(given.out.resolve())] if given.out else []
-        return in_another_python(given.python, given.fresh, again)
     text, good = rehearse(given.only, given.full)
     print(text)
     if given.out:
