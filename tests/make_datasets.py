@@ -17,8 +17,10 @@ import hashlib
 import io
 import json
 import pathlib
+import pickle
 import struct
 import tarfile
+import typing
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +57,7 @@ class Made:
       path: what a user gives as `data.path`.
       counts: the number of images in "train" and "test", the splits that training and evaluation
         use, and in "validation" or "unused", whose images must be in neither.
-      brightness: the mean grey value (0 to 255) of each split, before any lossy coding.
+      means: the mean grey value (0 to 255) of each image of each split, before any lossy coding.
       labels: the labels (0, 1, …) of "train" and "test" in the data set's order; None if the layout
         has none.
       options: further config overrides that the user gives, by field.
@@ -66,10 +68,15 @@ class Made:
     dataset: str
     path: pathlib.Path
     counts: dict[str, int]
-    brightness: dict[str, float]
+    means: dict[str, list[float]]
     labels: dict[str, list[int]] | None
     options: dict[str, object]
     images: dict[str, np.ndarray] | None = None
+
+    @property
+    def brightness(self):
+        """The mean grey value of each split."""
+        return {split: float(np.mean(means)) for split, means in self.means.items()}
 
 
 def made(dataset, path, images, labels=None, options=None, exact=True):
@@ -87,14 +94,28 @@ def made(dataset, path, images, labels=None, options=None, exact=True):
         dataset,
         path,
         counts={split: len(several) for split, several in images.items()},
-        brightness={
-            split: float(np.mean([image.mean() for image in several]))
-            for split, several in images.items()
-        },
+        means={split: [image.mean() for image in several] for split, several in images.items()},
         labels=labels and {split: [int(n) for n in several] for split, several in labels.items()},
         options=options or {},
         images={split: images[split] for split in ("train", "test")} if exact else None,
     )
+
+
+LAYOUTS: dict[str, Callable[[pathlib.Path], Made]] = {}
+BROKEN: dict[str, Callable[[pathlib.Path], Made]] = {}  # to be refused
+
+
+def layout(name, /, makers=LAYOUTS, **options):
+    """Registers a maker under a name, with these of its arguments."""
+
+    def register(make):
+        makers[name] = functools.partial(make, **options)
+        return make
+
+    return register
+
+
+broken = functools.partial(layout, makers=BROKEN)
 
 
 # Images and labels.
@@ -210,7 +231,17 @@ def shuffled(files):
     return {names[i]: files[names[i]] for i in np.random.default_rng(0).permutation(len(names))}
 
 
-# Pickles. Those of Python 2 can't be made by Python 3's pickle, so the opcodes are written here.
+# Pickles as older Pythons with their NumPy wrote them.
+
+
+@dataclasses.dataclass(frozen=True)
+class Global:
+    """A function or class that a pickle names, as "module name"."""
+
+    name: str
+
+    def __call__(self):
+        raise AssertionError("only its name is written")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,120 +253,67 @@ class Call:
     state: tuple | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Global:
-    """A function or class that a pickle names."""
+class OldPickler(pickle._Pickler):
+    """Python's own pickler in Python, but for strings, arrays and what is named only."""
 
-    name: str  # "module name"
+    dispatch: typing.ClassVar = dict(pickle._Pickler.dispatch)
 
+    def __init__(self, file, python, protocol):
+        super().__init__(file, protocol)
+        self.python = python
 
-class PickleStream:
-    """Writes pickles as older Pythons with their NumPy did.
-
-    Args:
-      python: 2 (strings are bytes) or 3.
-      protocol: 2; or 3, of Python 3 only.
-    """
-
-    def __init__(self, python, protocol):
-        self.python, self.protocol = python, protocol
-        self.pieces, self.memo = [b"\x80" + bytes([protocol])], 0
-
-    def dumps(self, value):
-        self.write(value)
-        return b"".join([*self.pieces, b"."])
-
-    def emit(self, piece, remember=False):
-        self.pieces.append(piece)
-        if remember:
-            short = self.memo < 256
-            number = struct.pack("<B" if short else "<I", self.memo)
-            self.pieces.append((b"q" if short else b"r") + number)
-            self.memo += 1
-
-    def write(self, value):
-        match value:
-            case None:
-                self.emit(b"N")
-            case bool():
-                self.emit(b"\x88" if value else b"\x89")
-            case int():
-                self.write_int(value)
-            case bytes():
-                self.write_bytes(value)
-            case str() if self.python == 2:
-                self.write_bytes(value.encode())
-            case str():
-                text = value.encode()
-                self.emit(b"X" + struct.pack("<I", len(text)) + text, remember=True)
-            case list():
-                self.emit(b"]", remember=True)
-                self.write_marked(value, b"e")
-            case dict():
-                self.emit(b"}", remember=True)
-                self.write_marked([x for pair in value.items() for x in pair], b"u")
-            case tuple():
-                self.write_tuple(value)
-            case Global():
-                module, name = value.name.split()
-                self.emit(f"c{module}\n{name}\n".encode(), remember=True)
-            case Call():
-                self.write(Global(value.function))
-                self.write(value.arguments)
-                self.emit(b"R", remember=True)
-                if value.state is not None:
-                    self.write(value.state)
-                    self.emit(b"b")
-            case np.ndarray():
-                self.write(self.array(value))
-            case _:
-                raise TypeError(f"a pickle of {type(value)} is not needed here")
-
-    def write_int(self, value):
-        if 0 <= value < 2**8:
-            self.emit(b"K" + struct.pack("<B", value))
-        elif 0 <= value < 2**16:
-            self.emit(b"M" + struct.pack("<H", value))
+    def save_string(self, text):
+        if self.python == 2:
+            self.save_packed(text.encode(), text)
         else:
-            self.emit(b"J" + struct.pack("<i", value))
+            self.save_str(text)
 
-    def write_bytes(self, value):
-        if self.python == 3 and self.protocol == 2:  # which has no bytes
-            self.write(Call("_codecs encode", (value.decode("latin1"), "latin1")))
-            return
-        short, long = (b"U", b"T") if self.python == 2 else (b"C", b"B")
-        length = short + struct.pack("<B", len(value)) if len(value) < 256 else None
-        self.emit((length or long + struct.pack("<I", len(value))) + value, remember=True)
-
-    def write_marked(self, values, opcode):
-        self.emit(b"(")
-        for value in values:
-            self.write(value)
-        self.emit(opcode)
-
-    def write_tuple(self, value):
-        if 1 <= len(value) <= 3:
-            for element in value:
-                self.write(element)
-            self.emit((b"\x85", b"\x86", b"\x87")[len(value) - 1], remember=True)
-        elif value:
-            self.write_marked(value, b"t")
+    def save_raw(self, data):
+        if self.python == 2:
+            self.save_packed(data, data)
+        elif self.proto == 2:  # which has no bytes
+            self.save(Call("_codecs encode", (data.decode("latin1"), "latin1")))
         else:
-            self.emit(b")")
+            self.save_bytes(data)
 
-    def array(self, value):
-        kind, order = value.dtype.str[1:], value.dtype.str[0]
+    def save_packed(self, data, value):
+        """A string of Python 2, which is bytes."""
+        length = struct.pack("<B" if len(data) < 256 else "<I", len(data))
+        self.write((b"U" if len(data) < 256 else b"T") + length + data)
+        self.memoize(value)
+
+    def save_named(self, value):
+        module, name = value.name.split()
+        self.write(f"c{module}\n{name}\n".encode())
+        self.memoize(value)
+
+    def save_call(self, call):
+        self.save_reduce(Global(call.function), call.arguments, call.state, obj=call)
+
+    def save_array(self, array):
+        kind, order = array.dtype.str[1:], array.dtype.str[0]
         dtype = Call("numpy dtype", (kind, 0, 1), (3, order, None, None, None, -1, -1, 0))
-        return Call(
-            "numpy.core.multiarray _reconstruct",
-            (Global("numpy ndarray"), (0,), b"b"),
-            (1, value.shape, dtype, False, value.tobytes()),
-        )
+        made, state = (Global("numpy ndarray"), (0,), b"b"), array.tobytes()
+        state = (1, array.shape, dtype, False, state)
+        self.save(Call("numpy.core.multiarray _reconstruct", made, state))
+
+
+OldPickler.save_str = pickle._Pickler.dispatch[str]
+OldPickler.save_bytes = pickle._Pickler.dispatch[bytes]
+OldPickler.dispatch |= {
+    str: OldPickler.save_string,
+    bytes: OldPickler.save_raw,
+    Global: OldPickler.save_named,
+    Call: OldPickler.save_call,
+    np.ndarray: OldPickler.save_array,
+}
 
 
 def pickled(value, python=2, protocol=2):
-    """The pickle of `value` as `python` wrote it."""
-    return PickleStream(python, protocol).dumps(value)
+    """The pickle of `value` as Python 2 or 3 wrote it."""
+    file = io.BytesIO()
+    OldPickler(file, python, protocol).dump(value)
+    return file.getvalue()
 
 
 # CIFAR-10.
@@ -389,6 +367,12 @@ def cifar10_binary_files():
     return {f"cifar-10-batches-bin/{name}": content for name, content in files.items()}
 
 
+@layout("cifar10_python_tar", kind="python", path="cifar-10-python.tar.gz")
+@layout("cifar10_python_tar_in_folder", kind="python", path="tar_in_folder")
+@layout("cifar10_python_folder", kind="python", path=".")
+@layout("cifar10_python_batches", kind="python", path="cifar-10-batches-py")
+@layout("cifar10_binary_tar", kind="binary", path="cifar-10-binary.tar.gz")
+@layout("cifar10_binary_folder", kind="binary", path=".")
 def make_cifar10(root, kind, path):
     """CIFAR-10: `kind` is python or binary, `path` what the user gives, below `root`."""
     files = {"python": cifar10_python_files, "binary": cifar10_binary_files}[kind]()
@@ -403,6 +387,7 @@ def make_cifar10(root, kind, path):
 # SVHN and STL-10.
 
 
+@layout("svhn_mat")
 def make_svhn(root):
     """SVHN's MATLAB files; the extra images are not used."""
     images = {**splits(32), "unused": noisy_images("unused", 8, 32)}
@@ -415,6 +400,8 @@ def make_svhn(root):
     return made("SVHN", root, images, {split: labels[split] for split in ("train", "test")})
 
 
+@layout("stl10_tar", tar=True)
+@layout("stl10_folder", tar=False)
 def make_stl10(root, tar):
     """STL-10; training takes the labelled images, then the unlabelled ones."""
     images = splits(96)
@@ -440,6 +427,9 @@ def make_stl10(root, tar):
 # ImageNet, 32×32.
 
 
+@layout("imagenet32_tar", kind="tar")
+@layout("imagenet32_zip", kind="zip")
+@layout("imagenet32_folder", kind="folder")
 def make_imagenet32(root, kind):
     """The older set of PNGs, as `kind`: tar, zip or folder."""
     images = splits(32)
@@ -454,6 +444,8 @@ def make_imagenet32(root, kind):
     return made("IMAGENET32", root, images)
 
 
+@layout("imagenet32_2017_zip", unpacked=False)
+@layout("imagenet32_2017_folder", unpacked=True)
 def make_imagenet32_2017(root, unpacked):
     """The newer set, pickled by Python 3: by protocol 3 in the zips, by protocol 2 unpacked."""
     images = splits(32)
@@ -517,6 +509,9 @@ def celeba_partition(names, ending="\r\n"):
     return {"list_eval_partition.txt": "".join(lines).encode()}
 
 
+@layout("celeba_zip", kind="zip")
+@layout("celeba_folder", kind="folder")
+@layout("celeba_inner", kind="inner")
 def make_celeba(root, kind):
     """CelebA as `kind`: zip, folder (the one above the images) or inner (that of the images)."""
     names, together, images = celeba_splits(interleaved=kind == "folder")
@@ -531,6 +526,7 @@ def make_celeba(root, kind):
     return made("CELEBA", path, images, options={"data.image_size": 64}, exact=False)
 
 
+@layout("celeba_no_partition")
 def make_celeba_no_partition(root):
     """CelebA's images alone, all of one brightness: every tenth is a test image."""
     together = smooth_images("train", [(218, 178)] * 52)
@@ -606,6 +602,8 @@ def held_out_last(dataset, size):
     return splits(size, num_train=num_train, num_test=num_test)
 
 
+@layout("celebahq_tfrecords", dataset="CelebAHQ", name="celebahq-r05.tfrecords", size=32)
+@layout("ffhq_tfrecords", dataset="FFHQ", name="ffhq-r06.tfrecords", size=64)
 def make_tfrecords(root, dataset, name, size):
     """CelebA-HQ or FFHQ as ProGAN's and StyleGAN's dataset_tool.py write it."""
     images = held_out_last(dataset, size)
@@ -613,6 +611,7 @@ def make_tfrecords(root, dataset, name, size):
     return made(dataset, root / name, images, options={"data.image_size": size})
 
 
+@layout("ffhq_folders")
 def make_ffhq_folders(root):
     """FFHQ's folders of PNGs, with 6 rather than 1,000 images in each."""
     images = held_out_last("FFHQ", 16)
@@ -648,6 +647,7 @@ def write_lmdb(path, values):
 LSUN_OPTIONS = {"data.category": "bedroom", "data.image_size": 32}
 
 
+@layout("lsun_lmdb")
 def make_lsun_lmdb(root):
     """LSUN's bedrooms, and churches beside them that are not used."""
     images = {}
@@ -661,6 +661,8 @@ def make_lsun_lmdb(root):
     return made("LSUN", root, images, options=dict(LSUN_OPTIONS), exact=False)
 
 
+@layout("lsun_export_flat", nested=False)
+@layout("lsun_export_nested", nested=True)
 def make_lsun_export(root, nested):
     """LSUN's bedrooms as `data.py export` writes them, flat or below folders of six characters."""
     images = {}
@@ -681,6 +683,8 @@ def idx(array):
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
+@layout("fashion_mnist_gz", compressed=True)
+@layout("fashion_mnist_raw", compressed=False)
 def make_fashion_mnist(root, compressed):
     """Fashion-MNIST's four IDX files."""
     images = splits(28, channels=1)
@@ -718,6 +722,9 @@ def write_edm_zip(path, files):
     return write_zip(path, files, zipfile.ZIP_STORED, with_folders=False)
 
 
+@layout("edm_zip", labelled=True, unpacked=False)
+@layout("edm_zip_unlabelled", labelled=False, unpacked=False)
+@layout("edm_folder", labelled=True, unpacked=True)
 def make_edm(root, labelled, unpacked):
     """EDM's zip, or the same unpacked with the labels in another order than the files."""
     together, images = without_splits(60, 16)
@@ -734,6 +741,8 @@ def make_edm(root, labelled, unpacked):
     return made("folder", path, images, labels, _options(16))
 
 
+@layout("plain_zip", kind="zip")
+@layout("plain_tar", kind="tar")
 def make_plain_archive(root, kind):
     """A zip or tar of the class folders cat and dog; its entries are not in the order of names."""
     together, images = without_splits(60, 8)
@@ -752,6 +761,7 @@ def make_plain_archive(root, kind):
     return made("folder", path, images, labels, _options(8))
 
 
+@layout("folder_splits")
 def make_folder_splits(root):
     """Folders train and val, each with the class folders cat and dog."""
     images, labels = splits(8), {}
@@ -766,6 +776,7 @@ def make_folder_splits(root):
     return made("folder", root, images, labels, _options(8))
 
 
+@layout("folder_flat")
 def make_folder_flat(root):
     """A folder of images without splits and classes."""
     together, images = without_splits(60, 8)
@@ -794,6 +805,7 @@ def write_parquet(path, images, labels, column="image", class_names=("ant", "bee
     pq.write_table(pa.table(rows, schema=schema), path, row_group_size=4)
 
 
+@layout("parquet_hub")
 def make_parquet_hub(root):
     """A repository of the Hugging Face hub, two of whose files are the training split."""
     images = {**splits(8), "validation": noisy_images("validation", 6, 8)}
@@ -808,6 +820,7 @@ def make_parquet_hub(root):
     return made("folder", root, images, used, _options(8))
 
 
+@layout("parquet_hub_cifar10")
 def make_parquet_hub_cifar10(root):
     """The hub's CIFAR-10, below the folder of its only configuration."""
     images, labels = cifar10_splits()
@@ -817,6 +830,7 @@ def make_parquet_hub_cifar10(root):
     return made("CIFAR10", root, images, labels)
 
 
+@layout("npz_splits")
 def make_npz_splits(root):
     """Arrays named as in Keras's mnist.npz: grey images without an axis of channels."""
     images = splits(16, channels=1)
@@ -830,6 +844,7 @@ def make_npz_splits(root):
     return made("folder", root / "digits.npz", images, labels, options)
 
 
+@layout("npz_images")
 def make_npz_images(root):
     """Arrays `images` and `labels` without splits."""
     together, images = without_splits(60, 8)
@@ -839,6 +854,7 @@ def make_npz_images(root):
     return made("folder", root / "all.npz", images, labels, _options(8))
 
 
+@layout("npy_images")
 def make_npy_images(root):
     """One array of images."""
     together, images = without_splits(60, 8)
@@ -846,71 +862,21 @@ def make_npy_images(root):
     return made("folder", root / "all.npy", images, options=_options(8))
 
 
-LAYOUTS: dict[str, Callable[[pathlib.Path], Made]] = {
-    "cifar10_python_tar": functools.partial(
-        make_cifar10, kind="python", path="cifar-10-python.tar.gz"
-    ),
-    "cifar10_python_tar_in_folder": functools.partial(
-        make_cifar10, kind="python", path="tar_in_folder"
-    ),
-    "cifar10_python_folder": functools.partial(make_cifar10, kind="python", path="."),
-    "cifar10_python_batches": functools.partial(
-        make_cifar10, kind="python", path="cifar-10-batches-py"
-    ),
-    "cifar10_binary_tar": functools.partial(
-        make_cifar10, kind="binary", path="cifar-10-binary.tar.gz"
-    ),
-    "cifar10_binary_folder": functools.partial(make_cifar10, kind="binary", path="."),
-    "svhn_mat": make_svhn,
-    "stl10_tar": functools.partial(make_stl10, tar=True),
-    "stl10_folder": functools.partial(make_stl10, tar=False),
-    "imagenet32_tar": functools.partial(make_imagenet32, kind="tar"),
-    "imagenet32_zip": functools.partial(make_imagenet32, kind="zip"),
-    "imagenet32_folder": functools.partial(make_imagenet32, kind="folder"),
-    "imagenet32_2017_zip": functools.partial(make_imagenet32_2017, unpacked=False),
-    "imagenet32_2017_folder": functools.partial(make_imagenet32_2017, unpacked=True),
-    "celeba_zip": functools.partial(make_celeba, kind="zip"),
-    "celeba_folder": functools.partial(make_celeba, kind="folder"),
-    "celeba_inner": functools.partial(make_celeba, kind="inner"),
-    "celeba_no_partition": make_celeba_no_partition,
-    "celebahq_tfrecords": functools.partial(
-        make_tfrecords, dataset="CelebAHQ", name="celebahq-r05.tfrecords", size=32
-    ),
-    "ffhq_tfrecords": functools.partial(
-        make_tfrecords, dataset="FFHQ", name="ffhq-r06.tfrecords", size=64
-    ),
-    "ffhq_folders": make_ffhq_folders,
-    "lsun_lmdb": make_lsun_lmdb,
-    "lsun_export_flat": functools.partial(make_lsun_export, nested=False),
-    "lsun_export_nested": functools.partial(make_lsun_export, nested=True),
-    "fashion_mnist_gz": functools.partial(make_fashion_mnist, compressed=True),
-    "fashion_mnist_raw": functools.partial(make_fashion_mnist, compressed=False),
-    "edm_zip": functools.partial(make_edm, labelled=True, unpacked=False),
-    "edm_zip_unlabelled": functools.partial(make_edm, labelled=False, unpacked=False),
-    "edm_folder": functools.partial(make_edm, labelled=True, unpacked=True),
-    "plain_zip": functools.partial(make_plain_archive, kind="zip"),
-    "plain_tar": functools.partial(make_plain_archive, kind="tar"),
-    "folder_splits": make_folder_splits,
-    "folder_flat": make_folder_flat,
-    "parquet_hub": make_parquet_hub,
-    "parquet_hub_cifar10": make_parquet_hub_cifar10,
-    "npz_splits": make_npz_splits,
-    "npz_images": make_npz_images,
-    "npy_images": make_npy_images,
-}
-
-
 # Inputs that are to be refused. Their `Made` says which images the files would hold if whole.
 
 
-def break_cifar10_cut(root):
-    """The archive ends in its middle, as after a download that was interrupted."""
-    whole = LAYOUTS["cifar10_python_tar"](root)
-    content = whole.path.read_bytes()
-    whole.path.write_bytes(content[: len(content) // 2])
-    return whole
+@broken("cifar10_cut", whole="cifar10_python_tar", file="cifar-10-python.tar.gz")
+@broken("lsun_cut", whole="lsun_lmdb", file="bedroom_train_lmdb/data.mdb")
+@broken("tfrecord_cut", whole="ffhq_tfrecords", file="ffhq-r06.tfrecords")
+@broken("png_broken", whole="folder_flat", file="023.png")
+def break_cut(root, whole, file):
+    """A file ends in its middle, as after a download that was interrupted."""
+    made, content = LAYOUTS[whole](root), (root / file).read_bytes()
+    (root / file).write_bytes(content[: len(content) // 2 + 10])
+    return made
 
 
+@broken("cifar10_corrupt")
 def break_cifar10_corrupt(root):
     """Bytes in the archive's middle are wrong."""
     whole = LAYOUTS["cifar10_python_tar"](root)
@@ -921,6 +887,7 @@ def break_cifar10_corrupt(root):
     return whole
 
 
+@broken("cifar10_code")
 def break_cifar10_code(root):
     """A batch whose pickle calls os.system; the command creates the file options["canary"]."""
     whole = LAYOUTS["cifar10_python_batches"](root)
@@ -932,6 +899,7 @@ def break_cifar10_code(root):
     return dataclasses.replace(whole, options={"canary": str(canary)})
 
 
+@broken("cifar10_missing_batch")
 def break_cifar10_missing_batch(root):
     """The third training batch is missing."""
     whole = LAYOUTS["cifar10_python_batches"](root)
@@ -939,6 +907,7 @@ def break_cifar10_missing_batch(root):
     return whole
 
 
+@broken("cifar10_other_size")
 def break_cifar10_other_size(root):
     """Folders of CIFAR-10's classes, one of whose images is larger than the others."""
     images = splits(32, num_train=20, num_test=10)
@@ -949,6 +918,7 @@ def break_cifar10_other_size(root):
     return made("CIFAR10", root, images, exact=False)
 
 
+@broken("zip_with_traversal")
 def break_zip_with_traversal(root):
     """A zip with an entry outside the folder in which it is unpacked."""
     whole = LAYOUTS["plain_zip"](root)
@@ -957,6 +927,7 @@ def break_zip_with_traversal(root):
     return whole
 
 
+@broken("tar_with_link")
 def break_tar_with_link(root):
     """A tar with a symbolic link to a file of the system."""
     whole = LAYOUTS["plain_tar"](root)
@@ -967,6 +938,9 @@ def break_tar_with_link(root):
     return whole
 
 
+@broken("celeba_short_partition", edit=lambda lines: lines[:-3])
+@broken("celeba_long_partition", edit=lambda lines: [*lines, "000059.jpg 0", "000060.jpg 2"])
+@broken("celeba_bad_partition", edit=lambda lines: [*lines[:5], "000006.jpg training", *lines[6:]])
 def break_celeba_partition(root, edit):
     """CelebA whose partition file's lines are what `edit` makes of the right ones."""
     whole = LAYOUTS["celeba_inner"](root)
@@ -976,18 +950,7 @@ def break_celeba_partition(root, edit):
     return whole
 
 
-def _shorter(lines):
-    return lines[:-3]
-
-
-def _longer(lines):
-    return [*lines, f"{len(lines) + 1:06d}.jpg 0", f"{len(lines) + 2:06d}.jpg 2"]
-
-
-def _not_understood(lines):
-    return [*lines[:5], "000006.jpg training", *lines[6:]]
-
-
+@broken("drive_page")
 def break_drive_page(root):
     """In place of CelebA's zip the page by which Google Drive warns of large files."""
     page = (
@@ -1004,6 +967,7 @@ def break_drive_page(root):
     return made("CELEBA", root, images, options={"data.image_size": 64}, exact=False)
 
 
+@broken("edm_label_missing")
 def break_edm_label_missing(root):
     """dataset.json has no label for one of the files."""
     together, images = without_splits(60, 16)
@@ -1014,6 +978,7 @@ def break_edm_label_missing(root):
     return made("folder", path, images, options=_options(16), exact=False)
 
 
+@broken("parquet_label_missing")
 def break_parquet_label_missing(root):
     """One label is null."""
     images = splits(8)
@@ -1025,6 +990,7 @@ def break_parquet_label_missing(root):
     return made("folder", root, images, options=_options(8), exact=False)
 
 
+@broken("parquet_two_configurations")
 def break_parquet_two_configurations(root):
     """A repository with two configurations, of which the user has named neither."""
     images = splits(8)
@@ -1036,6 +1002,7 @@ def break_parquet_two_configurations(root):
     return made("folder", root, images, options=_options(8), exact=False)
 
 
+@broken("lsun_no_val")
 def break_lsun_no_val(root):
     """LSUN's training images without the validation images."""
     values, images = lsun_values("train", NUM_TRAIN, "WEBP")
@@ -1043,20 +1010,14 @@ def break_lsun_no_val(root):
     return made("LSUN", root, {"train": images}, options=dict(LSUN_OPTIONS), exact=False)
 
 
+@broken("imagenet32_as_2017", dataset="IMAGENET32", layout="imagenet32_2017_zip")
+@broken("imagenet32_2017_as_old", dataset="IMAGENET32_2017", layout="imagenet32_tar")
 def break_other_imagenet32(root, dataset, layout):
     """One of the two sets, given as the other."""
     return dataclasses.replace(LAYOUTS[layout](root), dataset=dataset)
 
 
-def break_lsun_cut(root):
-    """The training environment's file ends in its middle."""
-    whole = LAYOUTS["lsun_lmdb"](root)
-    path = root / "bedroom_train_lmdb" / "data.mdb"
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    return whole
-
-
+@broken("lsun_page")
 def break_lsun_page(root):
     """The page of the last key is no leaf; LMDB's library ends a process that comes to it."""
     whole = LAYOUTS["lsun_lmdb"](root)
@@ -1069,6 +1030,7 @@ def break_lsun_page(root):
     return whole
 
 
+@broken("npz_floats")
 def break_npz_floats(root):
     """Images as floats, whose range no reader can know."""
     images = splits(8)
@@ -1078,6 +1040,7 @@ def break_npz_floats(root):
     return made("folder", root / "floats.npz", images, options=_options(8), exact=False)
 
 
+@broken("npz_object")
 def break_npz_object(root):
     """Images as an array of objects, which NumPy stores as a pickle."""
     together, images = without_splits(60, 8)
@@ -1087,14 +1050,7 @@ def break_npz_object(root):
     return made("folder", root / "objects.npz", images, options=_options(8), exact=False)
 
 
-def break_tfrecord_cut(root):
-    """The file ends within a record."""
-    whole = LAYOUTS["ffhq_tfrecords"](root)
-    content = whole.path.read_bytes()
-    whole.path.write_bytes(content[: len(content) // 2 + 100])
-    return whole
-
-
+@broken("tfrecord_other_shape")
 def break_tfrecord_other_shape(root):
     """One record's image is smaller than the others."""
     whole = LAYOUTS["celebahq_tfrecords"](root)
@@ -1104,14 +1060,7 @@ def break_tfrecord_other_shape(root):
     return whole
 
 
-def break_png_broken(root):
-    """One image file ends in its middle."""
-    whole = LAYOUTS["folder_flat"](root)
-    content = (root / "023.png").read_bytes()
-    (root / "023.png").write_bytes(content[: len(content) // 2])
-    return whole
-
-
+@broken("splits_without_test")
 def break_splits_without_test(root):
     """Folders train and extra: some split is meant, but none is the test split."""
     images = {
@@ -1124,44 +1073,11 @@ def break_splits_without_test(root):
     return made("folder", root, images, options=_options(8), exact=False)
 
 
+@broken("empty_folder")
 def break_empty_folder(root):
     """A folder without files."""
     (root / "empty").mkdir()
     return made("folder", root / "empty", {}, options=_options(8), exact=False)
-
-
-BROKEN: dict[str, Callable[[pathlib.Path], Made]] = {
-    "cifar10_cut": break_cifar10_cut,
-    "cifar10_corrupt": break_cifar10_corrupt,
-    "cifar10_code": break_cifar10_code,
-    "cifar10_missing_batch": break_cifar10_missing_batch,
-    "zip_with_traversal": break_zip_with_traversal,
-    "tar_with_link": break_tar_with_link,
-    "celeba_short_partition": functools.partial(break_celeba_partition, edit=_shorter),
-    "celeba_long_partition": functools.partial(break_celeba_partition, edit=_longer),
-    "celeba_bad_partition": functools.partial(break_celeba_partition, edit=_not_understood),
-    "edm_label_missing": break_edm_label_missing,
-    "parquet_label_missing": break_parquet_label_missing,
-    "cifar10_other_size": break_cifar10_other_size,
-    "lsun_no_val": break_lsun_no_val,
-    "imagenet32_as_2017": functools.partial(
-        break_other_imagenet32, dataset="IMAGENET32", layout="imagenet32_2017_zip"
-    ),
-    "imagenet32_2017_as_old": functools.partial(
-        break_other_imagenet32, dataset="IMAGENET32_2017", layout="imagenet32_tar"
-    ),
-    "npz_floats": break_npz_floats,
-    "npz_object": break_npz_object,
-    "lsun_cut": break_lsun_cut,
-    "lsun_page": break_lsun_page,
-    "tfrecord_cut": break_tfrecord_cut,
-    "tfrecord_other_shape": break_tfrecord_other_shape,
-    "png_broken": break_png_broken,
-    "splits_without_test": break_splits_without_test,
-    "parquet_two_configurations": break_parquet_two_configurations,
-    "empty_folder": break_empty_folder,
-    "drive_page": break_drive_page,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
