@@ -163,6 +163,15 @@ class Release:
 GOLDEN_SAMPLERS = np.load(GOLDEN / "samplers.npz")
 
 
+@functools.cache
+def golden_score_fn(name):
+    """The score of a golden model, compiled once."""
+    config = golden_config(name)
+    params, _, _ = import_checkpoint.load(GOLDEN / f"{name}.pth", config)
+    model = mutils.create_model(config)
+    return jax.jit(mutils.get_score_fn(config, sde_lib.get_sde(config), model, params))
+
+
 @pytest.mark.parametrize("name", sorted({k.rsplit(".", 1)[0] for k in GOLDEN_SAMPLERS}))
 def test_golden_samplers(name):
     def get(field):
@@ -170,10 +179,8 @@ def test_golden_samplers(name):
 
     model_name, predictor, corrector = name.split(".")
     config = golden_config(model_name)
-    params, _, _ = import_checkpoint.load(GOLDEN / f"{model_name}.pth", config)
     num, snr = int(get("N")), float(get("snr"))
-    sde = Release(sde_lib.get_sde(config), num)
-    score_fn = jax.jit(mutils.get_score_fn(config, sde.sde, mutils.create_model(config), params))
+    sde, score_fn = Release(sde_lib.get_sde(config), num), golden_score_fn(model_name)
     rng, shape = np.random.default_rng(int(get("seed"))), get("x").shape
 
     def draw():
@@ -411,7 +418,8 @@ def test_an_adaptive_solve_of_a_row_does_not_depend_on_the_others():
         alpha, variance = sde.mean_coeff(t)[:, None], sde.std(t)[:, None] ** 2
         return (0.01 * alpha * jnp.tanh(0.01 * alpha * x / variance) - x) / variance
 
-    solve = functools.partial(sampling.ode_sample, sde, score_fn, eps=1e-3, rtol=1e-3, atol=1e-3)
+    options = {"eps": 1e-3, "rtol": 1e-3, "atol": 1e-3}
+    solve = jax.jit(functools.partial(sampling.ode_sample, sde, score_fn, **options))
     whole, _ = solve(z)
     alone = jnp.concatenate([solve(row[None])[0] for row in z])
     np.testing.assert_allclose(whole, alone, atol=1e-6)
