@@ -1,7 +1,6 @@
 """Four CPU devices for every test: set before JAX starts."""
 
 import collections
-import contextlib
 import os
 import tempfile
 from importlib.metadata import version
@@ -78,30 +77,42 @@ def pytest_configure(config):
         config.pluginmanager.register(_FileProgress(terminal))
 
 
-@contextlib.contextmanager
-def _small_networks():
-    from models import utils as mutils
-    from tests.helpers import SmallNetwork
-
-    def create(config):
-        return SmallNetwork(config.model.nf, config.model.num_classes)
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves():
+    """No training.png: to draw it takes as long as a short training."""
+    import evaluation
+    import run_lib
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mutils, "create_model", create)
+        for module in (evaluation, run_lib):
+            patch.setattr(module, "plot_training", lambda *_: None)
         yield
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """Trainings of one test draw it."""
+    import run_lib
+    from runtime import pictures
+
+    monkeypatch.setattr(run_lib, "plot_training", pictures.plot_training)
 
 
 @pytest.fixture(scope="module")
 def small_network():
     """A network of four layers in place of the config's, for files about what is around it."""
-    with _small_networks():
+    from tests.helpers import small_networks
+
+    with small_networks():
         yield
 
 
 @pytest.fixture
 def small_network_here():
     """The same for one test."""
-    with _small_networks():
+    from tests.helpers import small_networks
+
+    with small_networks():
         yield
 
 
@@ -117,6 +128,6 @@ def short_classifier(classifiers, monkeypatch):
     from metrics.classifier import get_classifier
 
     def get(train, test, _):
-        return get_classifier(train, test, classifiers, steps=100)
+        return get_classifier(train, test, classifiers, steps=20, batch_size=32)
 
     monkeypatch.setattr(scorers, "get_classifier", get)

@@ -1,11 +1,13 @@
 """What several tests share: golden data, small configs, a Gaussian whose score is known."""
 
 import ast
+import contextlib
 import json
 import os
 import pathlib
 import re
 import zlib
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -97,6 +99,18 @@ class SmallNetwork(nn.Module):
             embedded += embed(none if labels is None else labels)
         h = nn.silu(layers.Conv(self.nf)(x) + embedded[:, None, None, :])
         return layers.Conv(x.shape[-1])(h)
+
+
+def create_small(config):
+    """In place of `mutils.create_model`."""
+    return SmallNetwork(config.model.nf, config.model.num_classes)
+
+
+@contextlib.contextmanager
+def small_networks():
+    """Every network that is made is a small one."""
+    with mock.patch.object(mutils, "create_model", create_small):
+        yield
 
 
 def optimised(function):

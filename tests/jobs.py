@@ -18,6 +18,17 @@ from tests.helpers import environment_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAIN, DIGITS = (str(ROOT / "main.py"),), "vp/digits_st.py"
+# main.py with a small network.
+SMALL_MAIN = (
+    "-c",
+    """
+from absl import app
+import main
+from tests.helpers import small_networks
+with small_networks():
+    app.run(main.main, flags_parser=main._parse)
+""",
+)
 # A network that compiles in seconds, logged at each step; nothing else interrupts the training.
 TINY = (
     "--config.model.nf=8",
@@ -48,10 +59,10 @@ def run_main(config, *args, cwd=ROOT, devices=1):
     )
 
 
-def start(config, *args, devices=1, **options):
+def start(config, *args, devices=1, program=MAIN, **options):
     """Start main.py; its log is a pipe, unless `options` of Popen say otherwise."""
     options = {"env": environment_of(devices), "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen(command(config, *args), **options)
+    return subprocess.Popen(command(config, *args, program=program), cwd=ROOT, **options)
 
 
 def start_several(

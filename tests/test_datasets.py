@@ -332,13 +332,13 @@ from metrics import batched_sampling
 import build, likelihood, losses, sampling, session, soft_truncation
 from metrics import bits_per_dim, classifier, inception, scorers
 from readers import samples
-from tests.helpers import random_params, tiny_config
+from tests.helpers import random_params, small_networks, tiny_config
 
 config = tiny_config()
-config.model.update(nf=4, num_res_blocks=1)
 config.sampling.update(method="heun", num_steps=1)
-sample = batched_sampling.get_sampler(build.set_up(config), 2)
-print(datasets.NAME, sample(random_params(config), jax.random.key(0)).levels.shape)
+with small_networks():
+    sample = batched_sampling.get_sampler(build.set_up(config), 2)
+    print(datasets.NAME, sample(random_params(config), jax.random.key(0)).levels.shape)
 """
 
 

@@ -250,6 +250,7 @@ def test_a_save_that_fails_leaves_no_thread_that_waits(tmp_path, monkeypatch):
     assert steps_of(tmp_path) == [2]
 
 
+@pytest.mark.usefixtures("small_network_here")
 def test_what_is_not_finite_first_is_told(tmp_path):
     config = tiny_config()
     setup, data = build.set_up(config), datasets.load_data(config)

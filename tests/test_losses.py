@@ -29,6 +29,7 @@ from tests.helpers import (
     nhwc,
     optimised,
     random_params,
+    small_networks,
     step_fn_of,
     tiny_config,
 )
@@ -204,7 +205,8 @@ def pmapped_step(config, num_devices):
 
 
 def run_steps(config, num_devices, steps):
-    state, step_fn, batches = pmapped_step(config, num_devices)
+    with small_networks():
+        state, step_fn, batches = pmapped_step(config, num_devices)
     history = []
     for _ in range(steps):
         batch = next(batches)

@@ -28,6 +28,7 @@ from tests.helpers import GOLDEN, environment_of, sample_run, tiny_config
 from tests.jobs import (
     DIGITS,
     ROOT,
+    SMALL_MAIN,
     TINY,
     assert_identical,
     kill,
@@ -42,13 +43,15 @@ from tests.make_folder import make_folder
 NOISE = "--config.model.parametrization=noise"  # as official networks do
 
 
+@pytest.mark.usefixtures("small_network_here")
 def test_a_killed_run_goes_on(tmp_path):
     config, args = tiny_config(n_iters=30, snapshot_freq=1000, snapshot_freq_for_preemption=10), []
     for section, fields in config.items():
         for name, value in fields.items() if section in ("model", "optim", "training") else ():
             args.append(f"--config.{section}.{name}={value}")
     cut = tmp_path / "cut"
-    process = start(DIGITS, *args, f"--workdir={cut}", devices=4, stderr=subprocess.DEVNULL)
+    options = {"devices": 4, "program": SMALL_MAIN, "stderr": subprocess.DEVNULL}
+    process = start(DIGITS, *args, f"--workdir={cut}", **options)
     wait_until((cut / "checkpoints" / "10").exists, process)
     kill(process)
     assert max(losses_of(cut)) < 30
@@ -96,7 +99,6 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path):
     straight = run_lib.train(tiny_config(n_iters=12), tmp_path / "straight")
     assert int(longer.step) == 12
     assert_identical(longer, straight)
-    assert (tmp_path / "run" / "training.png").stat().st_size > 5000
 
     # A config.json from before a field was made is of the same run.
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -134,19 +136,46 @@ def test_without_a_config_it_is_that_of_the_workdir(tmp_path):
         path.unlink()
 
 
-@pytest.mark.parametrize("file", ["/mine/my_config.py", ""])
-def test_a_workdir_names_the_file_that_registered_what_its_config_names(tmp_path, file):
-    config, run = tiny_config(), tmp_path / "a:run"
+# Imports the program once, and runs each command in a fork.
+EACH_IN_A_FORK = """
+import json, os, sys
+import evaluation, main, modes.sample, modes.transfer, run_lib
+from absl import app
+codes = []
+for i, args in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(f"{i}.txt", os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv = ["main.py", *args]
+        app.run(main.main, flags_parser=main._parse)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(codes)
+"""
+
+
+def said_by(commands, folder):
+    """(exit code, text of the error stream) of main.py with each command, on four devices."""
+    environment = environment_of(4) | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", EACH_IN_A_FORK, json.dumps(commands)]
+    done = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, check=True)
+    texts = [(folder / f"{i}.txt").read_text() for i in range(len(commands))]
+    return list(zip(json.loads(done.stdout), texts, strict=True))
+
+
+def test_a_workdir_names_the_file_that_registered_what_its_config_names(tmp_path):
+    config, commands = tiny_config(), []
     config.training.prior = "mine\x1b[2J"  # which would clear the terminal
-    claim_workdir(as_recorded(config), run, record=True, config_file=file)
-    assert saved.get_config(run) == config
-    command = [sys.executable, "main.py", f"--workdir={run}", "--mode=sample"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "training.prior is 'mine\\x1b[2J'; it must be one of power" in result.stderr
-    told = f"--config={file} runs that Python file, so add it only if you trust who made it"
-    assert (told if file else "add --config=FILE") in result.stderr
-    assert "\x1b" not in result.stderr and len(result.stderr.splitlines()) == 1
+    trust = "--config=/mine/my_config.py runs that Python file, so add it only if you trust who"
+    asked = {"/mine/my_config.py": trust, "": "add --config=FILE"}
+    for file in asked:
+        run = tmp_path / f"a:run of {len(file)}"
+        claim_workdir(as_recorded(config), run, record=True, config_file=file)
+        assert saved.get_config(run) == config
+        commands.append([f"--workdir={run}", "--mode=sample"])
+    for (code, text), told in zip(said_by(commands, tmp_path), asked.values(), strict=True):
+        assert code == 2 and "\x1b" not in text and len(text.splitlines()) == 1
+        assert "training.prior is 'mine\\x1b[2J'; it must be one of power" in text
+        assert told in text
 
 
 def test_a_name_with_control_characters_can_not_forge_a_line_of_the_log():
@@ -223,7 +252,7 @@ def test_what_may_differ_from_the_workdirs_config(tmp_path, field, value, modes)
             check()
 
 
-@pytest.mark.usefixtures("short_classifier")
+@pytest.mark.usefixtures("small_network_here", "short_classifier", "curves")
 def test_train_eval_and_sample_leave_what_they_promise(tmp_path):
     config = tiny_config(n_iters=6, snapshot_sampling=True)
     config.sampling.update(batch_size=8, n_images=12, method="dpm_solver", num_steps=3)
@@ -231,6 +260,7 @@ def test_train_eval_and_sample_leave_what_they_promise(tmp_path):
     config.eval.cache_dir = str(tmp_path / "cache")
     workdir = tmp_path / "run"
     run_lib.train(config, workdir)
+    assert (workdir / "training.png").stat().st_size > 5000
     assert len(list((workdir / "samples").glob("step_*.png"))) == 1
     assert list((workdir / "tensorboard").glob("events*"))
 
@@ -366,21 +396,6 @@ MISTAKES = (
     (["--mode=import", "--checkpoint=/none.pth", NOISE], "No such file"),
     (["--mode=import", f"--checkpoint={GOLDEN}/vp_ddpmpp.pth", NOISE], "AttnBlock_0"),
 )
-# Imports the program once, and runs each command in a fork, which has four devices.
-EACH_IN_A_FORK = """
-import json, os, sys
-import evaluation, main, modes.sample, modes.transfer, run_lib
-from absl import app
-codes = []
-for i, args in enumerate(json.loads(sys.argv[1])):
-    child = os.fork()
-    if not child:
-        os.dup2(os.open(f"{i}.txt", os.O_CREAT | os.O_WRONLY), 2)
-        sys.argv = ["main.py", *args]
-        app.run(main.main, flags_parser=main._parse)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(codes)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -388,12 +403,7 @@ def said_of_mistakes(tmp_path_factory):
     """(folder, the exit code and the text of the error stream of each mistake)."""
     folder = tmp_path_factory.mktemp("mistakes")
     given = [f"--config={ROOT}/configs/{DIGITS}", f"--workdir={folder}/run"]
-    commands = json.dumps([[*given, *args] for args, _ in MISTAKES])
-    environment = environment_of(4) | {"PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-c", EACH_IN_A_FORK, commands]
-    done = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, check=True)
-    texts = [(folder / f"{i}.txt").read_text() for i in range(len(MISTAKES))]
-    return folder, list(zip(json.loads(done.stdout), texts, strict=True))
+    return folder, said_by([[*given, *args] for args, _ in MISTAKES], folder)
 
 
 @pytest.mark.slow
