@@ -572,13 +572,13 @@ def test_signals_ask_for_a_stop_and_are_given_back(number):
     before = signal.getsignal(number)
     with hosts.Preemption() as preemption:
         assert not preemption.requested()
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert preemption.requested()
     with hosts.Preemption() as preemption:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert preemption.requested()
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(number) == before
 
 
@@ -586,7 +586,7 @@ def test_nohup_is_kept_to():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with hosts.Preemption() as preemption:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             assert not preemption.requested()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:

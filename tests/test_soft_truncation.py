@@ -9,9 +9,11 @@ import run_lib
 import soft_truncation as st
 from tests.helpers import sample_run, tiny_config
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, small_network):
     folder = tmp_path_factory.mktemp("st") / "run"
     config = tiny_config(n_iters=4, snapshot_freq=4)
     config.model.num_classes = 10
