@@ -6,7 +6,7 @@ SUPPORTED = 3.11 | 3.12 | 3.13
 CONFIG = configs/vp/digits_st.py
 WORKDIR = runs/vp/digits_st
 
-.PHONY: demo test test-all check docs
+.PHONY: demo test test-all check tensorflow docs
 
 # Train on scikit-learn's digits, score the result, leave samples and a report.
 demo: $(VENV)/.installed
@@ -19,8 +19,8 @@ demo: $(VENV)/.installed
 test: check
 	$(BIN)/python -m pytest -m "not slow and not release"
 
-# All tests, with those that are run before a release alone.
-test-all: check
+# All tests, with those that are run before a release alone, and of what needs TensorFlow.
+test-all: check tensorflow
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed
@@ -29,12 +29,16 @@ check: $(VENV)/.installed
 	$(BIN)/mypy .
 	$(BIN)/python -m tests.check_layers
 
+# TensorFlow, which nothing needs but TFDS when it prepares a data set.
+tensorflow: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check -q tensorflow==2.21.0
+
 # The documentation, into site/; warnings are errors.
-docs: $(VENV)/.docs_installed
+docs: $(VENV)-docs/.installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict -q
 	@echo "open site/index.html"
 
-$(VENV)/.docs_installed: $(VENV)/.installed docs/requirements.txt
+$(VENV)-docs/.installed: docs/requirements.txt
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/pip install --disable-pip-version-check -q -r docs/requirements.txt
 	touch $@

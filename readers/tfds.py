@@ -20,14 +20,18 @@ log = logging.getLogger("soft_truncation")
 _FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.\w+\.\w+")
 
 
-def _import() -> Any:
+def _import(prepares: bool = False) -> Any:
+    """TFDS; TensorFlow, which only its preparation of data sets needs, must not take the GPUs."""
     try:
-        environment.hide_gpus_from_tensorflow()
+        if prepares:
+            environment.hide_gpus_from_tensorflow()
         import tensorflow_datasets
     except ImportError as error:
+        needs = "TFDS needs TensorFlow to prepare a data set" if prepares else "it needs TFDS"
+        install = "tensorflow" if prepares else "-r requirements.txt"
         raise UserError(
-            f"data.tfds_dir needs TFDS, which can't be imported here ({error}); "
-            "pip install -r requirements.txt"
+            f"data.tfds_dir: {needs}, and it can't be imported here ({error}); "
+            f"pip install {install}"
         ) from error
     return tensorflow_datasets
 
@@ -42,7 +46,7 @@ def _prepared(data_dir: pathlib.Path, name: str) -> pathlib.Path | None:
 
 def _prepare(name: str, data_dir: pathlib.Path) -> pathlib.Path:
     """Have TFDS download and prepare a data set in a folder; UserError if it can't."""
-    tfds = _import()
+    tfds = _import(prepares=True)
     log.info("%s is not in %s; TFDS downloads and prepares it there", name, data_dir)
     try:
         if name.startswith("lsun/"):

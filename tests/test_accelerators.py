@@ -147,14 +147,18 @@ def test_tensorflow_is_told_to_leave_the_gpus_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", types.SimpleNamespace(config=settings))
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", types.SimpleNamespace())
     settings.set_visible_devices = lambda *given: told.append(given)
-    tfds._import()
+    tfds._import(prepares=True)
     assert told == [([], "GPU")]
 
     def started(*_):
         raise RuntimeError("Visible devices cannot be modified after being initialized")
 
     settings.set_visible_devices = started
-    tfds._import()
+    tfds._import(prepares=True)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"to prepare a data set.*pip install tensorflow$"):
+        tfds._import(prepares=True)
+    tfds._import()  # what is prepared is read without it
 
 
 def test_training_imports_no_more_than_it_needs(tmp_path):

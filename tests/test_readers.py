@@ -413,6 +413,7 @@ def test_a_set_without_an_address_names_its_files():
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
 def test_a_folder_of_tfds_is_read_in_either_format(file_format, tmp_path):
+    pytest.importorskip("tensorflow")  # it prepares the folder
     import tensorflow_datasets as tfds
 
     # A data set of that name and TFDS's own code for it: what tfds.load leaves on a disk.
