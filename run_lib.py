@@ -133,6 +133,7 @@ def _loop(
                 log.info("step %d | loss on test images, with EMA %.4g", step, loss)
                 if files:
                     files.metrics.write(step, {"test_loss": loss})
+                    _plot(workdir)
             if files and saves:
                 broken = training_log.skipped_in_a_row() > 0 and not (stop or done)
                 _save(files, step, unpacked, broken, stop)
@@ -146,6 +147,7 @@ def _loop(
 
 
 def _first_state(setup: Setup, init_from: str) -> TrainState:
+    log.info("initialising the parameters, which also compiles")
     state = setup.init_state()
     return start_from(setup, state, init_from) if init_from else state
 
@@ -170,6 +172,11 @@ def _save(
         log.info("step %d | saved", step)
 
 
+def _plot(workdir: pathlib.Path) -> None:
+    with can_do_without(workdir / "training.png"):
+        plot_training(workdir / "metrics.jsonl", workdir / "training.png")
+
+
 def _finish(
     setup: Setup, packed: TrainState, files: RunFiles | None, workdir: pathlib.Path
 ) -> TrainState:
@@ -178,8 +185,7 @@ def _finish(
     if files:
         if not files.saver.settle():
             raise UserError("the last checkpoint could not be saved; make room, run this again")
-        with can_do_without(workdir / "training.png"):
-            plot_training(workdir / "metrics.jsonl", workdir / "training.png")
+        _plot(workdir)
     if step < num_steps:
         log.info("stopped at step %d of %d; the same command resumes training", step, num_steps)
     else:
@@ -197,12 +203,17 @@ def _log_start(setup: Setup, data: Data, workdir: pathlib.Path) -> None:
         setup.dtype,
     )
     log.info(
-        "devices %d × %s, batch %d (%d per device), %.1f steps per epoch",
+        "devices %d × %s, batch %d (%d per device), %.1f steps per epoch, %.3g epochs in all",
         len(devices),
         devices[0].device_kind,
         batch,
         batch // len(devices),
         len(data.train) / batch,
+        batch * setup.loop.n_iters / len(data.train),
     )
+    if setup.preprocessing.random_flip:
+        log.info(
+            "half of the images are mirrored in training: data.random_flip=False if that is wrong"
+        )
     log.info("objective: %s", setup.objective_text)
     log.info("optimiser: %s", setup.optimizer_text)

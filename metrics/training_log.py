@@ -33,10 +33,25 @@ log = logging.getLogger("soft_truncation")
 
 
 _STEPS_THAT_PAY = 100  # for loading a training step that has been compiled
+_DAY = 24 * 3600.0
+
+
+class _Window:
+    """The steps since a moment, and the seconds that they took."""
+
+    def __init__(self) -> None:
+        self.start, self.steps = time.monotonic(), 0
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
 
 
 class TrainingLog:
-    """Writes losses, rates and skipped steps to the log and to metrics.jsonl."""
+    """Writes losses, rates and skipped steps: rows to metrics.jsonl by steps, lines by time.
+
+    A line follows the one before after 10 s at first, and after a twentieth of the time that the
+    training has taken, or 5 minutes, later on.
+    """
 
     def __init__(
         self,
@@ -49,14 +64,18 @@ class TrainingLog:
         self._setup, self._files, self._workdir = setup, files, workdir
         self._train = train
         self._sums = LossSums()
-        self._window_start, self._window_steps, self._compiled = time.monotonic(), 0, False
+        self._start, self._compiled, self._advised = time.monotonic(), False, False
+        self._loads = False  # whether the next call is slower, since it loads what was compiled
+        self._row, self._line = _Window(), _Window()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """A context whose duration does not count for the training speed."""
         before = time.monotonic()
         yield
-        self._window_start += time.monotonic() - before
+        passed = time.monotonic() - before
+        for window in (self._row, self._line):
+            window.start += passed
 
     def skipped_in_a_row(self) -> int:
         """The number of steps in a row, up to the last one, that were skipped."""
@@ -73,54 +92,83 @@ class TrainingLog:
           UserError: the loss or gradient was not finite for too many steps in a row.
         """
         training = self._setup.loop
-        self._window_steps += count
+        self._row.steps += count
+        self._line.steps += count
         self._sums.add(values)
-        logs = step % training.log_freq == 0 or step == training.n_iters
-        if not (logs or not self._compiled or training.saves_at(step)):
-            return  # reading a value would make the host wait for the device
-        sums = self._sums.read()
-        last = {name: value[-1] for name, value in values.items()}
+        slow, self._loads = self._loads, False
+        done = step == training.n_iters
+        logs = step % training.log_freq == 0 or done
+        late = self._line.seconds() > self._patience() and not slow
+        tells = done or late or not self._compiled
+        if logs or tells or training.saves_at(step):  # the host waits for the device
+            last = {name: value[-1] for name, value in values.items()}
+            self._report(step, logs, tells, last, packed)
+        if slow:
+            self._row, self._line = _Window(), _Window()
+
+    def _report(
+        self, step: int, logs: bool, tells: bool, last: dict[str, Array], packed: TrainState
+    ) -> None:
+        """Write a row if it `logs`, and a line if it `tells`; give up if nothing is finite."""
+        training, sums = self._setup.loop, self._sums.read()
         if sums["streak"] >= training.max_skipped_steps:
             self._give_up(step, sums["streak"], last, packed)
-        if not logs and self._compiled:
-            return
-        seconds = time.monotonic() - self._window_start
-        rate = training.batch_size * self._window_steps / seconds
-        mean = sums["loss"] / max(sums["steps"], 1)
         if logs and self._files and sums["steps"]:
-            row = {"loss": mean, "tau": float(last["tau"])}
-            if not last["skipped"]:
-                row["grad_norm"] = float(last["grad_norm"])
-            row |= {"images_per_second": rate} if self._compiled else {}
-            row |= {"skipped": sums["skipped"]} if sums["skipped"] else {}
-            self._files.metrics.write(step, row)
-        skipped = f" | {sums['skipped']} steps skipped" if sums["skipped"] else ""
-        if self._compiled:
-            left = clock((training.n_iters - step) * seconds / self._window_steps)
-            log.info(
-                "step %d/%d | %.0f images/s | loss %.4g%s | %s left",
-                step,
-                training.n_iters,
-                rate,
-                mean,
-                skipped,
-                left,
-            )
-        else:
-            log.info(
-                "step %d/%d | compiled in %.0f s | loss %.4g%s",
-                step,
-                training.n_iters,
-                seconds,
-                mean,
-                skipped,
-            )
+            self._write_row(step, sums, last)
+        if tells or (logs and sums["skipped"]):
+            self._tell(step, sums)
         if logs:
             self._sums.reset(int(sums["streak"]))
-        if not self._compiled and training.n_iters - step >= _STEPS_THAT_PAY:
-            environment.load_compiled()
-        self._compiled = True
-        self._window_start, self._window_steps = time.monotonic(), 0
+            self._row = _Window()
+        if not self._compiled:
+            self._compiled, self._row, self._line = True, _Window(), _Window()
+            if training.n_iters - step >= _STEPS_THAT_PAY:
+                environment.load_compiled()
+                self._loads = True
+
+    def _patience(self) -> float:
+        """The seconds from one line to the next."""
+        return min(max(10.0, (time.monotonic() - self._start) / 20), 300.0)
+
+    def _write_row(self, step: int, sums: dict[str, float], last: dict[str, Array]) -> None:
+        """Write the metrics since the last row to metrics.jsonl."""
+        assert self._files is not None
+        row = {"loss": sums["loss"] / sums["steps"], "tau": float(last["tau"])}
+        if not last["skipped"]:
+            row["grad_norm"] = float(last["grad_norm"])
+        if self._compiled:
+            images = self._setup.loop.batch_size * self._row.steps
+            row["images_per_second"] = images / self._row.seconds()
+        row |= {"skipped": sums["skipped"]} if sums["skipped"] else {}
+        self._files.metrics.write(step, row)
+
+    def _tell(self, step: int, sums: dict[str, float]) -> None:
+        """Log a line: the loss since the last row, and the rate since the last line."""
+        training, seconds = self._setup.loop, self._line.seconds()
+        parts = [f"step {step}/{training.n_iters}"]
+        if self._compiled:
+            parts.append(f"{training.batch_size * self._line.steps / seconds:.0f} images/s")
+        else:
+            parts.append(f"compiled in {seconds:.0f} s")
+        parts.append(f"loss {sums['loss'] / max(sums['steps'], 1):.4g}")
+        parts += [f"{sums['skipped']} steps skipped"] if sums["skipped"] else []
+        if self._compiled:
+            left = (training.n_iters - step) * seconds / self._line.steps
+            parts.append(f"{clock(left)} left")
+        log.info("%s", " | ".join(parts))
+        if self._compiled:
+            self._advise(left)
+        self._line = _Window()
+
+    def _advise(self, left: float) -> None:
+        """Warn once if a training on a CPU would take more than a day."""
+        if left > _DAY and not self._advised and jax.default_backend() == "cpu":
+            log.warning(
+                "about %.0f days on this machine's CPU: the network is for a GPU; a smaller one, "
+                "and fewer steps, are in configs/vp/folder_small.py",
+                left / _DAY,
+            )
+        self._advised = True
 
     def _images(self, step: int) -> np.ndarray:
         seed, size = self._setup.seed, self._setup.loop.batch_size

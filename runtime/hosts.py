@@ -240,7 +240,8 @@ class Preemption:
         if self._signal == "SIGINT" == signal.Signals(number).name:
             raise KeyboardInterrupt
         self._signal = signal.Signals(number).name
-        log.warning("%s: stopping after this step", self._signal)
+        more = "; a second Ctrl-C stops at once" if self._signal == "SIGINT" else ""
+        log.warning("%s: stopping after this step%s", self._signal, more)
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 from types import SimpleNamespace
 
@@ -270,6 +271,36 @@ def test_what_is_not_finite_first_is_told(tmp_path):
     source = ArraySource(images, np.zeros(20, np.int32))
     training._train = dataclasses.replace(data.train, source=source)
     assert fault(state, np.nan) == "data"
+
+
+@pytest.mark.usefixtures("small_network_here")
+def test_training_is_told_by_time_and_written_by_steps(tmp_path, monkeypatch, log):
+    now = 0.0
+    monkeypatch.setattr(training_log.time, "monotonic", lambda: now)
+    config = tiny_config(n_iters=40_000)
+    config.training.log_freq = 100
+    setup, data = build.set_up(config), datasets.load_data(config)
+    training, rows = training_log.TrainingLog(setup, data.train, None, tmp_path), []
+    training._files = types.SimpleNamespace(
+        metrics=types.SimpleNamespace(write=lambda step, row: rows.append((step, row)))
+    )
+    values = {
+        name: jax.numpy.full((1,), value, np.float32)
+        for name, value in {"loss": 1, "tau": 0.5, "grad_norm": 2, "skipped": 0}.items()
+    }
+    for step in range(1, 201):
+        now += 30 if step <= 2 else 3  # both compile
+        training.after_call(step, 1, values, None)
+    assert [step for step, _ in rows] == [100, 200]
+    rate = config.training.batch_size / 3
+    assert rows[1][1]["images_per_second"] == pytest.approx(rate)
+    lines = [m for m in log.messages if m.startswith("step ")]
+    assert lines[0].startswith("step 1/40000 | compiled in 30 s | loss 1")
+    assert lines[1].startswith(f"step 6/40000 | {rate:.0f} images/s | loss 1 | 33:")
+    # 660 s are told in 10 s at first, and in 33 s in the end.
+    assert 20 < len(lines) < 50
+    (advice,) = [m for m in log.messages if "folder_small" in m]
+    assert advice.startswith("about 1 days on this machine's CPU")
 
 
 def poisoned(monkeypatch, steps):
@@ -567,16 +598,27 @@ def test_a_broken_image_is_named_at_the_start_or_left_out(tmp_path, caplog):
     assert caplog.text.count("left out") == 2
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal's programs have it: a shell's jobs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_ask_for_a_stop_and_are_given_back(number):
+def test_signals_ask_for_a_stop_and_are_given_back(number, log):
     before = signal.getsignal(number)
     with hosts.Preemption() as preemption:
         assert not preemption.requested()
         signal.raise_signal(number)
         assert preemption.requested()
+    assert "a second" not in log.text
     with hosts.Preemption() as preemption:
         signal.raise_signal(signal.SIGINT)
         assert preemption.requested()
+        assert "a second Ctrl-C stops at once" in log.text
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(number) == before
