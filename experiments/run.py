@@ -11,13 +11,10 @@ import argparse
 import csv
 import logging
 import pathlib
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -27,7 +24,7 @@ import run_lib
 from configs.errors import UserError
 from experiments.rows import add_row, read_rows
 from experiments.sweep import Run, load_sweep, parse_machine_paths, select
-from runtime import environment
+from runtime import environment, provenance
 from runtime.metrics_log import read_metrics
 from runtime.progress import clock
 from runtime.workdir import first_line, make_folder
@@ -53,22 +50,6 @@ def _waiting(runs: list[Run], path: pathlib.Path) -> list[Run]:
                 "the file away, or choose another --out"
             )
     return [run for run in runs if (run.point, run.seed) not in hashes]
-
-
-def _git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    folder = pathlib.Path(__file__).parent
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _versions() -> dict[str, str | None]:
-    packages = ("jax", "jaxlib", "flax", "optax")
-    found: dict[str, str | None] = {name: version(name) for name in packages}
-    return found | {"python": platform.python_version(), "commit": _git_commit()}
 
 
 def _bits_of_images(workdir: pathlib.Path) -> dict[str, list[float]]:
@@ -167,7 +148,7 @@ def run_sweep(
         run.config(places)
     failed: list[str] = []
     # Read the versions at the start: the commit of the running code, whatever is committed later.
-    start, versions = time.monotonic(), _versions()
+    start, versions = time.monotonic(), provenance.versions()
     for i, run in enumerate(waiting):
         seconds = (time.monotonic() - start) / max(i, 1)
         left = f", {clock(seconds * (len(waiting) - i))} left" if i else ""

@@ -7,6 +7,7 @@ from clu.parameter_overview import count_parameters
 
 from build import Setup
 from metrics.report import read_report, remarks, table
+from runtime import provenance
 from runtime.workdir import short_hash
 
 
@@ -41,6 +42,7 @@ def model_card(name: str, setup: Setup, workdir: pathlib.Path, step: int, params
         "objective": setup.objective_text,
         "optimiser": setup.optimizer_text,
         "training": f"{step:,} steps of {setup.loop.batch_size} images",
+        "exported with": provenance.made_with(),
     }
     lines = [f"# {name}", "", "The EMA weights of a score-based diffusion model are in "]
     lines[-1] += "`model.safetensors`, the recipe is in `config.json`."

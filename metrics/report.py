@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from configs.saved import read_object
+from runtime import provenance
 from runtime.files import replacing, write_text
 from runtime.workdir import first_line
 
@@ -296,5 +297,6 @@ def write_bits(path: pathlib.Path, names: Sequence[str], columns: dict[str, np.n
 
 def _write(report: dict[str, Any], text: list[str], folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    text = [*text, "", f"Made with {provenance.made_with()}."]
     write_text(folder / "report.md", "\n".join(text) + "\n")
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")

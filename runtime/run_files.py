@@ -12,6 +12,7 @@ from configs.parts import Loop
 from runtime import checkpointing, exported
 from runtime.locking import locked
 from runtime.metrics_log import Metrics
+from runtime.provenance import logged
 from runtime.workdir import (
     claim_workdir,
     make_folder,
@@ -44,6 +45,7 @@ class RunFiles:
         claim_workdir(self._fields, workdir, record=False, override=self._override)
         make_folder(workdir, "--workdir")
         self._stack.enter_context(locked(workdir))
+        self._stack.enter_context(logged(workdir / "log.txt"))
         manager = self._stack.enter_context(checkpointing.checkpoints(workdir, loop.snapshot_freq))
         state = checkpointing.restore_newest(manager, shape)
         on_first = None if state is None else self.record

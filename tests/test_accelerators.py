@@ -170,6 +170,7 @@ def test_training_imports_no_more_than_it_needs(tmp_path):
     )
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
     assert list((tmp_path / "tensorboard").glob("events*"))
+    assert (tmp_path / "log.txt").exists()
 
 
 def test_bfloat16_keeps_the_noise_of_small_times():

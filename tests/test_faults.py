@@ -42,7 +42,16 @@ from metrics import training_log
 from metrics.report import earlier_scores
 from readers import cache, tfrecords
 from readers.source import ArraySource
-from runtime import checkpointing, checksums, environment, exported, files, hosts, locking
+from runtime import (
+    checkpointing,
+    checksums,
+    environment,
+    exported,
+    files,
+    hosts,
+    locking,
+    provenance,
+)
 from runtime.metrics_log import Metrics, read_metrics
 from runtime.progress import Progress
 from runtime.workdir import record_data
@@ -690,6 +699,18 @@ def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch, log):
     progress.advance(10)
     monkeypatch.undo()
     assert "| 5 images/s |" in log.text
+
+
+def test_the_log_is_kept_with_what_made_it(tmp_path, log):
+    with provenance.logged(tmp_path / "log.txt"):
+        training_log.log.info("hello")
+    training_log.log.info("not kept")
+    text = (tmp_path / "log.txt").read_text()
+    assert f"jax {jax.__version__}" in text and "pytest" in text and "hello" in text
+    assert "not kept" not in text
+    with provenance.logged(tmp_path / "missing" / "log.txt"):
+        pass
+    assert "log.txt can't be written (No such file or directory)" in log.text
 
 
 def test_what_compiles_says_so_before_its_first_image(log):
