@@ -701,12 +701,13 @@ def test_a_clock_that_is_set_back_changes_no_rate(monkeypatch, log):
     assert "| 5 images/s |" in log.text
 
 
-def test_the_log_is_kept_with_what_made_it(tmp_path, log):
+def test_the_log_is_kept_with_what_made_it(tmp_path, log, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "--mode=train"])
     with provenance.logged(tmp_path / "log.txt"):
         training_log.log.info("hello")
     training_log.log.info("not kept")
     text = (tmp_path / "log.txt").read_text()
-    assert f"jax {jax.__version__}" in text and "pytest" in text and "hello" in text
+    assert f"jax {jax.__version__}" in text and "main.py --mode=train" in text and "hello" in text
     assert "not kept" not in text
     with provenance.logged(tmp_path / "missing" / "log.txt"):
         pass
