@@ -22,12 +22,17 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=True,
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "sample", "stats", "import", "export"], "What to do."
+    "mode",
+    "train",
+    ["train", "eval", "sample", "stats", "import", "export", "compare"],
+    "What to do; compare takes the folders of runs.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "For --mode import: the path of an official .pth file."
 )
-_TO = flags.DEFINE_string("to", None, "For --mode export: the new folder, or the new .pth file.")
+_TO = flags.DEFINE_string(
+    "to", None, "For --mode export: the new folder, or the new .pth file; compare: the folder."
+)
 _FORMAT = flags.DEFINE_enum(
     "format",
     None,
@@ -90,6 +95,8 @@ def _parse(argv: list[str]) -> list[str]:
     logging.getLogger("soft_truncation").setLevel(logging.WARNING)  # an old name of a field
     try:
         rest = flags.FLAGS(_with_saved_config(argv))
+        if _MODE.value == "compare":
+            return rest
         if _CONFIG.value is None and _INIT_FROM.value:
             raise UserError(
                 f"--init_from without --config needs --workdir, and {_INIT_FROM.value} to be a run "
@@ -214,11 +221,24 @@ def _run(workdir: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Run the chosen mode; a mistake that the user can fix is printed as one line."""
-    del argv
     from runtime import hosts
 
+    if _MODE.value == "compare":
+        _compare(argv[1:])
+        return
     with hosts.ending_together():
         _connect_and_run(_WORKDIR.value or _default_workdir())
+
+
+def _compare(runs: list[str]) -> None:
+    from modes import compare
+
+    folder = pathlib.Path(_TO.value or "runs/comparison")
+    try:
+        print(compare.compare(runs, folder))
+    except (UserError, OSError) as error:
+        _fail(error)
+    print(f"written to {folder}/compare.md, with the curves")
 
 
 def _connect_and_run(workdir: str) -> None:

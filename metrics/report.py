@@ -232,6 +232,23 @@ def write_report(report: dict[str, Any], folder: pathlib.Path) -> None:
     _write(report, text, folder)
 
 
+def _with_error(report: dict[str, Any], name: str) -> str:
+    """A score of a report with its standard error, as text; empty if it is not there."""
+    if report.get(name) is None:
+        return ""
+    error = report.get(f"{name}_stderr")
+    return _shown(report[name]) + ("" if error is None else f" ± {_shown(error)}")
+
+
+def compared(reports: list[dict[str, Any]]) -> list[list[str]]:
+    """The rows of a table with a column for each of several reports, which may be empty."""
+    rows = [["step", *(str(report.get("step", "not evaluated")) for report in reports)]]
+    for name, *_ in _ROWS:
+        cells = [_with_error(report, name) for report in reports]
+        rows += [[f"`{name}`", *cells]] if any(cells) else []
+    return rows
+
+
 def write_sweep(reports: list[dict[str, Any]], folder: pathlib.Path) -> dict[str, Any]:
     """Write the report of several checkpoints: a table with a row for each, and a plot.
 
@@ -248,9 +265,7 @@ def write_sweep(reports: list[dict[str, Any]], folder: pathlib.Path) -> dict[str
     for report in reports:
         cells = [f"[{report['step']}](step_{report['step']:08}/report.md)"]
         for name, *_ in rows:
-            value = _shown(report[name])
-            if report.get(f"{name}_stderr") is not None:
-                value += f" ± {_shown(report[f'{name}_stderr'])}"
+            value = _with_error(report, name)
             cells.append(f"**{value}**" if best[name] == report["step"] else value)
         text.append(f"| {' | '.join(cells)} |")
     text += ["", "The best value of each score is bold. Of the last of them:", ""]

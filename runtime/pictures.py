@@ -6,7 +6,7 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -125,19 +125,22 @@ def read_pngs(folder: pathlib.Path, count: int) -> np.ndarray:
 
 def plot_training(metrics: pathlib.Path, path: pathlib.Path) -> None:
     """Plot the losses of a metrics.jsonl file against the steps, as a PNG file."""
+    if metrics.exists():
+        plot_curves({"": read_metrics(metrics)}, path)
+
+
+def plot_curves(runs: Mapping[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
+    """Plot the losses of runs, by their names, against the steps, as a PNG file."""
     from matplotlib.figure import Figure  # not pyplot, which would show it in a notebook
 
-    if not metrics.exists():
-        return
-    rows = read_metrics(metrics)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label in (("loss", "training batches"), ("test_loss", "test images, EMA weights")):
-        points = [(r["step"], r[name]) for r in rows if name in r]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True), label=label, marker="." if len(points) < 20 else ""
-            )
+    for run, rows in runs.items():
+        for name, what in (("loss", "training batches"), ("test_loss", "test images, EMA weights")):
+            points = [(r["step"], r[name]) for r in rows if name in r]
+            label, marker = f"{run}: {what}" if run else what, "." if len(points) < 20 else ""
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, marker=marker)
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="Training")
     axes.grid(alpha=0.3, which="both")
     if axes.lines:

@@ -15,12 +15,14 @@ import build
 import datasets
 import evaluation
 import run_lib
+from configs import saved
 from configs.errors import UserError
 from data import pixels
 from data.batches import subset
 from metrics import bits_per_dim, scorers
 from metrics import report as metrics_report
 from metrics.features import Extractor
+from modes import compare
 from tests.helpers import GOLDEN, tiny_config
 from tests.jobs import kill, run_main, start, wait_until
 
@@ -373,6 +375,30 @@ def test_a_gain_over_a_baseline_is_fewer_bits(gaussian, verb):
     own |= {"rtol": 1e-5, "atol": 1e-5, "nll_steps": 32, "nll_nfe": 33.0, "nelbo_draws": 1}
     first = next(metrics_report.remarks(own | {"num_levels": 256}))
     assert first.startswith(f"Training {verb} a Gaussian by 0.500 bits/dim")
+
+
+def test_runs_are_compared_by_fields_scores_and_curves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run, k in (("a", 1.0), ("b", 2.0), ("c", 1.0)):
+        config = tiny_config()
+        config.training.k = k
+        report = {"data": "digits", "step": 6, "nll": 3.0 + k, "nll_stderr": 0.25}
+        report |= {"num_test_images": 9, "num_draws": 1, "rtol": 1e-5, "atol": 1e-5}
+        report |= {"nll_steps": 32, "nll_nfe": 33.0, "nelbo_draws": 1, "num_levels": 17}
+        (tmp_path / run / "eval").mkdir(parents=True)
+        (tmp_path / run / "config.json").write_text(json.dumps(saved.as_recorded(config)))
+        (tmp_path / run / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
+        if run != "c":
+            (tmp_path / run / "eval" / "report.json").write_text(json.dumps(report))
+    text = compare.compare(["a", "b", "c"], tmp_path / "out")
+    assert "| `training.k` | 1.0 | 2.0 | 1.0 |" in text and text.count("| `training") == 1
+    assert "| step | 6 | 6 | not evaluated |" in text
+    assert "| `nll` | 4.0000 ± 0.2500 | 5.0000 ± 0.2500 |  |" in text
+    assert text == (tmp_path / "out" / "compare.md").read_text()
+    assert Image.open(tmp_path / "out" / "curves.png").width > 500
+    for runs, line in ((["a"], "needs two runs"), (["a", "typo"], "typo has no run")):
+        with pytest.raises(UserError, match=line):
+            compare.compare(runs, tmp_path / "out")
 
 
 @pytest.mark.parametrize("field", ["data", "num_levels", "padded", "step", "weights_digest"])

@@ -392,6 +392,7 @@ MISTAKES = (
     (["digits"], "is not a flag"),
     (["--mode=import"], "needs --checkpoint"),
     (["--mode=export"], "needs --to"),
+    (["--mode=compare", "typo", "other"], "typo has no run"),
     (["--to=here"], "--to is for --mode export"),
     (["--mode=import", "--checkpoint=/none.pth", NOISE], "No such file"),
     (["--mode=import", f"--checkpoint={GOLDEN}/vp_ddpmpp.pth", NOISE], "AttnBlock_0"),
