@@ -8,12 +8,18 @@ import re
 import sys
 import traceback
 
-from absl import app, flags
-from ml_collections import config_flags
+try:
+    from absl import app, flags
+    from ml_collections import config_flags
 
-from configs import saved
-from configs.errors import UserError
-from runtime import environment
+    from configs import saved
+    from configs.errors import UserError
+    from runtime import environment, interrupts
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"error: the package of {missing.name} is not installed here; activate the environment, "
+        ". .venv/bin/activate, which make .venv builds, or install requirements.txt"
+    )
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -74,6 +80,9 @@ def _with_saved_config(argv: list[str]) -> list[str]:
         given, _ = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError:
         return argv  # a flag without a value; absl reports it
+    path = pathlib.Path((given.config or __file__).partition(":")[0])
+    if not path.is_file():
+        raise UserError(f"--config: there is no file {path} in {pathlib.Path.cwd()}")
     folders = [pathlib.Path(name) for name in (given.workdir, given.init_from) if name]
     found = [folder for folder in folders if (folder / "config.json").exists()]
     if given.config or not found or not given.workdir:
@@ -112,9 +121,6 @@ def _parse(argv: list[str]) -> list[str]:
                 "--config is missing; for example --config configs/vp/digits_st.py, or --workdir "
                 "of a run that has one"
             )
-        path, _ = _config_path()
-        if not pathlib.Path(path).is_file():
-            raise UserError(f"--config: there is no file {path}")
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not a flag; overrides look like --config.seed=1")
     except (UserError, flags.Error) as error:
@@ -142,9 +148,9 @@ def _place(error: Exception) -> str:
     return places[-1] if places else ""
 
 
-def _fail(error: Exception, status: int = 2) -> None:
+def _fail(error: Exception) -> None:
     print(f"error: {environment.shown(' '.join(str(error).split()))}", file=sys.stderr)
-    sys.exit(status)
+    sys.exit(2)
 
 
 def _config_path() -> tuple[str, str]:
@@ -252,6 +258,7 @@ def _connect_and_run(workdir: str) -> None:
             _DISTRIBUTED.value,
             _TIMEOUT.value,
         )
+        environment.check_devices()
         environment.keep_freed_memory()
         level = logging.INFO if hosts.is_main() else logging.ERROR
         logging.getLogger("soft_truncation").setLevel(level)
@@ -259,8 +266,6 @@ def _connect_and_run(workdir: str) -> None:
         _run(workdir)
     except UserError as error:
         _fail(UserError(f"{error}{_hint_at_config_file(error)}"))
-    except KeyboardInterrupt:
-        _fail(UserError("interrupted; the same command goes on from what is kept"), 130)
     except OSError as error:
         if error.errno is None:
             raise
@@ -269,4 +274,5 @@ def _connect_and_run(workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    with interrupts.ending_program():
+        app.run(main, flags_parser=_parse)

@@ -19,7 +19,7 @@ from metrics.in_training import get_grid_fn, get_test_loss
 from metrics.memory_advice import advise_on_training
 from metrics.training_log import TrainingLog
 from modes.fine_tuning import start_from
-from runtime import hosts
+from runtime import hosts, interrupts
 from runtime.files import can_do_without
 from runtime.pictures import (
     plot_training,
@@ -73,7 +73,7 @@ def train(
     facts = facts_of_data(data)
     check_processes(setup.fields, facts)
     with contextlib.ExitStack() as stack:
-        preemption = stack.enter_context(hosts.Preemption())
+        preemption = stack.enter_context(interrupts.Preemption())
         files = None
         if hosts.is_main():
             files = RunFiles(setup.fields, workdir, stack, override, config_file)
@@ -102,7 +102,7 @@ def _loop(
     data: Data,
     packed: TrainState,
     files: RunFiles | None,
-    preemption: hosts.Preemption,
+    preemption: interrupts.Preemption,
     workdir: pathlib.Path,
 ) -> TrainState:
     """Train to the last step, or until a signal asks to stop; returns the state then."""

@@ -172,6 +172,21 @@ def _runs_on_cpu() -> bool:
     return not plugins and importlib.util.find_spec("libtpu") is None
 
 
+def check_devices() -> None:
+    """Start JAX; UserError if it finds no device of the kind that JAX_PLATFORMS asks for."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = f": {error}" if str(error) else ""
+        raise UserError(
+            f"JAX finds no device{reason}; JAX_PLATFORMS is {asked!r}, without it JAX uses what "
+            "is there"
+        ) from error
+
+
 def _mallopt(**options: int) -> None:
     """Set options of glibc's malloc, if the system has it (mallopt(3))."""
     names = {"trim_threshold": -1, "mmap_max": -4, "arena_max": -8}

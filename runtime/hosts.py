@@ -1,4 +1,4 @@
-"""Connects the processes, on one or several machines, that share a run, and handles signals.
+"""Connects the processes, on one or several machines, that share a run.
 
 All processes run the same program. Only process 0, the main process, reads and writes the workdir.
 """
@@ -12,11 +12,9 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import jax
@@ -208,48 +206,3 @@ def check_equal(facts: dict[str, Any]) -> None:
                 f"{name} of process {index} is not that of process 0, {of_main[name]!r}; start all "
                 "by the same command, on the same data"
             )
-
-
-class Preemption:
-    """Stops training after the current step at SIGTERM, SIGINT or SIGHUP.
-
-    A second SIGINT raises KeyboardInterrupt. A SIGHUP that nohup ignores stays ignored.
-    With several processes, a SIGTERM to any of them stops all after the same step.
-    """
-
-    def __init__(self) -> None:
-        """Signals are handled within a `with` block only."""
-        self._signal, self._asked = "", 0
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "Preemption":
-        if threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT, signal.SIGHUP]
-            if jax.process_count() == 1:  # with several, JAX itself handles SIGTERM
-                numbers.append(signal.SIGTERM)
-            for number in numbers:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self._signal == "SIGINT" == signal.Signals(number).name:
-            raise KeyboardInterrupt
-        self._signal = signal.Signals(number).name
-        more = "; a second Ctrl-C stops at once" if self._signal == "SIGINT" else ""
-        log.warning("%s: stopping after this step%s", self._signal, more)
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def requested(self) -> bool:
-        """Whether to stop now; all processes must call it after the same steps."""
-        self._asked += 1
-        if jax.process_count() > 1:
-            # JAX agrees on the highest number that was asked with, plus one. Steps would not do:
-            # where a call takes several, that number is passed over.
-            return bool(multihost_utils.reached_preemption_sync_point(self._asked))
-        return bool(self._signal)

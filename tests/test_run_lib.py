@@ -120,7 +120,10 @@ def test_without_a_config_it_is_that_of_the_workdir(tmp_path):
     given = ["main.py", "--workdir", f"{tmp_path}/run", "--config.seed=1"]
     recipe, *rest = main._with_saved_config(given)[1:]
     assert recipe == f"--config={ROOT}/configs/saved.py:{tmp_path}/run" and rest == given[1:]
-    for others in (["main.py", "--config=a.py", *given[1:]], ["main.py", "--workdir=/none"]):
+    for others in (
+        ["main.py", f"--config={ROOT}/configs/saved.py", *given[1:]],
+        ["main.py", "--workdir=/none"],
+    ):
         assert main._with_saved_config(others) == others
     path = tmp_path / "run" / "config.json"
     deep = '{"data": ' * 500 + "{}" + "}" * 500
@@ -384,7 +387,7 @@ MISTAKES = (
     ),
     (["--config.model.nf=18"], "model.nf"),
     (["--mode=fly"], "fly"),
-    (["--config=nowhere.py"], "nowhere.py"),
+    (["--config=nowhere.py", "--config.seed=1"], "there is no file nowhere.py in /"),
     ([f"--config={ROOT}/README.md"], "can't be loaded"),
     (["--config.seed=-1"], "seed is -1"),
     ([f"--workdir={ROOT}/README.md/run"], "README.md/run can't be written to"),
