@@ -174,6 +174,31 @@ def get_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 _OF_ARRAYS = ("image_size", "image_width", "num_channels", "num_levels", "scale", "dequantization")
 
 
+_FREQUENCIES = ("eval_freq", "snapshot_freq_for_preemption", "snapshot_freq")
+
+
+def _frequencies(num_images: int, batch_size: int) -> dict[str, int]:
+    """Steps of 10, 20 and 50 epochs, in hundreds, and not more than those of a large data set."""
+    limits = ((10, 100, 1000), (20, 500, 2000), (50, 1000, 10_000))
+    steps = [min(max(round(n * num_images / batch_size, -2), low), most) for n, low, most in limits]
+    return dict(zip(_FREQUENCIES, map(int, steps), strict=True))
+
+
+def _with_frequencies(config: ConfigDict, workdir: str | os.PathLike[str]) -> ConfigDict:
+    """The config, with the frequencies that are 0 chosen by the number of training images."""
+    if all(config.training[name] for name in _FREQUENCIES):
+        return config
+    config, run = config.copy_and_resolve_references(), recorded_config(workdir)
+    if run:
+        chosen = run.training
+    else:
+        train = loading.load_ahead(data_spec(config)).train
+        chosen = _frequencies(len(train), config.training.batch_size)
+    for name in _FREQUENCIES:
+        config.training[name] = config.training[name] or chosen[name]
+    return config
+
+
 def with_data_facts(
     config: ConfigDict,
     workdir: str | os.PathLike[str],
@@ -182,9 +207,10 @@ def with_data_facts(
 ) -> ConfigDict:
     """The config, with the fields that the recipe leaves to the data set filled in.
 
-    These are the number of labels, if `model.num_classes` is -1, and the shape and units of an
-    array data set. A run that is resumed keeps the values that were found at its start, and the
-    names of its labels, unless `override` is set and the data are others.
+    These are the number of labels, if `model.num_classes` is -1, the shape and units of an array
+    data set, and the frequencies of `training` that are 0. A run that is resumed keeps the values
+    that were found at its start, and the names of its labels, unless `override` is set and the data
+    are others.
 
     Args:
       config: the config.
@@ -196,6 +222,13 @@ def with_data_facts(
     Raises:
       UserError: the data set has no labels, or can't be read.
     """
+    found = _with_units_and_labels(config, workdir, override, init_from)
+    return _with_frequencies(found, workdir)
+
+
+def _with_units_and_labels(
+    config: ConfigDict, workdir: str | os.PathLike[str], override: bool, init_from: str
+) -> ConfigDict:
     is_array = config.data.dataset == "array"
     if not (is_array or config.model.num_classes):
         return config
@@ -221,7 +254,7 @@ def with_data_facts(
     if run:
         config.model.num_classes = run.model.num_classes
         return config
-    train = loading.load(data_spec(config)).train
+    train = loading.load_ahead(data_spec(config)).train
     if not train.num_classes:
         raise UserError(f"model.num_classes is -1, and {train.name} has no labels")
     config.model.num_classes = train.num_classes

@@ -17,13 +17,9 @@ from data.batches import Data, facts_of_data
 from datasets import load_data
 from metrics.in_training import get_grid_fn, get_test_loss
 from metrics.memory_advice import advise_on_training
-from metrics.training_log import TrainingLog
+from metrics.training_log import TrainingLog, plot_metrics
 from modes.fine_tuning import start_from
 from runtime import hosts, interrupts
-from runtime.files import can_do_without
-from runtime.pictures import (
-    plot_training,
-)
 from runtime.run_files import RunFiles
 from runtime.workdir import (
     check_processes,
@@ -129,11 +125,7 @@ def _loop(
         with training_log.paused():
             unpacked = functools.cache(lambda p=packed: unpack_state(first_copy(p)))
             if evaluates:
-                loss = test_loss(unpacked().ema_params)
-                log.info("step %d | loss on test images, with EMA %.4g", step, loss)
-                if files:
-                    files.metrics.write(step, {"test_loss": loss})
-                    _plot(workdir)
+                training_log.after_test(step, test_loss(unpacked().ema_params))
             if files and saves:
                 broken = training_log.skipped_in_a_row() > 0 and not (stop or done)
                 _save(files, step, unpacked, broken, stop)
@@ -172,11 +164,6 @@ def _save(
         log.info("step %d | saved", step)
 
 
-def _plot(workdir: pathlib.Path) -> None:
-    with can_do_without(workdir / "training.png"):
-        plot_training(workdir / "metrics.jsonl", workdir / "training.png")
-
-
 def _finish(
     setup: Setup, packed: TrainState, files: RunFiles | None, workdir: pathlib.Path
 ) -> TrainState:
@@ -185,7 +172,7 @@ def _finish(
     if files:
         if not files.saver.settle():
             raise UserError("the last checkpoint could not be saved; make room, run this again")
-        _plot(workdir)
+        plot_metrics(workdir)
     if step < num_steps:
         log.info("stopped at step %d of %d; the same command resumes training", step, num_steps)
     else:
@@ -210,6 +197,12 @@ def _log_start(setup: Setup, data: Data, workdir: pathlib.Path) -> None:
         batch // len(devices),
         len(data.train) / batch,
         batch * setup.loop.n_iters / len(data.train),
+    )
+    log.info(
+        "every %d steps the loss on test images, every %d a checkpoint to keep%s",
+        setup.loop.eval_freq,
+        setup.loop.snapshot_freq,
+        " and a grid of samples" if setup.loop.snapshot_sampling else "",
     )
     if setup.preprocessing.random_flip:
         log.info(

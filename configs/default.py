@@ -117,6 +117,7 @@ def get_default_config() -> ConfigDict:
     # Steps in one call, at most; the number used divides the four intervals below. 1 on a CPU.
     training.n_jitted_steps = 10
     training.log_freq = 100
+    # 0 chooses the next three by the number of training images, by epochs.
     training.eval_freq = 1000  # loss on the test split
     training.snapshot_freq = 100_000  # checkpoints that are kept permanently
     training.snapshot_freq_for_preemption = 10_000  # checkpoints to resume from; two are kept

@@ -52,9 +52,6 @@ _POSITIVE = [
     "training.stabilizing_constant",
     "training.n_jitted_steps",
     "training.log_freq",
-    "training.eval_freq",
-    "training.snapshot_freq",
-    "training.snapshot_freq_for_preemption",
     "training.max_skipped_steps",
     "training.max_failed_saves",
     "sampling.num_steps",
@@ -76,6 +73,9 @@ _POSITIVE = [
 ]
 
 _NOT_NEGATIVE = (
+    "training.eval_freq",
+    "training.snapshot_freq",
+    "training.snapshot_freq_for_preemption",
     "model.dropout",
     "model.init_scale",
     "model.beta_min",

@@ -19,6 +19,8 @@ from configs.errors import UserError
 from data.batches import Dataset, train_batches
 from runtime import environment
 from runtime.files import can_do_without, write_text
+from runtime.metrics_log import read_metrics
+from runtime.pictures import plot_training
 from runtime.progress import clock
 from runtime.run_files import RunFiles
 from train_step import (
@@ -34,6 +36,15 @@ log = logging.getLogger("soft_truncation")
 
 _STEPS_THAT_PAY = 100  # for loading a training step that has been compiled
 _DAY = 24 * 3600.0
+
+
+_EVALUATIONS = 5  # since the least loss on test images, until a rise is told of
+
+
+def plot_metrics(workdir: pathlib.Path) -> None:
+    """Draw training.png from a run's metrics."""
+    with can_do_without(workdir / "training.png"):
+        plot_training(workdir / "metrics.jsonl", workdir / "training.png")
 
 
 class _Window:
@@ -65,6 +76,7 @@ class TrainingLog:
         self._train = train
         self._sums = LossSums()
         self._start, self._compiled, self._advised = time.monotonic(), False, False
+        self._rise_told = False
         self._loads = False  # whether the next call is slower, since it loads what was compiled
         self._row, self._line = _Window(), _Window()
 
@@ -105,6 +117,32 @@ class TrainingLog:
             self._report(step, logs, tells, last, packed)
         if slow:
             self._row, self._line = _Window(), _Window()
+
+    def after_test(self, step: int, loss: float) -> None:
+        """Log the loss on test images, and warn once if it has risen for long."""
+        log.info("step %d | loss on test images, with EMA %.4g", step, loss)
+        if not self._files:
+            return
+        self._files.metrics.write(step, {"test_loss": loss})
+        plot_metrics(self._workdir)
+        rows = read_metrics(self._workdir / "metrics.jsonl")
+        losses = {row["step"]: row["test_loss"] for row in rows if "test_loss" in row}
+        best = min(losses, key=losses.__getitem__, default=step)
+        later = [value for at, value in losses.items() if at > best]
+        if self._rise_told or len(later) < _EVALUATIONS or loss < 1.02 * losses[best]:
+            return
+        self._rise_told = True
+        kept = max(round(best / self._setup.loop.snapshot_freq), 1)
+        log.warning(
+            "the loss on test images has risen from %.4g at step %d: the network learns its "
+            "training images by heart; more images, dropout or a smaller network help. Evaluate "
+            "or sample the checkpoint near its least with --config.eval.begin_ckpt=%d "
+            "--config.eval.end_ckpt=%d",
+            losses[best],
+            best,
+            kept,
+            kept,
+        )
 
     def _report(
         self, step: int, logs: bool, tells: bool, last: dict[str, Array], packed: TrainState

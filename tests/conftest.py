@@ -81,10 +81,10 @@ def pytest_configure(config):
 def _no_curves():
     """No training.png: to draw it takes as long as a short training."""
     import evaluation
-    import run_lib
+    from metrics import training_log
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (evaluation, run_lib):
+        for module in (evaluation, training_log):
             patch.setattr(module, "plot_training", lambda *_: None)
         yield
 
@@ -92,10 +92,10 @@ def _no_curves():
 @pytest.fixture
 def curves(monkeypatch):
     """Trainings of one test draw it."""
-    import run_lib
+    from metrics import training_log
     from runtime import pictures
 
-    monkeypatch.setattr(run_lib, "plot_training", pictures.plot_training)
+    monkeypatch.setattr(training_log, "plot_training", pictures.plot_training)
 
 
 @pytest.fixture(scope="module")

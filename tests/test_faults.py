@@ -320,6 +320,44 @@ def test_training_is_told_by_time_and_written_by_steps(tmp_path, monkeypatch, lo
     assert advice.startswith("about 1 days on this machine's CPU")
 
 
+def test_a_loss_on_test_images_that_has_risen_for_long_is_told_once(tmp_path, log):
+    setup = build.set_up(tiny_config(n_iters=40_000))
+    period = setup.loop.snapshot_freq
+    training = training_log.TrainingLog(setup, None, None, tmp_path)
+    metrics = Metrics(tmp_path, 0)
+    training._files = types.SimpleNamespace(metrics=metrics)
+    for i, loss in enumerate([3.0, 1.0, 1.01, 1.1, 1.1, 1.1, 0.999, 1.1, 1.1, 1.1, 1.1]):
+        training.after_test((i + 1) * period, loss)
+    assert "risen" not in log.text
+    for i in (12, 13):
+        training.after_test(i * period, 1.1)
+    (line,) = [m for m in log.messages if "risen" in m]
+    assert line.startswith(f"the loss on test images has risen from 0.999 at step {7 * period}")
+    assert line.endswith("--config.eval.begin_ckpt=7 --config.eval.end_ckpt=7")
+    metrics.close()
+
+
+def test_frequencies_of_0_follow_the_number_of_images(tmp_path, log):
+    assert build._frequencies(1350, 64) == {
+        "eval_freq": 200,
+        "snapshot_freq_for_preemption": 500,
+        "snapshot_freq": 1100,
+    }
+    assert tuple(build._frequencies(10**6, 64).values()) == (1000, 2000, 10_000)
+    config = tiny_config(eval_freq=0, snapshot_freq=7, snapshot_freq_for_preemption=0)
+    found = build.with_data_facts(config, tmp_path / "none").training
+    chosen = found.eval_freq, found.snapshot_freq, found.snapshot_freq_for_preemption
+    assert chosen == (1000, 7, 2000)
+    datasets.load_data(config)
+    assert log.text.count("1,500 training") == 1  # the same data, loaded once
+    found.n_iters, found.snapshot_sampling = 1, False
+    whole = tiny_config()
+    whole.training.update(found)
+    run_lib.train(whole, tmp_path / "run")
+    config.training.batch_size *= 50
+    assert build.with_data_facts(config, tmp_path / "run").training.eval_freq == 1000
+
+
 def poisoned(monkeypatch, steps):
     """The loss of the steps after so many is not a number."""
     seed, loss_fn = tiny_config().seed, losses.DrawnObjective.__call__

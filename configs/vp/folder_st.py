@@ -24,9 +24,9 @@ def get_config() -> ConfigDict:
         batch_size=64,
         n_iters=100_000,
         log_freq=100,
-        eval_freq=1000,
-        snapshot_freq=10_000,
-        snapshot_freq_for_preemption=2000,
+        eval_freq=0,
+        snapshot_freq=0,
+        snapshot_freq_for_preemption=0,
     )
     config.sampling.update(method="dpm_solver", truncation_time=1e-3)
     config.eval.update(num_samples=10_000, nll_steps=64)
