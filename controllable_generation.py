@@ -170,15 +170,16 @@ def complete_test_images(
     seed: int,
     num_classes: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Inpaint or colour test images, each `PER_IMAGE` times.
+    """Inpaint or colour images, each `PER_IMAGE` times.
 
     Args:
       complete: from `get_completion_fn`.
       params: the network's parameters.
-      test: the test images.
+      test: test images, or given ones.
       preprocessing: from their levels to the model's range and back.
       mask: from `read_mask`; None: images are coloured.
-      count, batch_size: the number of completions, and the number in a batch.
+      count, batch_size: the number of completions, if there are enough images, and the number in a
+        batch.
       seed: chooses the images and their noise.
       num_classes: the number of labels of the network; 0: it is told no labels.
 
@@ -186,15 +187,8 @@ def complete_test_images(
       `samples`, `originals` and `known` (the known part of the originals): levels, (N, H, W, C)
       each.
 
-    Raises:
-      UserError: there are too few test images.
     """
-    most = PER_IMAGE * len(test)
-    if count > most:
-        raise UserError(
-            f"sampling.n_images is {count}; the test images completed {PER_IMAGE} times each are "
-            f"{most}"
-        )
+    count = min(count, PER_IMAGE * len(test))
     chosen = np.random.default_rng(seed).permutation(len(test))[: -(-count // PER_IMAGE)]
     examples = test.source.fetch(np.sort(chosen))
     originals, labels = (

@@ -21,7 +21,7 @@ import datasets
 from build import Setup, set_up, with_data_facts
 from configs.errors import UserError
 from data import pixels
-from data.batches import Data, Dataset, fingerprint, subset
+from data.batches import Data, Dataset, fingerprint
 from data.told_labels import check_labels, sample_labels
 from datasets import load_data
 from metrics.batched_sampling import get_sampler, sample_batches
@@ -42,6 +42,7 @@ from metrics.distances import (
     kernel_inception_distance,
     precision_recall,
 )
+from metrics.given_images import given_images
 from metrics.inception import get_inception
 from metrics.memory_advice import advise_on_sampling
 from metrics.report import (
@@ -63,7 +64,6 @@ from metrics.scorers import (
     score_images,
 )
 from readers.samples import load_images
-from readers.source import ArraySource, LabelledSource, Source
 from runtime import checkpointing, hosts
 from runtime.locking import locked
 from runtime.pictures import plot_training, save_grid
@@ -223,7 +223,7 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     given: tuple[Images, dict[str, Any]] | None = None
     if options.images:
         test = datasets.get_dataset(config, "test") if options.images == "test" else None
-        chosen, names = _images_to_score(setup, test)
+        chosen, names = given_images(setup, test)
     else:
         data = load_data(config)
         check_labels(setup.num_classes, setup.classes, data.train)
@@ -256,51 +256,8 @@ def _check_density(setup: Setup) -> None:
     if not setup.num_levels and setup.padded_shape != setup.shape:
         raise UserError(
             "padded floats have no bits/dim: their padding has no density; set "
-            "--options.enable_bpd=False"
+            "--config.eval.enable_bpd=False"
         )
-
-
-def _images_to_score(setup: Setup, test: Dataset | None) -> tuple[Dataset, Sequence[str]]:
-    """The images of `eval.images`, with labels if the network is told labels; and their names."""
-    options, num_levels = setup.evaluation, setup.num_levels
-    # Of runs that do not have the names of their classes, they are numbers.
-    classes = setup.classes or tuple(map(str, range(setup.num_classes)))
-    if test:
-        check_labels(setup.num_classes, setup.classes, test)
-        return test, [str(i) for i in subset(test, options.num_test_data)]
-    path = pathlib.Path(options.images)
-    if setup.units.of_arrays:
-        dataset, given = setup.read_arrays(path, "eval.images")
-        source: Source = dataset.source
-        names: Sequence[str] = [str(i) for i in range(len(source))]
-    else:
-        height, _, channels = setup.shape
-        source, names, given = load_images(path, height, channels, "eval.images", least=1)
-    if num_levels != 256 and not setup.units.of_arrays:
-        grey = source.fetch(np.arange(len(names)))["image"]
-        levels = np.round(grey * ((num_levels - 1) / 255)).astype(np.uint8)
-        source = ArraySource(levels, np.zeros(len(names), int))
-    labels = _known_labels(given, classes) if setup.num_classes else None
-    if labels is None:
-        return Dataset(path.stem, source, num_levels, ()), names
-    source = LabelledSource(source, labels)
-    return Dataset(path.stem, source, num_levels, classes), names
-
-
-def _known_labels(given: Sequence[str] | None, classes: tuple[str, ...]) -> np.ndarray | None:
-    """The numbers of the labels of images among a network's classes; None if any is unknown."""
-    if given is None:
-        log.warning("eval.images have no labels; they are scored as images of no label")
-        return None
-    unknown = sorted(set(given) - set(classes))
-    if unknown:
-        log.warning(
-            "eval.images are scored as images of no label: %s is none of the network's classes %s",
-            unknown[0],
-            ", ".join(classes[:12]) + (", …" if len(classes) > 12 else ""),
-        )
-        return None
-    return np.array([classes.index(name) for name in given])
 
 
 def _evaluate_images(

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -495,6 +496,47 @@ SAMPLERS: dict[str, Callable[..., SamplerFn]] = {
     "heun": functools.partial(_in_steps, heun_sample),
     "dpm_solver": functools.partial(_in_steps, dpm_solver_sample),
 }
+
+
+class Chain:
+    """Keeps the states of a sampler at noise levels that are evenly spaced in log σ²/α².
+
+    A state is x_t/√(α² + σ²), which is about as large as an image for every SDE. For each sample,
+    the points at which the sampler evaluates the score are kept that are nearest to the levels.
+
+    Attributes:
+      states: (count, N, H, W, C) float32, from T to eps; set by the sampler.
+    """
+
+    def __init__(self, sde: SDE, eps: float, count: int) -> None:
+        """`count` levels from T to eps."""
+        first, last = (float(sde.gamma(jnp.asarray(t, jnp.float32))) for t in (sde.T, eps))
+        self._levels = np.linspace(first, last, count)[:, None]
+        self._off = self.states = np.zeros(0, np.float32)
+
+    def watch(self, sampler: SamplerFn) -> SamplerFn:
+        """The sampling method, whose states are kept when it runs."""
+
+        def sample(
+            sde: SDE, score_fn: ScoreFn, key: Array, shape: tuple[int, ...]
+        ) -> tuple[Array, ArrayLike]:
+            def told(x: Array, t: Array) -> Array:
+                size = jnp.hypot(sde.mean_coeff(t), sde.std(t))
+                jax.debug.callback(self._note, x / expand(size, x), sde.gamma(t))
+                return score_fn(x, t)
+
+            return sampler(sde, told, key, shape)
+
+        return sample
+
+    def _note(self, x: ArrayLike, gamma: ArrayLike) -> None:
+        states, off = np.asarray(x), np.abs(np.asarray(gamma) - self._levels)
+        if not len(self.states):
+            self._off = np.full_like(off, np.inf)
+            self.states = np.zeros((len(off), *states.shape), np.float32)
+        for level, nearer in enumerate(off < self._off):
+            self.states[level, nearer] = states[nearer]
+        self._off = np.minimum(off, self._off)
 
 
 def get_sampling_fn(

@@ -32,7 +32,7 @@ from controllable_generation import get_completion_fn
 from data.batches import Data, Dataset
 from losses import perturb
 from metrics import bits_per_dim
-from metrics.batched_sampling import get_sampler, sample_batches
+from metrics.batched_sampling import get_sampler, sample_batches, sample_chain
 from readers.source import ArraySource
 from runtime import checkpointing
 from runtime.workdir import PartialResults
@@ -91,6 +91,7 @@ class Model:
         guidance: float | None = None,
         method: str | None = None,
         steps: int | None = None,
+        keep: int = 0,
         batch_size: int = 64,
     ) -> np.ndarray:
         """Draw n images, (n, H, W, C); with the config's seed, the same as `--mode sample`.
@@ -104,12 +105,18 @@ class Model:
           guidance: w of classifier-free guidance; None: the config's.
           method: pc, ode, heun or dpm_solver; None: the config's.
           steps: the number of steps of that method; None: the config's.
-          batch_size: the number of images that are drawn at once.
+          keep: if not 0, the result is (keep, n, H, W, C): states on the way, at noise levels that
+            are evenly spaced in log σ²/α², as images; the last ones are the samples.
+          batch_size: the number of images that are drawn at once, without `keep`.
 
         Raises:
           UserError: a label does not exist, or the options contradict each other.
         """
         size = min(n, batch_size)
+        if keep:
+            setup = self._setup_of(self._label_text(labels), guidance, method, steps)
+            states = sample_chain(setup, self.params, seed, n, keep)
+            return np.stack([self.setup.units.to_files(levels) for levels in states])
         sampler = self._sampler(size, self._label_text(labels), guidance, method, steps)
         batches = sample_batches(sampler, self.params, seed, n, size)
         levels = np.concatenate([part.levels for _, part in batches])
@@ -310,21 +317,24 @@ class Model:
             raise UserError(f"labels are {told.tolist()}; this model is told labels below {known}")
         return jnp.asarray(told)
 
-    def _sampler(
-        self, size: int, labels: str, guidance: float | None, method: str | None, steps: int | None
-    ) -> Any:
-        """The compiled sampler with these options; None: the config's."""
-        asked = (size, labels, guidance, method, steps)
+    def _setup_of(
+        self, labels: str, guidance: float | None, method: str | None, steps: int | None
+    ) -> Setup:
+        """The parts with these options of sampling; None: the config's."""
+        of_pc = (method or self.setup.sampling.method) == "pc"
+        changes = {
+            "sampling.labels": labels,
+            "sampling.guidance": guidance,
+            "sampling.method": method,
+            "model.num_scales" if of_pc else "sampling.num_steps": steps,
+        }
+        return self.setup.rebuild({name: x for name, x in changes.items() if x is not None})
+
+    def _sampler(self, size: int, *options: Any) -> Any:
+        """The compiled sampler of `size` images with the options of `_setup_of`."""
+        asked = (size, *options)
         if asked not in self._samplers:
-            of_pc = (method or self.setup.sampling.method) == "pc"
-            changes = {
-                "sampling.labels": labels,
-                "sampling.guidance": guidance,
-                "sampling.method": method,
-                "model.num_scales" if of_pc else "sampling.num_steps": steps,
-            }
-            given = {name: value for name, value in changes.items() if value is not None}
-            self._samplers[asked] = get_sampler(self.setup.rebuild(given), size)
+            self._samplers[asked] = get_sampler(self._setup_of(*options), size)
         return self._samplers[asked]
 
     def _solve_ode(

@@ -140,11 +140,12 @@ def get_default_config() -> ConfigDict:
     # The samples' labels, in turn: a number, several as 0,1,2, all, none, or a file of numbers.
     sampling.labels = "all"
     sampling.guidance = 0.0  # w in ε̂(x, c) + w (ε̂(x, c) - ε̂(x)), for the label c
-    sampling.task = "generate"  # generate; or inpaint or colorize test images, with the PC sampler
+    sampling.task = "generate"  # generate; with pc inpaint or colorize: eval.images or test images
     sampling.mask = "right"  # region to inpaint: left, right, top, bottom, center; or an image file
     sampling.batch_size = 64  # for --mode sample and the grids of training
     sampling.n_images = 64  # number of images of --mode sample
     sampling.format = "npz"  # of its images: npz or npy, all in one file; png, a file for each
+    sampling.keep = 0  # states on the way to the first samples to show, in chain.png and chain.gif
     sampling.show_channels = ()  # one or three channels that pictures show; (): all, side by side
 
     config.eval = evaluation = ConfigDict()

@@ -39,6 +39,7 @@ class Sampling:
     format: str
     labels: str
     guidance: float
+    keep: int
     show_channels: tuple[int, ...]
 
 

@@ -82,6 +82,7 @@ _NOT_NEGATIVE = (
     "model.embedding_dim",
     "optim.weight_decay",
     "optim.warmup",
+    "sampling.keep",
     "eval.begin_ckpt",
     "eval.end_ckpt",
     "eval.sampling_batch_size",

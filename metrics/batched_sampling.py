@@ -13,7 +13,7 @@ from build import Setup, labels_on_devices
 from configs import seeds
 from data.told_labels import sample_labels
 from runtime.devices import batch_and_replicated_shardings, to_devices, to_host
-from sampling import sample_keys
+from sampling import Chain, get_sampling_fn, sample_keys
 
 log = logging.getLogger("soft_truncation")
 
@@ -102,3 +102,26 @@ def sample_batches(
         part = cache(f"samples_{start:08}", draw) if cache else draw()
         levels = part["levels"][: count - start]
         yield start, Samples(levels, int(part["nfe"]), int(part["num_broken"]))
+
+
+def sample_chain(setup: Setup, params: Any, seed: int, count: int, keep: int) -> np.ndarray:
+    """The states on the way to the first samples (`sampling.Chain`), levels (keep, n, H, W, C).
+
+    Args:
+      setup, params, seed: as for `sample_batches`.
+      count: n, the number of samples, which are drawn at once.
+      keep: the number of states; the last one is the sample itself.
+    """
+    shape, options = (count, *setup.padded_shape), setup.sampling
+    chain = Chain(setup.sde, setup.fields["sampling"]["truncation_time"], keep)
+    draw = get_sampling_fn(
+        chain.watch(setup.sampler), setup.sde, setup.make_score_fn, shape, options.guidance
+    )
+    labels = None
+    if setup.num_classes:
+        labels = jnp.asarray(sample_labels(options.labels, setup.num_classes, 0, count))
+    x, _ = draw(params, sample_keys(jax.random.key(seed + seeds.SAMPLES), 0, count), labels)
+    x.block_until_ready()
+    jax.effects_barrier()
+    to_levels = setup.preprocessing.to_levels
+    return np.stack([np.asarray(to_levels(jnp.asarray(y))) for y in (*chain.states[:-1], x)])

@@ -20,7 +20,8 @@ from controllable_generation import (
 )
 from data.batches import Dataset
 from data.told_labels import check_labels, sample_labels
-from metrics.batched_sampling import get_sampler, sample_batches
+from metrics.batched_sampling import get_sampler, sample_batches, sample_chain
+from metrics.given_images import given_images
 from metrics.memory_advice import advise_on_sampling
 from runtime import checkpointing, hosts
 from runtime.files import replacing
@@ -28,6 +29,7 @@ from runtime.locking import locked
 from runtime.pictures import (
     png_writer,
     read_pngs,
+    save_animation,
     save_grid,
     start_png_folder,
     write_labels,
@@ -58,7 +60,8 @@ def sample(setup: Setup, workdir: str | os.PathLike[str]) -> pathlib.Path:
 
     With `sampling.format=npy` the images are in samples.npy and the labels in labels.npy. With png
     they are single files in samples/png, the labels are in dataset.json there, and an interrupted
-    run can be resumed.
+    run can be resumed. With `sampling.keep`, chain.png and chain.gif show the states on the way to
+    the first samples.
 
     Returns:
       The path of a grid of the images, samples/<task>.png (samples/samples.png for "generate").
@@ -68,15 +71,15 @@ def sample(setup: Setup, workdir: str | os.PathLike[str]) -> pathlib.Path:
     """
     workdir, task = pathlib.Path(workdir), setup.sampling.task
     check_processes(setup.fields, {})
-    data = None if task == "generate" else setup.load_data()
+    images = None if task == "generate" else _images_to_complete(setup)
     step = hosts.on_main(lambda: chosen_step(setup, workdir))
     state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step)
     log.info("task %s with step %d of %s", task, int(state.step), workdir)
     folder = workdir / "samples"
     hosts.on_main(lambda: make_folder(folder, "--workdir"))
-    if data is None:
+    if images is None:
         return _generate(setup, state, folder)
-    levels, path = _complete(setup, state, data.test), folder / task
+    levels, path = _complete(setup, state, images), folder / task
     if hosts.is_main():
         pictures = {name: setup.units.to_pictures(part) for name, part in levels.items()}
         save_grid(completion_rows(pictures), path.with_suffix(".png"), PER_IMAGE + 2)
@@ -87,9 +90,17 @@ def sample(setup: Setup, workdir: str | os.PathLike[str]) -> pathlib.Path:
     return path.with_suffix(".png")
 
 
-def _complete(setup: Setup, state: TrainState, test: Dataset) -> dict[str, np.ndarray]:
-    """Completed test images, their originals, and the known parts."""
+def _images_to_complete(setup: Setup) -> Dataset:
+    """The images of `eval.images`, or the test images."""
+    if setup.evaluation.images not in ("", "test"):
+        return given_images(setup, fit=True)[0]
+    test = setup.load_data().test
     check_labels(setup.num_classes, setup.classes, test)
+    return test
+
+
+def _complete(setup: Setup, state: TrainState, test: Dataset) -> dict[str, np.ndarray]:
+    """Completed images, their originals, and the known parts."""
     options, colors, mask = setup.sampling, setup.sampling.task == "colorize", None
     if not colors:
         mask = read_mask(options.mask, setup.shape[:2], setup.padded_shape[:2])
@@ -123,7 +134,22 @@ def _generate(setup: Setup, state: TrainState, folder: pathlib.Path) -> pathlib.
     if hosts.is_main():
         _save_samples_grid(pictures, None if labels is None else labels[: len(pictures)], path)
     log.info("%d images in %s, a grid in %s", count, to, path)
+    if options.keep:
+        _show_chain(setup, state, folder / "chain.png")
     return path
+
+
+def _show_chain(setup: Setup, state: TrainState, path: pathlib.Path) -> None:
+    """Draw the states on the way to the first samples, as a grid and as an animation."""
+    count, keep = min(16, setup.sampling.n_images), setup.sampling.keep
+    log.info("%d states on the way to %d samples, which also compiles", keep, count)
+    levels = sample_chain(setup, state.ema_params, setup.seed, count, keep)
+    if hosts.is_main():
+        pictures = np.stack([setup.units.to_pictures(part) for part in levels])
+        rows = pictures[:, :8].swapaxes(0, 1)  # a sample each
+        save_grid(rows.reshape(-1, *rows.shape[2:]), path, keep)
+        save_animation(pictures, path.with_suffix(".gif"))
+    log.info("states in %s and .gif", path)
 
 
 def _draw(
@@ -163,7 +189,7 @@ def _generate_pngs(
     """Write the samples that the folder `to` lacks, a file each; returns the first ones of all."""
     now = setup.fields
     # These fields do not change a sample, but for the batch's size with some samplers.
-    free = ("n_images", "format", "batch_size", "show_channels")
+    free = ("n_images", "format", "batch_size", "keep", "show_channels")
     settings = {name: value for name, value in now["sampling"].items() if name not in free}
     source = {"seed": setup.seed, "step": int(state.step), "weights": short_hash(state.ema_params)}
     source |= {"dtype": setup.dtype, "sampling": settings}

@@ -1,4 +1,4 @@
-"""Reading images to be scored: a folder, an archive or an .npz file, without converting them."""
+"""Reads images to be scored or completed: a folder, an archive or an .npz file."""
 
 import logging
 import pathlib
@@ -11,6 +11,7 @@ from configs.errors import UserError
 from data.labels import Labels
 from readers import arrays
 from readers.containers import is_archive_name, open_container
+from readers.decode import Fit
 from readers.image_files import Part, records_of
 from readers.source import ArraySource, RecordSource, Source
 
@@ -33,7 +34,12 @@ class LoadedImages(NamedTuple):
 
 
 def load_images(
-    path: pathlib.Path, size: int, channels: int, option: str, least: int = 4
+    path: pathlib.Path,
+    size: int,
+    channels: int,
+    option: str,
+    least: int = 4,
+    fit: Fit | None = None,
 ) -> LoadedImages:
     """Read images, with their names and labels.
 
@@ -43,6 +49,7 @@ def load_images(
       size, channels: the size and channels that the images must have.
       option: the config's field of the path, for messages.
       least: the number of images that are needed.
+      fit: converts image files to that size; None: files of another size or mode are refused.
 
     Raises:
       UserError: there are too few images, they have another size, or they can't be read.
@@ -63,7 +70,7 @@ def load_images(
         part = Part(open_container(path))
         part.check(least, option=option)
         identity = repr(part.container.identity()).encode()
-        source = RecordSource(records_of(part.container, part.names), as_it_is, identity)
+        source = RecordSource(records_of(part.container, part.names), fit or as_it_is, identity)
         names = part.names
         labels, note = part.labels()
     else:

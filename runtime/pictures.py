@@ -45,6 +45,14 @@ def save_grid(images: np.ndarray, path: pathlib.Path, columns: int = 0) -> None:
         _as_picture(canvas).save(file, format="png")
 
 
+def save_animation(frames: np.ndarray, path: pathlib.Path) -> None:
+    """Write a GIF whose frames are grids of images (F, N, H, W, C) uint8; the last one stays."""
+    first, *others = (_as_picture(image_grid(images)) for images in frames)
+    times = [120] * len(others) + [2000]  # ms
+    with replacing(path) as file:
+        first.save(file, "gif", save_all=True, append_images=others, duration=times, loop=0)
+
+
 def _as_picture(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 

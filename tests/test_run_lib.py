@@ -350,6 +350,15 @@ def test_inpainting_and_a_lossless_evaluation_leave_what_they_promise(tmp_path):
         assert (arrays["samples"][~kept] != arrays["originals"][~kept]).any()
     # Two images, six and two completions: a row has an original, what is known, and six.
     assert Image.open(path).size[0] > 8 * 48
+    own = tmp_path / "own"  # a grey image, and one in colours, which is cropped and resized
+    own.mkdir()
+    Image.fromarray(np.full((8, 8), 99, np.uint8)).save(own / "a.png")
+    Image.fromarray(np.full((20, 40, 3), 200, np.uint8)).save(own / "b.png")
+    config.eval.images, config.sampling.n_images = str(own), 64
+    arrays = np.load(sample_run(config, tmp_path).with_suffix(".npz"))
+    for six, grey in zip(arrays["originals"].reshape(2, 6, 8, 8), (99, 200), strict=True):
+        assert (six == round(round(grey * 16 / 255) * 255 / 16)).all()
+    np.testing.assert_array_equal(arrays["samples"][:, 4:], arrays["originals"][:, 4:])
     config.sampling.mask = "nothing"
     with pytest.raises(UserError, match=r"sampling\.mask is 'nothing'"):
         sample_run(config, tmp_path)

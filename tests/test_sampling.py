@@ -243,6 +243,26 @@ def test_ode_follows_its_exact_solution(name):
     np.testing.assert_allclose(np.asarray(x).reshape(64, 4), exact_flow(sde, z, eps), atol=5e-5)
 
 
+@pytest.mark.parametrize("method", ["ode", "dpm_solver"])
+def test_the_states_that_are_kept_lie_on_the_exact_flow(method):
+    options = {"truncation_time": 1e-3, "noise_removal": False}
+    options |= {"num_steps": 400} if method == "dpm_solver" else {"rtol": 1e-6, "atol": 1e-6}
+    chain = sampling.Chain(SDE, 1e-3, 5)
+    sampler = chain.watch(sampling.SAMPLERS[method](**options))
+    draw = sampling.get_sampling_fn(sampler, SDE, lambda _: DATA.score_fn(SDE), (8, 2, 2, 1))
+    x, _ = draw(None, jax.random.key(0))
+    jax.effects_barrier()
+    assert chain.states.shape == (5, 8, 2, 2, 1)
+    first, last = (SDE.gamma(jnp.array(t)) for t in (SDE.T, 1e-3))
+    z = sampling.normal(jax.random.key(0), x.shape)
+    for state, gamma in zip(chain.states, np.linspace(first, last, 5), strict=True):
+        t = SDE.inverse_gamma(gamma)
+        size = float(jnp.hypot(SDE.mean_coeff(t), SDE.std(t)))
+        # Of the adaptive solver's few evaluations none may be near a level.
+        atol = 0.02 if method == "dpm_solver" or gamma in (first, last) else 0.2
+        np.testing.assert_allclose(state.reshape(8, 4) * size, exact_flow(SDE, z, t), atol=atol)
+
+
 def test_spherical_interpolation():
     a, b = jax.random.normal(jax.random.key(0), (2, 4, 3, 3, 2))
     a, b = a.at[0].set(b[0]), 2 * b  # the first two are parallel

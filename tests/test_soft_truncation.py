@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import run_lib
 import soft_truncation as st
@@ -38,6 +39,13 @@ def test_samples_are_those_of_the_command_line(run, model):
     assert (model.sample(6, seed=1) != images).any()
     heun = model.sample(2, seed=config.seed, labels=[3, 4], method="heun", steps=3)
     assert heun.shape == (2, 8, 8, 1)
+    states = model.sample(6, seed=config.seed, keep=3)
+    assert states.shape == (3, *images.shape) and states.dtype == np.uint8
+    np.testing.assert_array_equal(states[-1], images)
+    config.sampling.keep = 4
+    sample_run(config, folder)
+    assert Image.open(folder / "samples" / "chain.gif").n_frames == 4
+    assert Image.open(folder / "samples" / "chain.png").size == (4 * 50 + 2, 6 * 50 + 2)
 
 
 def test_bits_have_errors_and_depend_on_the_image_alone(model):
