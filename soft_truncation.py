@@ -57,7 +57,13 @@ def load(path: str | os.PathLike[str], step: int | None = None) -> "Model":
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no run and no exported model: it has no config.json")
     config = with_data_facts(saved.get_config(folder), folder)
-    setup = set_up(config)
+    try:
+        setup = set_up(config)
+    except UserError as error:
+        if "it must be one of" not in str(error):
+            raise
+        file = saved.read(folder).get("config_file") or "its config file"
+        raise UserError(f"{error}; if {file} registers it, import that file first") from error
     if step is None:
         state = checkpointing.restore_latest(config, folder, setup.state_shape, weights_only=True)
     else:
@@ -81,6 +87,14 @@ class Model:
         self._bpd_fn = bits_per_dim.get_bpd_fn(setup)
         self._complete: dict[int, Any] = {}
         self._ode = jax.jit(self._solve_ode, static_argnames="forward")
+
+    def __repr__(self) -> str:
+        """What the model is of, in a line."""
+        setup, (low, high) = self.setup, self.sigma_range
+        size, told = "×".join(map(str, setup.shape)), f", {setup.num_classes} classes"
+        what = f"{setup.fields['data']['dataset']} {size}{told if setup.num_classes else ''}"
+        where = f"step {self.step:,}, σ from {low:.2g} to {high:.3g}"
+        return f"<Model of {what}: {setup.network}, {where}>"
 
     def sample(
         self,

@@ -1,5 +1,7 @@
 """A trained model as one object in Python."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +100,18 @@ def test_what_is_known_stays_and_a_little_noise_changes_little(model):
     assert abs(near).mean() < 8 < abs(far).mean()
 
 
+def test_a_model_says_what_it_is(model):
+    assert repr(model).startswith("<Model of digits 8×8×1, 10 classes: ncsnpp, step 4, σ from 0.0")
+
+
 def test_mistakes_are_told_in_a_line(run, model, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    fields = json.loads((run[1] / "config.json").read_text())
+    fields["training"]["prior"], fields["config_file"] = "mine", "/mine/my_config.py"
+    (own / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(st.UserError, match=r"if /mine/my_config\.py registers it, import"):
+        st.load(own)
     with pytest.raises(st.UserError, match=r"has no checkpoint of step 7; there are: 3, 4$"):
         st.load(run[1], step=7)
     with pytest.raises(st.UserError, match="has no run and no exported model"):
