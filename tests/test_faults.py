@@ -354,6 +354,9 @@ def test_frequencies_of_0_follow_the_number_of_images(tmp_path, log):
     whole = tiny_config()
     whole.training.update(found)
     run_lib.train(whole, tmp_path / "run")
+    assert "1,500 training" in log.text and "epochs in all" in log.text
+    (line,) = [m for m in log.messages if m.startswith("compiling the training step: about ")]
+    assert line.endswith(" s on this machine")
     config.training.batch_size *= 50
     assert build.with_data_facts(config, tmp_path / "run").training.eval_freq == 1000
 
