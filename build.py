@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -208,9 +209,9 @@ def with_data_facts(
     """The config, with the fields that the recipe leaves to the data set filled in.
 
     These are the number of labels, if `model.num_classes` is -1, the shape and units of an array
-    data set, and the frequencies of `training` that are 0. A run that is resumed keeps the values
-    that were found at its start, and the names of its labels, unless `override` is set and the data
-    are others.
+    data set, and the frequencies of `training` that are 0. A relative path of the data becomes
+    absolute. A run that is resumed keeps the values that were found at its start, and the names of
+    its labels, unless `override` is set and the data are others.
 
     Args:
       config: the config.
@@ -222,6 +223,10 @@ def with_data_facts(
     Raises:
       UserError: the data set has no labels, or can't be read.
     """
+    path = pathlib.Path(config.data.path)
+    if config.data.path and not path.is_absolute() and path.exists():
+        config = config.copy_and_resolve_references()
+        config.data.path = str(path.absolute())  # for commands in other folders
     found = _with_units_and_labels(config, workdir, override, init_from)
     return _with_frequencies(found, workdir)
 

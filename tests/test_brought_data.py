@@ -537,6 +537,12 @@ def test_the_identity_of_a_folder_of_arrays_notices_a_changed_file_of_the_same_s
     assert len({before, older, arrays.open_stacks(place).train.identity}) == 3
 
 
+def test_a_relative_path_is_kept_as_an_absolute_one(place, monkeypatch):
+    np.save(place / "a.npy", np.random.default_rng(0).normal(size=(20, 8, 8, 1)))
+    monkeypatch.chdir(place)
+    assert with_data_facts(array_config("a.npy"), "no run").data.path == str(place / "a.npy")
+
+
 def test_a_shape_that_looks_channels_first_is_told_and_a_field_says_which_it_is(place, caplog):
     caplog.set_level("INFO")
     array = np.random.default_rng(0).normal(size=(20, 4, 8, 9)).astype(np.float16)
