@@ -1,55 +1,58 @@
-"""Installs the packages that a notebook needs on Colab; it needs no packages itself."""
+"""Installs what this project needs on Colab, and replaces nothing that is there and new enough."""
 
 import importlib
-import importlib.metadata
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import tomllib
+from importlib.metadata import distributions
 
-REQUIREMENTS = pathlib.Path(__file__).parents[1] / "requirements.txt"
-
-
-def _imported() -> dict[str, str]:
-    """{package: version} of what this process has imported."""
-    imported = {name.split(".")[0] for name in sys.modules}
-    found: dict[str, str] = {}
-    for module, packages in importlib.metadata.packages_distributions().items():
-        if module in imported:
-            found |= {name: importlib.metadata.version(name) for name in packages}
-    return found
+PROJECT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
 
 
-def install(packages: Sequence[str]) -> None:
-    """Install packages, and those that they need, in the versions of requirements.txt.
-
-    On a machine with an NVIDIA GPU JAX comes with CUDA.
+def missing(there: dict[str, str]) -> list[str]:
+    """The dependencies in pyproject.toml that are not there, or too old.
 
     Args:
-      packages: names in requirements.txt.
+      there: {package: version} of what is installed, names in lower case with hyphens.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    wanted = map(Requirement, tomllib.loads(PROJECT.read_text())["project"]["dependencies"])
+    versions = [(x, there.get(canonicalize_name(x.name))) for x in wanted]
+    return [str(x) for x, old in versions if old is None or not x.specifier.contains(old, True)]
+
+
+def install() -> None:
+    """Install the dependencies that are missing, with all others held at their versions.
 
     Raises:
-      SystemExit: a package that this process has imported was replaced, so it must be restarted;
+      SystemExit: a package that was too old was replaced, so that Python must be started again;
         or pip failed.
     """
-    before = _imported()
-    pinned: list[str] = []
-    for package in packages:
-        lines = re.findall(rf"^{re.escape(package)}==.*$", REQUIREMENTS.read_text(), re.MULTILINE)
-        if not lines:
-            raise SystemExit(f"requirements.txt has no {package}")
-        pinned += lines
+    from packaging.utils import canonicalize_name
+
+    there: dict[str, str] = {
+        canonicalize_name(x.name): x.version for x in distributions() if x.name
+    }
+    wanted = missing(there)
+    if not wanted:
+        return
+    names = {canonicalize_name(line.partition(">=")[0]) for line in wanted}
     if shutil.which("nvidia-smi"):
-        pinned = [line.replace("jax==", "jax[cuda12]==") for line in pinned]
-    command = [sys.executable, "-m", "pip", "install", "-q", *pinned, "-c", str(REQUIREMENTS)]
-    if subprocess.run(command).returncode:
-        raise SystemExit("pip could not install the packages; its message is above.")
+        wanted = [line.replace("jax>=", "jax[cuda12]>=") for line in wanted]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as kept:
+        kept.writelines(f"{name}=={old}\n" for name, old in there.items() if name not in names)
+        kept.flush()
+        command = [sys.executable, "-m", "pip", "install", "-q", *wanted, "-c", kept.name]
+        if subprocess.run(command).returncode:
+            raise SystemExit("pip could not install the packages; its message is above.")
     importlib.invalidate_caches()
-    replaced = [name for name, old in before.items() if importlib.metadata.version(name) != old]
-    if replaced:
+    if replaced := sorted(names & there.keys()):
         raise SystemExit(
-            f"Other versions were installed of {', '.join(sorted(replaced))}: Runtime → Restart "
-            "session, then run all cells again."
+            f"Newer versions were installed of {', '.join(replaced)}: Runtime → Restart session, "
+            "then run all cells again."
         )

@@ -8,8 +8,9 @@ import platform
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 
 import jax
 
@@ -17,16 +18,28 @@ from runtime.files import can_do_without
 
 log = logging.getLogger("soft_truncation")
 
+_PROJECT = pathlib.Path(__file__).parents[1] / "pyproject.toml"  # of a checkout
+
+
+def project() -> tuple[str, str]:
+    """The version of this project, and the address of its repository, "OWNER" if it has none."""
+    if _PROJECT.is_file():
+        facts = tomllib.loads(_PROJECT.read_text())["project"]
+        return facts["version"], facts["urls"]["Repository"]
+    installed = metadata("soft-truncation")
+    return installed["Version"], installed["Project-URL"].partition(", ")[2]
+
 
 def commit() -> str | None:
     """The commit of this code, with `-dirty` if files were changed; None outside of git."""
+    if not _PROJECT.is_file():  # installed; a repository around it is another's
+        return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    folder = pathlib.Path(__file__).parent
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        output = subprocess.check_output(command, cwd=_PROJECT.parent, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return output.decode().strip()
 
 
 def versions() -> dict[str, str | None]:

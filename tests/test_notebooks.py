@@ -1,20 +1,25 @@
 """Each notebook runs from top to bottom with small parameters, and finds what its text says."""
 
 import dataclasses
-import importlib.metadata
+import io
 import json
 import pathlib
 import re
 import subprocess
+import sys
+import tomllib
+import types
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from packaging.requirements import Requirement
 
 import run_lib
-from runtime import colab
+from runtime import colab, provenance
 from tests.helpers import environment_of, tiny_config
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
@@ -203,58 +208,114 @@ def test_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
     run.check(json.loads(last.outputs[-1].text))
 
 
+def cells_that_find_the_code():
+    return [nbformat.read(path, as_version=4).cells[1] for path in PATHS]
+
+
 def test_the_cell_that_finds_the_code_is_the_same_in_all():
-    cells = [nbformat.read(path, as_version=4).cells[1] for path in PATHS]
-    assert {cell.source.split("\n")[0] for cell in cells} == {"# @title Find the code, or fetch it"}
-    assert len({re.sub("(?m)^PACKAGES = .*$", "", cell.source) for cell in cells}) == 1
-    assert {cell.metadata["cellView"] for cell in cells} == {"form"}
+    (source,) = {cell.source for cell in cells_that_find_the_code()}
+    assert source.startswith("# @title Find the code, or fetch it\n")
+    assert {cell.metadata["cellView"] for cell in cells_that_find_the_code()} == {"form"}
 
 
-def test_each_notebook_has_its_badge_of_the_same_address():
-    texts = [path.read_text() for path in PATHS]
-    addresses = {
-        address for text in texts for address in re.findall(r"github\.com/([\w.-]+/[\w.-]+)", text)
-    }
-    addresses |= {a for text in texts for a in re.findall(r"colab/github/([\w.-]+/[\w.-]+)", text)}
-    assert len(addresses) == 1
-    for path, text in zip(PATHS, texts, strict=True):
-        assert f"/github/{addresses.copy().pop()}/blob/main/notebooks/{path.name})" in text
+def test_all_name_the_address_of_the_project():
+    _, address = provenance.project()
+    for path in PATHS:
+        text = path.read_text()
+        assert set(re.findall(r"https://github\.com/[\w.-]+/[\w.-]+", text)) == {address}
+        place = address.removeprefix("https://github.com/")
+        assert f"/github/{place}/blob/main/notebooks/{path.name})" in text
 
 
 @pytest.fixture
-def fake_pip(monkeypatch):
-    """Record pip's commands, and pretend that NumPy is replaced where a test says so."""
-    commands, versions = [], {}
+def find_the_code(tmp_path, monkeypatch):
+    """Run that cell in an empty folder of Colab, whose server answers with a text."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("colab"))
+    commands = []
+
+    def clone(command, check):
+        commands.append(command)
+        pathlib.Path(command[-1]).mkdir()
+
+    def find(answer):
+        monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(answer))
+        monkeypatch.setattr(subprocess, "run", clone)
+        monkeypatch.setattr(colab, "install", lambda: None)
+        exec(cells_that_find_the_code()[0].source, {})
+        return commands[-1][-2]
+
+    return find
+
+
+def test_the_code_is_fetched_from_where_colab_opened_the_notebook(find_the_code):
+    path = "fileId=https%3A%2F%2Fgithub.com%2Fme%2Fmy-copy.1%2Fblob%2Fmain%2Fnotebooks%2Fx.ipynb"
+    answer = json.dumps([{"name": "x.ipynb", "path": path}]).encode()
+    assert find_the_code(answer) == "https://github.com/me/my-copy.1"
+
+
+def test_without_an_address_a_line_names_the_cell(find_the_code, tmp_path):
+    with pytest.raises(SystemExit, match=r"^In this cell, set REPOSITORY to the address") as told:
+        find_the_code(b'[{"path": "fileId=1a2b"}]')
+    assert "\n" not in str(told.value) and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def colab_with(monkeypatch):
+    """Pretend that these versions are installed; the lines and constraints that pip receives."""
+    given = []
 
     def run(command):
-        commands.append(command)
-        versions["numpy"] = "0.1"
+        given.extend([line for line in command if ">=" in line])
+        given.append(pathlib.Path(command[-1]).read_text().splitlines())
         return subprocess.CompletedProcess(command, 0)
 
-    real = importlib.metadata.version
-    monkeypatch.setattr(colab.importlib.metadata, "version", lambda n: versions.get(n) or real(n))
-    monkeypatch.setattr(colab.subprocess, "run", run)
-    monkeypatch.setattr(colab.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    return commands
+    def pretend(**versions):
+        there = {x: y.specifier for x, y in needed().items()}
+        found = {name: str(next(iter(there[name])).version) for name in there} | versions
+        packages = [types.SimpleNamespace(name=x, version=y) for x, y in found.items() if y]
+        monkeypatch.setattr(colab, "distributions", lambda: packages)
+        monkeypatch.setattr(colab.subprocess, "run", run)
+        monkeypatch.setattr(colab.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+        return given
+
+    return pretend
 
 
-def test_colab_installs_the_pins_and_asks_for_a_restart(fake_pip):
-    with pytest.raises(SystemExit, match=r"installed of numpy: Runtime → Restart session"):
-        colab.install(["jax", "optax"])
-    (command,) = fake_pip
-    pins = [line for line in command if "==" in line]
-    assert [re.sub("==.*", "", pin) for pin in pins] == ["jax[cuda12]", "jax[cuda12]", "optax"]
-    colab.install(["optax"])  # nothing is replaced now
-    with pytest.raises(SystemExit, match="has no torch"):
-        colab.install(["torch"])
+def needed():
+    lines = tomllib.loads(colab.PROJECT.read_text())["project"]["dependencies"]
+    return {requirement.name: requirement for requirement in map(Requirement, lines)}
 
 
-def test_every_package_that_a_notebook_names_is_pinned():
-    for path in PATHS:
-        source = nbformat.read(path, as_version=4).cells[1].source
-        (names,) = re.findall('(?m)^PACKAGES = "(.*)"', source)
-        text = colab.REQUIREMENTS.read_text()
-        assert all(re.search(f"(?m)^{name}==", text) for name in names.split())
+def test_colab_installs_what_is_missing_and_holds_the_rest(colab_with):
+    given = colab_with(clu=None, diffrax=None, jax="0.7.2", torch="2.8.0+cu126")
+    colab.install()
+    *lines, held = given
+    assert [re.sub(">=.*", "", line) for line in lines] == ["clu", "diffrax"]
+    assert "jax==0.7.2" in held and "torch==2.8.0+cu126" in held and "numpy==2.1.3" in held
+    assert not [line for line in held if line.startswith("clu")]
+
+
+def test_colab_replaces_what_is_too_old_and_asks_for_a_restart(colab_with):
+    given = colab_with(jax="0.5.3")
+    with pytest.raises(SystemExit, match=r"installed of jax: Runtime → Restart session"):
+        colab.install()
+    line, held = given
+    assert line.startswith("jax[cuda12]>=0.7") and not [x for x in held if x.startswith("jax==")]
+
+
+def test_nothing_is_installed_where_all_is_there(colab_with):
+    given = colab_with(jax="0.99")
+    colab.install()
+    assert not given
+
+
+def test_the_pins_are_no_lower_than_the_lowest_versions():
+    pins = (colab.PROJECT.parent / "requirements.txt").read_text()
+    for name, requirement in needed().items():
+        found = re.findall(rf"(?m)^{name}==([\w.]+)", pins)
+        assert found and all(requirement.specifier.contains(version) for version in found), name
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
