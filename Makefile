@@ -6,7 +6,7 @@ SUPPORTED = 3.11 | 3.12 | 3.13
 CONFIG = configs/vp/digits_st.py
 WORKDIR = runs/vp/digits_st
 
-.PHONY: demo test test-all check tensorflow docs
+.PHONY: demo test test-all check tensorflow hub docs
 
 # Train on scikit-learn's digits, score the result, leave samples and a report.
 demo: $(VENV)/.installed
@@ -19,8 +19,8 @@ demo: $(VENV)/.installed
 test: check
 	$(BIN)/python -m pytest -m "not slow and not release"
 
-# All tests, with those that are run before a release alone, and of what needs TensorFlow.
-test-all: check tensorflow
+# All tests, with those that are run before a release alone, and of what needs more packages.
+test-all: check tensorflow hub
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed
@@ -32,6 +32,10 @@ check: $(VENV)/.installed
 # TensorFlow, which nothing needs but TFDS when it prepares a data set.
 tensorflow: $(VENV)/.installed
 	$(BIN)/pip install --disable-pip-version-check -q tensorflow==2.21.0
+
+# The client of the Hugging Face hub, which nothing needs but hf:// and --mode push.
+hub: $(VENV)/.installed
+	$(BIN)/pip install --disable-pip-version-check -q huggingface_hub==2.4.0
 
 # The documentation, into site/; warnings are errors.
 docs: $(VENV)-docs/.installed

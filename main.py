@@ -30,14 +30,17 @@ _CONFIG = config_flags.DEFINE_config_file(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "sample", "stats", "import", "export", "compare"],
+    ["train", "eval", "sample", "stats", "import", "export", "push", "compare"],
     "What to do; compare takes the folders of runs.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "For --mode import: the path of an official .pth file."
 )
 _TO = flags.DEFINE_string(
-    "to", None, "For --mode export: the new folder, or the new .pth file; compare: the folder."
+    "to",
+    None,
+    "For --mode export: the new folder, or the new .pth file; push: hf://user/name of the Hugging "
+    "Face hub; compare: the folder.",
 )
 _FORMAT = flags.DEFINE_enum(
     "format",
@@ -187,14 +190,16 @@ def _hint_at_config_file(error: UserError) -> str:
 
 def _check_flags() -> None:
     """Raise a UserError for a flag of another mode, or one that the mode lacks."""
-    only = {"checkpoint": "import", "override": "train", "init_from": "train", "to": "export"}
-    for flag, mode in only.items():
-        if getattr(flags.FLAGS, flag) and _MODE.value != mode:
+    only = {"checkpoint": "import", "override": "train", "init_from": "train"}
+    for flag, mode in (only | {"to": "export or push"}).items():
+        if getattr(flags.FLAGS, flag) and _MODE.value not in mode.split(" or "):
             raise UserError(f"--{flag} is for --mode {mode}")
     if _FORMAT.value and _MODE.value != "export":
         raise UserError("--format is for --mode export; for samples, --config.sampling.format")
     if _MODE.value == "export" and not _TO.value:
         raise UserError("--mode export needs --to, a new folder or .pth file")
+    if _MODE.value == "push" and not _TO.value:
+        raise UserError("--mode push needs --to hf://user/name")
     if _MODE.value == "import" and not _CHECKPOINT.value:
         raise UserError("--mode import needs --checkpoint, an official .pth file")
 
@@ -221,6 +226,8 @@ def _run(workdir: str) -> None:
     elif mode == "export":
         export = transfer.export_official if _FORMAT.value == "pth" else transfer.export
         export(setup, workdir, _TO.value or "")
+    elif mode == "push":
+        transfer.push(setup, workdir, _TO.value or "")
     else:
         transfer.import_official(setup, workdir, _CHECKPOINT.value or "", _config_file())
 

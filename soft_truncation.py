@@ -34,7 +34,7 @@ from losses import perturb
 from metrics import bits_per_dim
 from metrics.batched_sampling import get_sampler, sample_batches, sample_chain
 from readers.source import ArraySource
-from runtime import checkpointing
+from runtime import checkpointing, hub
 from runtime.workdir import PartialResults
 from sde_lib import expand
 
@@ -47,13 +47,14 @@ def load(path: str | os.PathLike[str], step: int | None = None) -> "Model":
     """Load the EMA weights of a run or of an exported model.
 
     Args:
-      path: the folder of a run or of an exported model.
+      path: the folder of a run or of an exported model, or `hf://user/name` of an exported model
+        on the Hugging Face hub (`hf://user/name@revision`).
       step: the step of a checkpoint of the run; None: the newest checkpoint.
 
     Raises:
       UserError: `path` has no model, or it can't be read.
     """
-    folder = pathlib.Path(path)
+    folder = hub.fetch(str(path)) if hub.is_address(path) else pathlib.Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no run and no exported model: it has no config.json")
     config = with_data_facts(saved.get_config(folder), folder)

@@ -43,6 +43,7 @@ def get_default_config() -> ConfigDict:
     # ch_mult, num_res_blocks, attn_resolutions, dropout, init_scale and resamp_with_conv; or
     # ncsnv2_64, ncsnv2_128 or ncsnv2_256, which read only dtype and nf.
     model.name = "ncsnpp"
+    model.license = ""  # of the weights, for cards, as the hub spells it: mit, cc-by-4.0, …
     model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are always float32
     model.remat = False  # rematerialisation: less memory, but slower steps
     model.nf = 128

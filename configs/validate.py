@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -146,6 +147,8 @@ def _range_problems(config: ConfigDict, get: Callable[[str], Any]) -> Iterator[s
             f"training.n_iters is {config.training.n_iters}; optim.schedule=cosine ends there, so "
             f"it must be more than optim.warmup, {config.optim.warmup}"
         )
+    if not re.fullmatch(r"[a-z0-9.-]*", config.model.license):
+        yield f"model.license is {config.model.license!r}; a name is like mit, or cc-by-4.0"
     if config.model.beta_max <= config.model.beta_min:
         yield "model.beta_max must be larger than model.beta_min"
     if config.data.num_channels not in (1, 3) and config.data.dataset != "array":

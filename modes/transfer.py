@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 from clu.parameter_overview import count_parameters
@@ -12,10 +13,10 @@ from clu.parameter_overview import count_parameters
 from build import Setup, set_up
 from configs import fields
 from configs.errors import UserError
-from metrics.card import model_card
+from metrics.card import find_grid, model_card
 from modes.sample import chosen_step
 from official import export_checkpoint, import_checkpoint
-from runtime import checkpointing, exported, hosts
+from runtime import checkpointing, exported, hosts, hub
 from runtime.files import beside
 from runtime.locking import locked
 from runtime.workdir import (
@@ -88,9 +89,9 @@ def export(
 ) -> pathlib.Path:
     """Write the EMA weights of a checkpoint to a folder that can be shared with others.
 
-    The folder gets model.safetensors, config.json without this machine's paths, and README.md, a
-    model card. If the run's report is of these weights, the card has its scores. With --workdir the
-    folder can be evaluated and sampled from like a run.
+    The folder gets model.safetensors, config.json without this machine's paths, README.md, a model
+    card with the scores of the run's report, and samples.png, if the run has a grid of this step.
+    With --workdir the folder can be evaluated and sampled from like a run.
 
     Args:
       setup: the parts of the run.
@@ -116,7 +117,9 @@ def export(
         with _exporting(folder) as partial:
             partial.mkdir()
             (partial / "config.json").write_text(own.to_json_best_effort(indent=1) + "\n")
-            card = model_card(folder.name, set_up(own), workdir, step, params)
+            if grid := find_grid(workdir, step):
+                shutil.copyfile(grid, partial / exported.PICTURE)
+            card = model_card(folder.name, set_up(own), workdir, step, params, bool(grid))
             (partial / "README.md").write_text(card)
             exported.write(partial, params, step)
         size = (folder / exported.WEIGHTS).stat().st_size / 2**20
@@ -124,6 +127,25 @@ def export(
 
     hosts.on_main(write)
     return folder
+
+
+def push(setup: Setup, workdir: str | os.PathLike[str], to: str) -> None:
+    """Upload an exported model, or one that is exported of a run now, to the Hugging Face hub.
+
+    Args:
+      setup, workdir: as in `export`, or those of an exported model.
+      to: hf://user/name; a repository that is not there yet is made.
+
+    Raises:
+      UserError: the checkpoint can't be read, or the hub does not take it.
+    """
+    folder, (name, _) = pathlib.Path(workdir), hub.parts(to)
+    hub.client()  # or an error, before a long export
+    with tempfile.TemporaryDirectory() as temporary:
+        if not exported.is_exported(folder):
+            folder = export(setup, workdir, pathlib.Path(temporary) / pathlib.Path(name).name)
+        page = hosts.on_main(lambda: hub.push(folder, to))
+    log.info("uploaded to %s", page)
 
 
 def export_official(

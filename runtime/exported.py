@@ -22,6 +22,7 @@ from runtime.workdir import first_line, short_hash
 log = logging.getLogger("soft_truncation")
 
 WEIGHTS = "model.safetensors"
+PICTURE = "samples.png"  # a grid of samples, if there is one
 
 
 def is_exported(workdir: pathlib.Path) -> bool:

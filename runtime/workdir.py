@@ -41,7 +41,7 @@ _FREE_TO_TRAIN = {
         "max_failed_saves",
     ),
     "data": (*_PATHS["data"], "max_pixels", "skip_unreadable"),
-    "model": ("num_scales", "remat"),
+    "model": ("num_scales", "remat", "license"),
     "optim": ("num_micro_batch",),
 }
 # Fields that must agree with the training when a network is evaluated; all others may change.
@@ -59,7 +59,7 @@ _FIXED_TO_EVALUATE = {
     ),
     "training": ("sde", "truncation_time", "unbounded_parametrization", "stabilizing_constant"),
 }
-_FREE_OF_MODEL = ("num_scales", "remat", "dtype", "dropout", "ema_rate", "init_scale")
+_FREE_OF_MODEL = ("license", "num_scales", "remat", "dtype", "dropout", "ema_rate", "init_scale")
 
 
 def _is_free(section: str, field: str, train: bool) -> bool:
@@ -136,13 +136,15 @@ def recorded_config(workdir: str | os.PathLike[str]) -> ConfigDict | None:
 def portable_config(fields: Mapping[str, Any], workdir: pathlib.Path) -> ConfigDict:
     """The config of a run, without the paths of this machine.
 
-    Its sections eval and sampling are those of `fields`; the others are those of `workdir`.
+    Its sections eval and sampling and the licence are those of `fields`; the others are those of
+    `workdir`.
     """
     portable = saved.config_of(dict(fields), workdir)
     if (workdir / "config.json").exists():
         own = saved.get_config(workdir)
         for section in ("data", "model", "optim", "training"):
             portable[section] = own[section]
+        portable.model.license = fields["model"]["license"]
     # A folder's data need a name, which the report has, though sampling does not read them.
     folder = portable.data.dataset == "folder"
     name = pathlib.Path(portable.data.path).resolve().name if folder else ""

@@ -16,7 +16,7 @@ from configs.saved import as_recorded
 from metrics import batched_sampling
 from modes import sample as sample_mode
 from modes import transfer
-from runtime import checkpointing, exported, locking, workdir
+from runtime import checkpointing, exported, locking, provenance, workdir
 from tests.helpers import sample_run, tiny_config
 from tests.jobs import assert_identical
 
@@ -149,6 +149,41 @@ def test_a_models_card_has_the_report_of_its_own_weights(exported_run, tmp_path)
         transfer.export(build.open_run(config, tmp_path / "run"), tmp_path / "run", tmp_path / name)
         card = (tmp_path / name / "README.md").read_text()
         assert ("0.1250" in card) == (name == "of_these")
+
+
+def test_a_card_of_a_later_step_than_the_report_tells_both(exported_run, tmp_path):
+    config, run, _ = exported_run
+    shutil.copytree(run, tmp_path / "run")
+    for step, score in ((1, 0.5), (2, 0.25)):
+        folder = tmp_path / "run" / "eval" / f"step_{step:08}"
+        folder.mkdir(parents=True)
+        report = {"step": step, "weights_digest": str(step), "share_at_ends": score}
+        (folder / "report.json").write_text(json.dumps(report))
+        (folder / "samples.png").write_text(f"of step {step}")
+    for name in ("without", "with"):
+        transfer.export(build.open_run(config, tmp_path / "run"), tmp_path / "run", tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text()
+        assert "**Of step 2; the weights are of step 3.**" in card
+        assert "| 0.2500 |" in card and "0.5000" not in card
+        assert ("![Samples](samples.png)" in card) == (name == "with")
+        pictures = [path.read_text() for path in (tmp_path / name).glob("*.png")]
+        assert pictures == (["of step 3"] if name == "with" else [])
+        (tmp_path / "run" / "samples").mkdir(exist_ok=True)
+        (tmp_path / "run" / "samples" / "step_00000003.png").write_text("of step 3")
+
+
+def test_a_card_has_the_licence_of_the_weights_and_the_project(exported_run, tmp_path, monkeypatch):
+    config, run, _ = exported_run
+    address = "https://example.org/mine"
+    monkeypatch.setattr(provenance, "project", lambda: ("1.2.3", address))
+    setup = build.open_run(config, run).rebuild({"model.license": "cc0-1.0"})
+    card = (transfer.export(setup, run, tmp_path / "model") / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc0-1.0\n")
+    assert "| licence of the weights | cc0-1.0 |" in card
+    assert f"made with [Soft truncation]({address}), version 1.2.3" in card
+    assert saved.get_config(tmp_path / "model").model.license == "cc0-1.0"
+    with pytest.raises(UserError, match=r"model\.license is 'mit\\nx'; a name is like mit"):
+        build.open_run(config, run).rebuild({"model.license": "mit\nx"})
 
 
 def test_a_folders_name_is_all_that_is_left_of_its_path(tmp_path):
