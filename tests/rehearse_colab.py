@@ -86,7 +86,7 @@ def run_notebooks(python, folder):
 
 def run_tests(python, checkout):
     """Run the fast tests of a clone with the lowest versions."""
-    pip_install(python, lowest() | COLAB, "pytest", "pytest-xdist", "lmdb", "pyarrow")
+    pip_install(python, lowest() | COLAB, "pytest", "pytest-xdist")
     command = [python, "-m", "pytest", "-m", "not slow and not release", "-n", "1"]
     return subprocess.run(command, cwd=checkout).returncode
 
