@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ import losses
 import sampling
 import sde_lib
 import train_step
-from configs import fields, parts
+from configs import fields, parts, saved
 from configs.data import data_spec
 from configs.default import get_default_config
 from configs.errors import UserError
@@ -32,8 +33,9 @@ from data.batches import Data, Dataset
 from data.told_labels import check_labels, sample_labels
 from models import networks
 from models import utils as mutils
-from models.score import ScoreModel
+from models.score import ScoreModel, TwoExperts
 from readers import published
+from runtime import checkpointing
 from runtime.devices import batch_and_replicated_shardings, to_devices
 from runtime.workdir import recorded_config
 from train_step import (
@@ -103,11 +105,20 @@ class Setup:
     evaluation: parts.Evaluation
     fields: dict[str, Any]  # the whole config, as config.json has it
     rebuild: Callable[[Mapping[str, Any]], "Setup"]  # with other values of some fields
+    expert: str = ""  # the run whose score is used from a time on, RUN@t
+    above: Any = None  # its parameters
+    switch: float = 0.0  # that time, or infinite beyond the ends
 
     @property
     def num_levels(self) -> int:
         """The number of values that a pixel of the data can have; 0: pixels are floats."""
         return self.preprocessing.num_levels
+
+    def params_of_both(self, params: Any) -> Any:
+        """The parameters of `make_score_fn`: those of the run, or of two experts."""
+        if not self.expert:
+            return params
+        return {"below": params, "above": self.above, "t": jnp.asarray(self.switch)}
 
     def init_state(self) -> TrainState:
         """The state before the first step, a function of the seed."""
@@ -266,9 +277,41 @@ def _with_units_and_labels(
     return config
 
 
-def open_run(config: ConfigDict, workdir: str | os.PathLike[str]) -> Setup:
-    """The parts of the run in `workdir`, or of a new run there (`with_data_facts`, `set_up`)."""
-    return set_up(with_data_facts(config, workdir))
+def open_run(config: ConfigDict, workdir: str | os.PathLike[str], expert: str = "") -> Setup:
+    """The parts of the run in `workdir`, or of a new run there (`with_data_facts`, `set_up`).
+
+    Args:
+      config, workdir: the run.
+      expert: RUN@t, a run whose newest weights give the score at times from t on; empty: none.
+
+    Raises:
+      UserError: the config is wrong, or the two runs do not fit.
+    """
+    config = with_data_facts(config, workdir)
+    if not expert:
+        return set_up(config)
+    name, _, time = expert.rpartition("@")
+    folder = pathlib.Path(name)
+    try:
+        switch = float(time)
+    except ValueError:
+        switch = math.nan
+    if math.isnan(switch) or not (folder / "config.json").is_file():
+        raise UserError(f"--expert is {expert!r}; it must be RUN@t, a run and a time")
+    theirs = with_data_facts(saved.get_config(folder), folder)
+    other = set_up(theirs)
+    setup = set_up(config, above=other.make_score_fn)
+    for what in ("sde", "padded_shape", "centered", "num_classes"):
+        if getattr(setup, what) != getattr(other, what):
+            raise UserError(
+                f"--expert: {folder} has another {what}, {getattr(other, what)}, than {workdir}, "
+                f"{getattr(setup, what)}"
+            )
+    state = checkpointing.restore_latest(theirs, folder, other.state_shape, weights_only=True)
+    log.info("from t = %g on with step %d of %s", switch, int(state.step), folder)
+    if not setup.eps < switch < setup.sde.T:
+        switch = -math.inf if switch <= setup.eps else math.inf
+    return dataclasses.replace(setup, expert=expert, above=state.ema_params, switch=switch)
 
 
 def with_classes(setup: Setup, train: Dataset, anew: bool = False) -> Setup:
@@ -361,12 +404,15 @@ def _check_own_parts(
         )
 
 
-def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
+def set_up(
+    config: ConfigDict, num_devices: int = 1, above: sampling.MakeScoreFn | None = None
+) -> Setup:
     """Check a config and build the parts that it names.
 
     Args:
       config: the config.
       num_devices: the number of devices that share a training batch.
+      above: the score of another run, for the larger times (`TwoExperts`); None: there is none.
 
     Raises:
       UserError: the config is wrong; the message is one line that says why.
@@ -377,6 +423,8 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
     optimizer = get_optimizer(config)
     model, shape = _network(config, optimizer)
     score_model = fields.call(ScoreModel, config, "model", "training", sde=sde, network=model)
+    make_score_fn = TwoExperts(score_model, above) if above else score_model
+    scored = (config, sde, make_score_fn)
     sampler = sampling_method(config)
     objective = get_objective(config, sde)
     _check_own_parts(config, score_model, objective, shape.params)
@@ -400,7 +448,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         objective=objective,
         preprocessing=preprocessing,
         units=pixels.get_units(data),
-        make_score_fn=score_model,
+        make_score_fn=make_score_fn,
         make_train_score_fn=score_model.for_training,
         state_shape=shape,
         init_params=lambda: mutils.init_params(
@@ -408,11 +456,13 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         ),
         make_step_fn=functools.partial(get_step_fn, recipe),
         sampler=sampler,
-        make_sample_fn=functools.partial(get_sampling_fn, config, sde, score_model),
+        make_sample_fn=functools.partial(get_sampling_fn, *scored),
         read_arrays=functools.partial(arrays.array_of_images, data),
         load_data=functools.partial(loading.load, data),
-        make_nll_fn=functools.partial(likelihood.get_nll_fn, config, sde, score_model, levels),
-        make_nelbo_fn=functools.partial(likelihood.get_nelbo_fn, config, sde, score_model, levels),
+        make_nll_fn=functools.partial(likelihood.get_nll_fn, *scored, levels),
+        make_nelbo_fn=functools.partial(
+            likelihood.get_nelbo_fn, config, sde, make_score_fn, levels
+        ),
         seed=config.seed,
         dtype=config.model.dtype,
         network=config.model.name,
@@ -430,7 +480,7 @@ def set_up(config: ConfigDict, num_devices: int = 1) -> Setup:
         sampling=fields.call(parts.Sampling, config, "sampling"),
         evaluation=fields.call(parts.Evaluation, config, "eval"),
         fields=as_recorded(config),
-        rebuild=lambda changes: set_up(_changed(config, changes), num_devices),
+        rebuild=lambda changes: set_up(_changed(config, changes), num_devices, above),
     )
 
 

@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-import datasets
-from build import Setup, set_up, with_data_facts
+from build import Setup, open_run
 from configs.errors import UserError
 from data import pixels
 from data.batches import Data, Dataset, fingerprint
 from data.told_labels import check_labels, sample_labels
-from datasets import load_data
 from metrics.batched_sampling import get_sampler, sample_batches
 from metrics.bits_per_dim import (
     BitsEvaluation,
@@ -178,7 +176,8 @@ def _evaluate_checkpoint(
 ) -> dict[str, Any]:
     setup, results = run.setup, run.results
     log.info("evaluating step %d of %s", step, workdir)
-    params = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step).ema_params
+    state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step)
+    params = setup.params_of_both(state.ema_params)
     before = set(results.used)
 
     def score() -> dict[str, np.ndarray]:
@@ -187,6 +186,7 @@ def _evaluate_checkpoint(
             "truncation": setup.fields["training"]["truncation"],
         }
         report |= {"weights": "EMA", "weights_digest": short_hash(params)}
+        report |= {"expert": setup.expert} if setup.expert else {}
         if setup.evaluation.enable_bpd:
             report |= evaluate_bits(run.bits, params)
         if run.scores_samples:
@@ -202,12 +202,15 @@ def _evaluate_checkpoint(
     return report
 
 
-def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def evaluate(
+    config: ConfigDict, workdir: str | os.PathLike[str], expert: str = ""
+) -> dict[str, Any]:
     """Score the EMA weights of checkpoints, or given images; writes report.json and report.md.
 
     The report of one checkpoint is in eval/, that of `eval.samples` in eval/samples_…, and that of
     `eval.images`, with each image's bits/dim, in eval/images_…. If several checkpoints are scored,
-    their common report is in eval/, and that of each in eval/step_<step>/.
+    their common report is in eval/, and that of each in eval/step_<step>/. With an `expert`
+    (`build.open_run`), the reports are in eval/expert_….
 
     Returns:
       The report. For several checkpoints it has `checkpoints`, their reports, and `best`, the best
@@ -216,16 +219,15 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, A
     Raises:
       UserError: the config, data, weights, statistics or checkpoints can't be used.
     """
-    config, workdir = with_data_facts(config, workdir), pathlib.Path(workdir)
-    setup = set_up(config)
+    setup, workdir = open_run(config, workdir, expert), pathlib.Path(workdir)
     options = setup.evaluation
     check_processes(setup.fields, {})
     given: tuple[Images, dict[str, Any]] | None = None
     if options.images:
-        test = datasets.get_dataset(config, "test") if options.images == "test" else None
+        test = setup.load_data().test if options.images == "test" else None
         chosen, names = given_images(setup, test)
     else:
-        data = load_data(config)
+        data = setup.load_data()
         check_labels(setup.num_classes, setup.classes, data.train)
         given = _given_samples(setup) if options.samples else None
     with contextlib.ExitStack() as stack:
@@ -292,7 +294,7 @@ def _evaluate_images(
     # Anew, as in `_evaluate`.
     steps = hosts.on_main(lambda: _steps(setup, workdir))
     state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, steps[0])
-    params = state.ema_params
+    params = setup.params_of_both(state.ema_params)
     values = bits_of_images(bits, params)
     digest = short_hash(fingerprint(chosen), len(names), params, dataclasses.asdict(options))[:8]
     folder = workdir / "eval" / f"images_{chosen.name}_{digest}"
@@ -350,12 +352,13 @@ def _evaluate(
     if given:
         images, facts = given
         name = pathlib.Path(options.samples).resolve().name
-        folder = folder / f"samples_{name}_{images.digest[:8]}"
+        folder /= f"samples_{name}_{images.digest[:8]}"
         log.info("evaluating %d images of %s", images.count, options.samples)
         report = about | facts | _evaluate_samples(run, images, folder)
         hosts.on_main(functools.partial(write_report, report, folder))
     else:
-        about |= evaluate_baselines(run.bits) if options.enable_bpd else {}
+        if options.enable_bpd and not setup.expert:
+            about |= evaluate_baselines(run.bits)
         # Anew, since a training may have deleted the newest checkpoint in the meantime.
         steps = hosts.on_main(lambda: _steps(setup, workdir))
         report = _evaluate_steps(run, workdir, steps, about)
@@ -368,6 +371,8 @@ def _evaluate_steps(
 ) -> dict[str, Any]:
     """Write a report for each step, and a common one for several; returns the last one written."""
     reports, folder = [], workdir / "eval"
+    if run.setup.expert:
+        folder /= f"expert_{short_hash(run.setup.expert)[:8]}"
     for step in steps:
         of_step = folder / f"step_{step:08}" if len(steps) > 1 else folder
         try:

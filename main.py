@@ -62,6 +62,9 @@ _INIT_FROM = flags.DEFINE_string(
     None,
     "For --mode train: start a new run from the weights of another run, or of an exported model.",
 )
+_EXPERT = flags.DEFINE_string(
+    "expert", None, "For --mode eval and sample: RUN@t, a run whose score is used from t on."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "For several processes: host:port of process 0."
 )
@@ -191,7 +194,8 @@ def _hint_at_config_file(error: UserError) -> str:
 def _check_flags() -> None:
     """Raise a UserError for a flag of another mode, or one that the mode lacks."""
     only = {"checkpoint": "import", "override": "train", "init_from": "train"}
-    for flag, mode in (only | {"to": "export or push"}).items():
+    only |= {"to": "export or push", "expert": "eval or sample"}
+    for flag, mode in only.items():
         if getattr(flags.FLAGS, flag) and _MODE.value not in mode.split(" or "):
             raise UserError(f"--{flag} is for --mode {mode}")
     if _FORMAT.value and _MODE.value != "export":
@@ -216,9 +220,9 @@ def _run(workdir: str) -> None:
         run_lib.train(config, workdir, _OVERRIDE.value, _config_file(), _INIT_FROM.value or "")
         return
     if mode == "eval":
-        evaluation.evaluate(config, workdir)
+        evaluation.evaluate(config, workdir, _EXPERT.value or "")
         return
-    setup = build.open_run(config, workdir)
+    setup = build.open_run(config, workdir, _EXPERT.value or "")
     if mode == "sample":
         sample.sample(setup, workdir)
     elif mode == "stats":

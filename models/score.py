@@ -133,3 +133,23 @@ class ScoreModel:
     @property
     def _sees_sigma(self) -> bool:
         return getattr(self.network, "sees_sigma", False)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoExperts:
+    """Two models with one SDE (arXiv 2511.19434): the score of one below a time, else the other's.
+
+    A function as `ScoreModel` is, whose parameters are {"below": those of one model, "above": those
+    of the other, "t": the time}. Both networks are evaluated at all times.
+    """
+
+    below: Callable[..., Callable[[Array, Array], Array]]
+    above: Callable[..., Callable[[Array, Array], Array]]
+
+    def __call__(
+        self, params: Any, labels: Array | None = None, guidance: float = 0.0
+    ) -> Callable[[Array, Array], Array]:
+        """The score function, as that of `ScoreModel`."""
+        below = self.below(params["below"], labels, guidance)
+        above = self.above(params["above"], labels, guidance)
+        return lambda x, t: jnp.where(expand(t < params["t"], x), below(x, t), above(x, t))

@@ -19,10 +19,10 @@ from configs import saved
 from configs.errors import UserError
 from data import pixels
 from data.batches import subset
-from metrics import bits_per_dim, scorers
+from metrics import bits_per_dim, given_images, scorers
 from metrics import report as metrics_report
 from metrics.features import Extractor
-from modes import compare
+from modes import compare, sample
 from tests.helpers import GOLDEN, tiny_config
 from tests.jobs import kill, run_main, start, wait_until
 
@@ -377,6 +377,37 @@ def test_a_gain_over_a_baseline_is_fewer_bits(gaussian, verb):
     assert first.startswith(f"Training {verb} a Gaussian by 0.500 bits/dim")
 
 
+@pytest.mark.usefixtures("small_network_here")
+def test_two_experts_are_either_run_at_the_ends_of_time(tmp_path):
+    config, scores, samples = tiny_config(), {}, {}
+    config.eval.update(enable_sampling=False, num_test_data=4, batch_size=4, nll_steps=32)
+    config.sampling.update(method="dpm_solver", num_steps=4, n_images=4, batch_size=4)
+    runs = {"a": tmp_path / "a", "b": tmp_path / "b"}
+    for steps, run in zip((2, 6), runs.values(), strict=True):
+        config.training.n_iters = steps
+        run_lib.train(config, run)
+    at = {"a": "", "b": "", "at ε": f"{runs['b']}@1e-5", "at T": f"{runs['b']}@1"}
+    at["between"] = f"{runs['b']}@0.5"
+    for name, expert in at.items():
+        run = runs.get(name, runs["a"])
+        report = evaluation.evaluate(config, run, expert)
+        scores[name] = report["nll"], report["nelbo"]
+        assert report.get("expert", "") == expert
+        sample.sample(build.open_run(config, run, expert), run)
+        samples[name] = np.load(run / "samples" / "samples.npz")["samples"].astype(int)
+    for ours, whose in (("at ε", "b"), ("at T", "a")):
+        assert scores[ours] == pytest.approx(scores[whose], abs=1e-6)
+        np.testing.assert_array_equal(samples[ours], samples[whose])
+    nelbos = [scores[name][1] for name in ("a", "between", "b")]
+    assert nelbos[0] > nelbos[1] > nelbos[2]  # b has learned for longer, at all times
+    for wrong, told in (("b", "must be RUN@t"), (f"{runs['b']}@x", "must be RUN@t")):
+        with pytest.raises(UserError, match=told):
+            build.open_run(config, runs["a"], wrong)
+    config.training.sde = "subvpsde"
+    with pytest.raises(UserError, match="has another sde"):
+        build.open_run(config, runs["a"], at["between"])
+
+
 def test_runs_are_compared_by_fields_scores_and_curves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for run, k in (("a", 1.0), ("b", 2.0), ("c", 1.0)):
@@ -465,14 +496,14 @@ def test_labels_of_given_images_are_those_of_the_networks_classes(tmp_path, capl
 
     def labels(classes):
         config.data.classes = classes
-        chosen, _ = evaluation._images_to_score(build.set_up(config), None)
+        chosen, _ = given_images.given_images(build.set_up(config), None)
         return chosen.source.fetch(np.arange(3))["label"].tolist() if chosen.classes else None
 
     assert labels(("ant", "cat", "dog")) == [1, 1, 2]
     assert not caplog.text
     assert labels(("0", "1", "2")) is None
     assert (
-        "scored as images of no label: cat is none of the network's classes 0, 1, 2" in caplog.text
+        "taken as images of no label: cat is none of the network's classes 0, 1, 2" in caplog.text
     )
 
 
@@ -484,6 +515,6 @@ def test_labels_of_given_arrays_are_those_of_the_networks_classes(tmp_path):
     images = np.random.default_rng(0).integers(0, 17, (3, 8, 8), np.uint8)
     np.savez(tmp_path / "own.npz", images=images, labels=[7, 2, 7])
     config.data.classes = ("2", "7")
-    chosen, names = evaluation._images_to_score(build.set_up(config), None)
+    chosen, names = given_images.given_images(build.set_up(config), None)
     assert chosen.source.fetch(np.arange(3))["label"].tolist() == [1, 0, 1]
     assert chosen.num_levels == 17 and list(names) == ["0", "1", "2"]

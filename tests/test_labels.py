@@ -21,7 +21,7 @@ from configs.errors import UserError
 from configs.vp import digits_st
 from data.batches import Data, in_order
 from data.told_labels import sample_labels
-from metrics import bits_per_dim
+from metrics import bits_per_dim, given_images
 from models import utils as mutils
 from runtime import checkpointing
 from runtime.workdir import PartialResults
@@ -166,7 +166,7 @@ def test_images_without_labels_need_training_without_them(tmp_path):
     np.savez(tmp_path / "some.npz", samples=np.zeros((3, 8, 8, 1), np.uint8))
     config.eval.images = str(tmp_path / "some.npz")
     setup = build.set_up(config)
-    brought = evaluation._images_to_score(setup, None)
+    brought = given_images.given_images(setup)
     with pytest.raises(UserError, match=r"^eval\.images have no labels"):
         evaluation._evaluate_images(setup, tmp_path, [1], *brought)
 
