@@ -572,6 +572,57 @@ class ScoreMatching(DrawnObjective):
 
 
 @dataclasses.dataclass(frozen=True)
+class EDM(DrawnObjective):
+    """EDM's loss (arXiv 2206.00364, §5 and table 1), with or without soft truncation.
+
+    For r = σ/α and the network's D = E[x_0 | x_t] it is E[λ(r) ‖D - x_0‖²] with normal ln r and
+    λ = (r² + σ_d²)/(r σ_d)². Times are in [τ, T], and the loss is multiplied by the probability of
+    that, so that every τ has a part of the same integral.
+
+    Attributes:
+      sde, preprocessing, prior, reduce_mean: as in `ScoreMatching`.
+      truncation_time: ε, the smallest time.
+      sigma_data: σ_d.
+      p_mean, p_std: the mean and the standard deviation of ln r.
+    """
+
+    sde: SDE
+    preprocessing: Preprocessing
+    prior: Prior | None
+    truncation_time: float
+    reduce_mean: bool
+    sigma_data: float
+    p_mean: float = -1.2
+    p_std: float = 1.2
+
+    def draw(self, key: Array, images: Array, index: Array, train: bool) -> Draws:
+        tau_key, _, keys = split_step_key(key, index)
+        tau = jnp.asarray(self.truncation_time)
+        if self.prior is not None:
+            tau = self.prior.icdf(jax.random.uniform(tau_key))
+        x0 = self.preprocessing.to_x0(images, keys.data, flip=train)
+        t, weight = self.times(jax.vmap(jax.random.uniform)(keys.time), tau)
+        return Draws(index, keys, train, tau, x0, normal(keys.noise, x0), t, weight)
+
+    def times(self, u: Array, tau: Array) -> tuple[Array, Array]:
+        """Times from uniforms, and the weights of the score's errors for `weighted_error`, (N,)."""
+        ends = [(0.5 * self.sde.gamma(t) - self.p_mean) / self.p_std for t in (tau, self.sde.T)]
+        low, high = map(jax.scipy.special.ndtr, ends)
+        quantile = jnp.clip(jax.scipy.special.ndtri(low + u * (high - low)), *ends)
+        t = self.sde.inverse_gamma(2 * (self.p_mean + self.p_std * quantile))
+        t = jnp.clip(t, tau, self.sde.T)
+        # ‖D - x_0‖² = r² σ² ‖s + z/σ‖², of which `weighted_error` takes one half.
+        square = jnp.exp(self.sde.gamma(t)) + self.sigma_data**2
+        weight = 2 * (high - low) * square * (self.sde.std(t) / self.sigma_data) ** 2
+        return t, weight
+
+    def losses(self, score_fn: ScoreFn, draws: Draws) -> Array:
+        score = score_fn(perturb(self.sde, draws.x0, draws.t, draws.z), draws.t, draws.dropout_keys)
+        error = weighted_error(self.sde, score, draws.t, draws.z, draws.weight)
+        return error * _scale(draws.x0, self.reduce_mean)
+
+
+@dataclasses.dataclass(frozen=True)
 class Mixed(DrawnObjective):
     """One objective for the images with even index, and another for the rest.
 
@@ -719,5 +770,5 @@ def score_matching(
 # The objectives that `training.objective` can name: classes and functions whose parameters are
 # named after fields of a config (configs.fields.call), or sde, preprocessing, prior, weighting or
 # axis_name, as above.
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"score_matching": score_matching}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"score_matching": score_matching, "edm": EDM}
 BUILT_IN = frozenset(OBJECTIVES)  # a config file registers its own later

@@ -216,6 +216,12 @@ def _training_problems(config: ConfigDict, num_devices: int) -> Iterator[str]:
             "training.mixed needs likelihood_weighting and importance_sampling to be True: "
             "they are the first half's"
         )
+    if config.training.objective == "edm":
+        for name in ("mixed", "reconstruction_loss", "weighting", "stratified_times"):
+            if config.training[name]:
+                yield f"training.objective=edm has times and a weight of its own, without {name}"
+        if config.training.truncation == "equivalent_weight":
+            yield "training.objective=edm needs training.truncation soft or fixed"
     batch, micro = config.training.batch_size, config.optim.num_micro_batch
     pair = 2 if config.training.mixed else 1
     if micro >= 1 and batch % (num_devices * micro * pair):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from models.edm import EDM
 from models.ncsnpp import NCSNpp
 from models.ncsnv2 import STAGES, NCSNv2
 
@@ -19,9 +20,9 @@ class Network:
 
     Attributes:
       create: a Flax module's class, or a function that makes a module, which is called as
-        `NCSNpp` is, and may say that it `sees_sigma` (`models.score.ScoreModel`). Its `centered`
-        is whether x is in the range [-1, 1]. With `num_classes` it can be told labels, with `remat`
-        it can compute again instead of keeping.
+        `NCSNpp` is, and may say that it `sees_sigma` or have a `c_noise`
+        (`models.score.ScoreModel`). Its `centered` is whether x is in the range [-1, 1]. With
+        `num_classes` it can be told labels, with `remat` it can compute again instead of keeping.
       fixed: arguments of `create` that no config changes.
       without: fields of `config.model` that must have these values, as the network has no others.
       size_factor: the function that gives the number by which heights and widths are divided.
@@ -79,12 +80,12 @@ def _problems_of_ncsnv2(
         yield f"model.name={name} is for squares; the data are {height}×{width}"
 
 
-def _unet(**about: Any) -> Network:
+def _unet(create: Callable[..., Any] = NCSNpp, **about: Any) -> Network:
     return Network(
-        NCSNpp,
+        create,
         size_factor=lambda ch_mult, patch_size: patch_size * 2 ** (len(ch_mult) - 1),
         problems=_problems_of_unet,
-        in_release=True,
+        in_release=create is NCSNpp,
         **about,
     )
 
@@ -109,6 +110,7 @@ NETWORKS: dict[str, Network] = {
             "patch_size": 1,
         },
     ),
+    "edm": _unet(EDM, without={"embedding_dim": 0}),
     **{name: _ncsnv2(stages) for name, stages in STAGES.items()},
 }
 

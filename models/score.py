@@ -40,7 +40,8 @@ class ScoreModel:
     Attributes:
       sde: the SDE.
       network: `.apply({"params": p}, x, time_cond, …)`. If it `sees_sigma`, its time is σ(t) for VE
-        and RVE, and it divides its output by σ(t) itself.
+        and RVE, and it divides its output by σ(t) itself. If it has a `c_noise`, its time there is
+        c_noise(σ(t)).
       parametrization: velocity, if the output is F of `preconditioning`; or noise, of which the
         score is -output/σ(t). For VE and RVE (`sde.exploding`) "noise" is the score itself.
       sigma_data: σ_d of the velocity parametrisation.
@@ -118,13 +119,15 @@ class ScoreModel:
         return network(x) / expand(self.sde.std(t), x) if divides else network(x)
 
     def time_cond(self, t: Array) -> Array:
-        """The network's time for t (N,): scaled to 0 … 999, or σ(t)."""
+        """The network's time for t (N,): scaled to 0 … 999, or σ(t), or a function of σ(t)."""
         sde = self.sde
         if not sde.exploding:
             unbounded = self.unbounded_parametrization
             return 999 * (sde.unbounded_time(t, self.stabilizing_constant) if unbounded else t)
         if self._sees_sigma:
             return sde.std(t)
+        if hasattr(self.network, "c_noise"):
+            return self.network.c_noise(sde.std(t))
         # The index in 1,000 noise levels, from the largest down, equally spaced in log σ and so
         # in γ.
         top, bottom = sde.gamma(sde.T), sde.gamma(self.truncation_time)

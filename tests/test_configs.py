@@ -260,9 +260,8 @@ class JittedNetwork:
         assert train
         return jitted_network(self.model)(variables, x, time_cond, dropout_keys)
 
-    @property
-    def sees_sigma(self):
-        return self.model.sees_sigma
+    def __getattr__(self, name):
+        return getattr(self.model, name)
 
 
 def random_images(config):
@@ -342,6 +341,7 @@ NETWORKS = (
     "rve/digits_st",
     "rve/cifar10_uncsnpp_st",
     "rve/ffhq_1024_uncsn",
+    "ve/cifar10_edm",
 )
 
 
