@@ -122,7 +122,11 @@ class Setup:
 
     def init_state(self) -> TrainState:
         """The state before the first step, a function of the seed."""
-        return _first_state(self.optimizer, self.init_params())
+        return self.first_state(self.init_params())
+
+    def first_state(self, params: Any) -> TrainState:
+        """The state before the first step of a training that starts from `params`."""
+        return _first_state(self.optimizer, params)
 
 
 def _first_state(optimizer: optax.GradientTransformation, params: Any) -> TrainState:

@@ -21,6 +21,8 @@ except ModuleNotFoundError as missing:
         ". .venv/bin/activate, which make .venv builds, or install requirements.txt"
     )
 
+_EDM = "official/edm.py"  # makes the config of a network of EDM
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
@@ -34,7 +36,7 @@ _MODE = flags.DEFINE_enum(
     "What to do; compare takes the folders of runs.",
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "For --mode import: the path of an official .pth file."
+    "checkpoint", None, "For --mode import: an official .pth file, or a .pkl of EDM."
 )
 _TO = flags.DEFINE_string(
     "to",
@@ -77,11 +79,15 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 
 def _with_saved_config(argv: list[str]) -> list[str]:
-    """Without --config, add a flag for the config saved in the workdir, or by --init_from's run."""
+    """Without --config, add a flag for the config saved in the workdir, or by --init_from's run.
+
+    In a new workdir, the config is that of a network of EDM that is to be imported.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
     parser.add_argument("--workdir")
     parser.add_argument("--init_from")
+    parser.add_argument("--checkpoint", default="")
     try:
         given, _ = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError:
@@ -91,10 +97,16 @@ def _with_saved_config(argv: list[str]) -> list[str]:
         raise UserError(f"--config: there is no file {path} in {pathlib.Path.cwd()}")
     folders = [pathlib.Path(name) for name in (given.workdir, given.init_from) if name]
     found = [folder for folder in folders if (folder / "config.json").exists()]
-    if given.config or not found or not given.workdir:
+    if given.config or not given.workdir:
         return argv
-    recipe = pathlib.Path(__file__).parent / "configs" / "saved.py"
-    return [argv[0], f"--config={recipe}:{found[0]}", *argv[1:]]  # overrides come after it
+    if found:
+        recipe, source = "configs/saved.py", str(found[0])
+    elif given.checkpoint.endswith(".pkl"):
+        recipe, source = _EDM, given.checkpoint
+    else:
+        return argv
+    recipe = os.path.join(os.path.dirname(os.path.abspath(__file__)), recipe)
+    return [argv[0], f"--config={recipe}:{source}", *argv[1:]]  # overrides come after it
 
 
 def _with_home(argument: str) -> str:
@@ -170,7 +182,7 @@ def _config_file() -> str:
     path, workdir = _config_path()
     if workdir and pathlib.Path(path).name == "saved.py":
         return str(saved.read(workdir).get("config_file", ""))
-    return str(pathlib.Path(path).resolve())
+    return "" if path.endswith(_EDM) else str(pathlib.Path(path).resolve())
 
 
 def _default_workdir() -> str:
@@ -205,7 +217,7 @@ def _check_flags() -> None:
     if _MODE.value == "push" and not _TO.value:
         raise UserError("--mode push needs --to hf://user/name")
     if _MODE.value == "import" and not _CHECKPOINT.value:
-        raise UserError("--mode import needs --checkpoint, an official .pth file")
+        raise UserError("--mode import needs --checkpoint, a .pth or .pkl file")
 
 
 def _run(workdir: str) -> None:

@@ -1,4 +1,4 @@
-"""--mode import and --mode export: official checkpoints, and models to share with others."""
+"""--mode import and --mode export: checkpoints of others, and models to share with others."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ from configs import fields
 from configs.errors import UserError
 from metrics.card import find_grid, model_card
 from modes.sample import chosen_step
-from official import export_checkpoint, import_checkpoint
+from official import edm, export_checkpoint, import_checkpoint
 from runtime import checkpointing, exported, hosts, hub
 from runtime.files import beside
 from runtime.locking import locked
@@ -36,7 +36,10 @@ def import_official(
     path: str | pathlib.Path,
     config_file: str = "",
 ) -> TrainState:
-    """Convert an official PyTorch checkpoint to a workdir, to evaluate, sample or train further.
+    """Convert a checkpoint of others to a workdir, to evaluate, sample or train further.
+
+    It is an official PyTorch checkpoint, or a network of EDM (`official.edm`), whose file ends in
+    .pkl and has neither raw weights nor Adam's moments: training then starts at step 0.
 
     Returns:
       The state that was saved.
@@ -44,9 +47,12 @@ def import_official(
     Raises:
       UserError: the file can't be read or has another network, or the workdir has checkpoints.
     """
-    workdir = pathlib.Path(workdir)
-    fields.call(import_checkpoint.check_network, setup.fields, "model", "optim")
-    state = import_checkpoint.load_state(path, setup.state_shape.params, setup.optimizer)
+    workdir, shape = pathlib.Path(workdir), setup.state_shape.params
+    if pathlib.Path(path).suffix == ".pkl":
+        state = setup.first_state(edm.load_params(path, shape))
+    else:
+        fields.call(import_checkpoint.check_network, setup.fields, "model", "optim")
+        state = import_checkpoint.load_state(path, shape, setup.optimizer)
     exported.refuse(workdir)
     if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         raise UserError(f"{workdir} has checkpoints already; choose another --workdir")

@@ -1,1 +1,1 @@
-"""Reading checkpoints of the official PyTorch releases without PyTorch."""
+"""Reading checkpoints of others without PyTorch: the official releases' and EDM's."""

@@ -92,6 +92,10 @@ class _Official:
     variance: Any
     step: int
 
+    @property
+    def trees(self) -> list[Any]:
+        return [self.params, self.ema_params, self.mean, self.variance]
+
 
 def _read_official(path: str | pathlib.Path) -> _Official:
     checkpoint = read_pth(path)
@@ -127,12 +131,17 @@ def _read_official(path: str | pathlib.Path) -> _Official:
         ) from error
 
 
-def _check_shapes(path: str | pathlib.Path, official: _Official, expected: Any) -> None:
+def check_shapes(path: str | pathlib.Path, trees: list[Any], expected: Any) -> None:
+    """Raise a UserError that names the first tensor of a tree that `expected` has otherwise.
+
+    A tree may be None.
+    """
+
     def named(tree: Any) -> Any:
         return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
 
     ours = named(expected)
-    for tree in (official.params, official.ema_params, official.mean, official.variance):
+    for tree in trees:
         theirs = named(tree)
         for name in sorted(theirs.keys() | ours.keys()) if tree is not None else ():
             shapes = [str(d[name].shape) if name in d else "nothing" for d in (theirs, ours)]
@@ -170,7 +179,7 @@ def load(path: str | pathlib.Path, config: ConfigDict) -> tuple[Any, Any, int]:
     fields.call(check_network, config, "model")
     shape = mutils.params_shape(mutils.create_model(config), image_shape(config))
     official = _read_official(path)
-    _check_shapes(path, official, shape)
+    check_shapes(path, official.trees, shape)
     return official.params, official.ema_params, official.step
 
 
@@ -190,7 +199,7 @@ def load_state(
       UserError: as `load`.
     """
     official = _read_official(path)
-    _check_shapes(path, official, shape)
+    check_shapes(path, official.trees, shape)
     params, ema_params, mean, variance = jax.tree.map(
         jnp.asarray, (official.params, official.ema_params, official.mean, official.variance)
     )

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from configs.validate import validate
 from data.batches import in_order
 from metrics.classifier import _read_classifier
 from metrics.statistics import Statistics, load_statistics, save_statistics
+from official import edm
 from official.pth_reader import read_pth
 from official.pth_writer import write_pth
 from readers.arrays import whole_stack
@@ -30,6 +32,7 @@ from runtime.metrics_log import Metrics
 from runtime.pictures import plot_training
 from runtime.workdir import PartialResults
 from tests import make_datasets
+from tests.helpers import GOLDEN
 
 
 def drawn(*shape):
@@ -130,6 +133,15 @@ def write_pth_file(folder):
     write_pth(folder / "x.pth", {"model": {"a.weight": drawn(3, 4)}, "step": 3, "ema": [1.0, None]})
 
 
+def write_edm(folder):
+    shutil.copy(GOLDEN / "edm" / "edm_ddpmpp_cond.pkl", folder / "x.pkl")
+
+
+def read_edm(folder):
+    edm.get_config(str(folder / "x.pkl"))
+    return edm.read_params(folder / "x.pkl")
+
+
 def write_arrays(folder, kind):
     images = levels(9, 8, 8, 1)
     if kind == "npy":
@@ -205,6 +217,7 @@ KEPT = {  # with checksums
 npz, npy = functools.partial(write_arrays, kind="npz"), functools.partial(write_arrays, kind="npy")
 BROUGHT = {
     "pth": (write_pth_file, lambda folder: read_pth(folder / "x.pth")),
+    "EDM pkl": (write_edm, read_edm),
     "safetensors": KEPT["exported model"],
     "npz": (npz, functools.partial(read_samples, name="x.npz")),
     "npy": (npy, functools.partial(read_stack, kind="npy")),
