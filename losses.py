@@ -502,34 +502,28 @@ class DrawnObjective(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreMatching(DrawnObjective):
-    """Soft truncation's estimate of ½ ∫_τ^T λ(t) E‖s_θ(x_t, t) - ∇ log p_0t(x_t | x_0)‖² dt.
-
-    τ ~ `prior` is drawn anew for each mini-batch (arXiv 2106.05527, §4). It is a function of the
-    step's key; all other random numbers are functions of that key and the image's index.
+class AtTimes(DrawnObjective):
+    """The weighted error of the score at one time for each image, all in [τ, T].
 
     Attributes:
       sde: the SDE.
       preprocessing: from levels to x_0.
-      eps: ε, the smallest time.
-      prior: the prior on τ; None: τ = ε.
-      weigh_by_prior: weight by P(τ ≤ t) instead of drawing τ, which has the same expectation.
-      weighting: λ(t).
-      importance_sampling: draw t ~ g²/σ² on [τ, T] instead of uniformly.
-      stratified: the size N of the global batch, whose times come from u_i = (u_0 + i/N) mod 1
-        with one u_0 (arXiv 2107.00630, app. I.1); 0: from independent u_i.
       reduce_mean: whether the loss of an image is divided by its number of dimensions.
     """
 
     sde: SDE
     preprocessing: Preprocessing
-    eps: float
-    prior: Prior | None
-    weigh_by_prior: bool
-    weighting: Weighting
-    importance_sampling: bool
-    stratified: int
     reduce_mean: bool
+
+    @abc.abstractmethod
+    def draw_truncation(self, key: Array) -> Array:
+        """The truncation of one step, a scalar."""
+
+    @abc.abstractmethod
+    def draw_times(
+        self, batch_key: Array, keys: Array, index: Array, tau: Array
+    ) -> tuple[Array, Array]:
+        """Times t of images on [τ, T], and λ(t) divided by the density of t; (N,) each."""
 
     def draw(self, key: Array, images: Array, index: Array, train: bool) -> Draws:
         tau_key, batch_key, keys = split_step_key(key, index)
@@ -545,8 +539,33 @@ class ScoreMatching(DrawnObjective):
         error = weighted_error(self.sde, score, draws.t, draws.z, draws.weight)
         return error * _scale(draws.x0, self.reduce_mean)
 
+
+@dataclasses.dataclass(frozen=True)
+class ScoreMatching(AtTimes):
+    """Soft truncation's estimate of ½ ∫_τ^T λ(t) E‖s_θ(x_t, t) - ∇ log p_0t(x_t | x_0)‖² dt.
+
+    τ ~ `prior` is drawn anew for each mini-batch (arXiv 2106.05527, §4). It is a function of the
+    step's key; all other random numbers are functions of that key and the image's index.
+
+    Attributes:
+      sde, preprocessing, reduce_mean: as in `AtTimes`.
+      eps: ε, the smallest time.
+      prior: the prior on τ; None: τ = ε.
+      weigh_by_prior: weight by P(τ ≤ t) instead of drawing τ, which has the same expectation.
+      weighting: λ(t).
+      importance_sampling: draw t ~ g²/σ² on [τ, T] instead of uniformly.
+      stratified: the size N of the global batch, whose times come from u_i = (u_0 + i/N) mod 1
+        with one u_0 (arXiv 2107.00630, app. I.1); 0: from independent u_i.
+    """
+
+    eps: float
+    prior: Prior | None
+    weigh_by_prior: bool
+    weighting: Weighting
+    importance_sampling: bool
+    stratified: int
+
     def draw_truncation(self, key: Array) -> Array:
-        """The truncation of one step, a scalar: drawn from the prior, or ε."""
         if self.prior is None or self.weigh_by_prior:
             return jnp.asarray(self.eps, jnp.float32)
         return self.prior.icdf(jax.random.uniform(key))
@@ -554,7 +573,6 @@ class ScoreMatching(DrawnObjective):
     def draw_times(
         self, batch_key: Array, keys: Array, index: Array, tau: Array
     ) -> tuple[Array, Array]:
-        """Times t of images on [τ, T], and λ(t) divided by the density of t; (N,) each."""
         if self.stratified:
             u = (jax.random.uniform(batch_key) + index / self.stratified) % 1.0
         else:
@@ -572,7 +590,7 @@ class ScoreMatching(DrawnObjective):
 
 
 @dataclasses.dataclass(frozen=True)
-class EDM(DrawnObjective):
+class EDM(AtTimes):
     """EDM's loss (arXiv 2206.00364, §5 and table 1), with or without soft truncation.
 
     For r = σ/α and the network's D = E[x_0 | x_t] it is E[λ(r) ‖D - x_0‖²] with normal ln r and
@@ -580,32 +598,31 @@ class EDM(DrawnObjective):
     that, so that every τ has a part of the same integral.
 
     Attributes:
-      sde, preprocessing, prior, reduce_mean: as in `ScoreMatching`.
+      sde, preprocessing, reduce_mean: as in `AtTimes`.
+      prior: the prior on τ; None: τ = ε.
       truncation_time: ε, the smallest time.
       sigma_data: σ_d.
       p_mean, p_std: the mean and the standard deviation of ln r.
     """
 
-    sde: SDE
-    preprocessing: Preprocessing
     prior: Prior | None
     truncation_time: float
-    reduce_mean: bool
     sigma_data: float
     p_mean: float = -1.2
     p_std: float = 1.2
 
-    def draw(self, key: Array, images: Array, index: Array, train: bool) -> Draws:
-        tau_key, _, keys = split_step_key(key, index)
-        tau = jnp.asarray(self.truncation_time)
-        if self.prior is not None:
-            tau = self.prior.icdf(jax.random.uniform(tau_key))
-        x0 = self.preprocessing.to_x0(images, keys.data, flip=train)
-        t, weight = self.times(jax.vmap(jax.random.uniform)(keys.time), tau)
-        return Draws(index, keys, train, tau, x0, normal(keys.noise, x0), t, weight)
+    def draw_truncation(self, key: Array) -> Array:
+        if self.prior is None:
+            return jnp.asarray(self.truncation_time, jnp.float32)
+        return self.prior.icdf(jax.random.uniform(key))
+
+    def draw_times(
+        self, batch_key: Array, keys: Array, index: Array, tau: Array
+    ) -> tuple[Array, Array]:
+        return self.times(jax.vmap(jax.random.uniform)(keys), tau)
 
     def times(self, u: Array, tau: Array) -> tuple[Array, Array]:
-        """Times from uniforms, and the weights of the score's errors for `weighted_error`, (N,)."""
+        """What `draw_times` returns, from uniforms (N,)."""
         ends = [(0.5 * self.sde.gamma(t) - self.p_mean) / self.p_std for t in (tau, self.sde.T)]
         low, high = map(jax.scipy.special.ndtr, ends)
         quantile = jnp.clip(jax.scipy.special.ndtri(low + u * (high - low)), *ends)
@@ -615,11 +632,6 @@ class EDM(DrawnObjective):
         square = jnp.exp(self.sde.gamma(t)) + self.sigma_data**2
         weight = 2 * (high - low) * square * (self.sde.std(t) / self.sigma_data) ** 2
         return t, weight
-
-    def losses(self, score_fn: ScoreFn, draws: Draws) -> Array:
-        score = score_fn(perturb(self.sde, draws.x0, draws.t, draws.z), draws.t, draws.dropout_keys)
-        error = weighted_error(self.sde, score, draws.t, draws.z, draws.weight)
-        return error * _scale(draws.x0, self.reduce_mean)
 
 
 @dataclasses.dataclass(frozen=True)

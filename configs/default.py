@@ -39,9 +39,9 @@ def get_default_config() -> ConfigDict:
     data.classes = ()  # the labels' names, of a network that is told labels; (): the data set's
 
     config.model = model = ConfigDict()
-    # A name in models/networks.py: ncsnpp; ddpm, the plain U-Net, which reads only dtype, nf,
-    # ch_mult, num_res_blocks, attn_resolutions, dropout, init_scale and resamp_with_conv; or
-    # ncsnv2_64, ncsnv2_128 or ncsnv2_256, which read only dtype and nf.
+    # A name in models/networks.py: ncsnpp or, as in EDM, edm; ddpm, the plain U-Net, which reads
+    # only dtype, nf, ch_mult, num_res_blocks, attn_resolutions, dropout, init_scale and
+    # resamp_with_conv; or ncsnv2_64, ncsnv2_128 or ncsnv2_256, which read only dtype and nf.
     model.name = "ncsnpp"
     model.license = ""  # of the weights, for cards, as the hub spells it: mit, cc-by-4.0, …
     model.dtype = "float32"  # compute dtype: float32 or bfloat16; parameters are always float32
@@ -92,7 +92,7 @@ def get_default_config() -> ConfigDict:
 
     config.training = training = ConfigDict()
     training.sde = "vpsde"  # vpsde, subvpsde, vesde or reciprocal_vesde
-    training.objective = "score_matching"  # or one's own, a name in losses.OBJECTIVES
+    training.objective = "score_matching"  # or edm, or one's own, a name in losses.OBJECTIVES
     training.batch_size = 128  # the global batch, over all devices
     training.n_iters = 1_300_001
     training.truncation = "soft"  # fixed, soft or equivalent_weight

@@ -50,6 +50,10 @@ balance of wrong pairs: jnp.roll(losses, -1) → jnp.roll(losses, 1)
 strata of one device: + index / → + jnp.arange(len(index)) /
 velocity's weight: jnp.exp(0.5 * gamma) → jnp.exp(gamma)
 
+[losses.py | test_edm.py -k "noise_of_training or objective_weighs"]
+weight without σ_d: self.sde.std(t) / self.sigma_data) ** 2 → self.sde.std(t)) ** 2
+a truncation's part as the whole: weight = 2 * (high - low) * square → weight = 2 * square
+
 [likelihood.py | test_likelihood.py -k "fixed_steps or constants or error_of_a_mean or each_nll"]
 end weights reversed: [:3] *= (3 / 8, 7 / 6, 23 / 24) → [:3] *= (23 / 24, 7 / 6, 3 / 8)
 drift in the bound: importance_normalizer(eps) + drift) → importance_normalizer(eps) - drift)
@@ -115,6 +119,10 @@ range of the data: x if self.centered else 2 * x - 1 → x
 embedding of σ itself: project(jnp.log(time_cond)) → project(time_cond)
 [models/ncsnpp.py | test_labels.py -k label_changes]
 no label is label 0: jnp.full(len(temb), self.num_classes) → jnp.full(len(temb), 0)
+[models/edm.py | test_edm.py -k denoises]
+time of EDM: jnp.log(sigma) / 4 → jnp.log(sigma) / 2
+VE's time in EDM: jnp.log(sigma / 2) → jnp.log(sigma)
+scale of labels: math.sqrt(self.num_classes) * → 1.0 *
 [models/ncsnv2.py | test_models.py -k "first_layer or instance"]
 range of NCSNv2's data: x if self.centered else 2 * x - 1 → x
 variance of means: axis=-1, keepdims=True, ddof=1) → axis=-1, keepdims=True)
@@ -174,6 +182,12 @@ moments exchanged: moment("exp_avg"), → moment("exp_avg_sq"),
 kernel transposed: value.transpose(2, 3, 1, 0) → value.transpose(3, 2, 1, 0)
 [official/export_checkpoint.py | test_import_checkpoint.py -k exported]
 EMA of frequencies: if one] → if one is not None]
+[official/edm.py | test_edm.py -k denoises]
+key and value are the query: weight[i::3, → weight[::3,
+[official/edm_pickle.py | test_edm.py -k another_network]
+every name is known: if (module, name) not in _NAMES: → if False:
+[runtime/unpickling.py | test_pth_reader.py -k opcodes]
+opcodes not counted: self.left -= 1 → pass
 [data/told_labels.py | test_labels.py -k of_samples]
 labels of the first batch: chosen[np.arange(start, start + count) → chosen[np.arange(count)
 [models/networks.py | test_run_lib.py -k "refused or cannot_work"]

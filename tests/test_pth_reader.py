@@ -78,6 +78,7 @@ def test_a_missing_file_is_refused(tmp_path):
         (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", r"builtins\.eval"),
         (b"\x80\x02cnumpy\nload\n.", r"numpy\.load"),
         (b"\x80\x02}", "can't be read"),
+        (b"\x80\x02" + b"]" * 2**20, "more than 1,048,576 pickle opcodes"),
     ],
 )
 def test_other_opcodes_and_names_are_refused(layout, tmp_path, payload, reason):
