@@ -15,7 +15,9 @@ import pytest
 import scipy.stats
 
 import build
+import run_lib
 import soft_truncation
+from configs import saved
 from configs.errors import UserError
 from configs.ve import cifar10_edm
 from models import utils as mutils
@@ -89,6 +91,24 @@ def test_an_imported_network_has_bits_per_dim(imported, name):
     bits = imported(name).bits_per_dim(images, draws=1, batch_size=4)
     for score in ("nll", "nelbo", "nelbo_lossless", "nll_truncated_normal"):
         assert np.isfinite(bits[score]).all() and (bits[score] > 0).all(), score
+
+
+@pytest.mark.slow
+def test_the_command_imports_a_network_that_trains_on(tmp_path):
+    images, run = tmp_path / "images.npy", tmp_path / "run"
+    np.save(images, np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8))
+    options = ["data.dataset=array", f"data.path={images}", "data.num_levels=256"]
+    options += ["training.batch_size=4", "training.n_iters=2", "training.snapshot_sampling=False"]
+    command = [*jobs.MAIN, "--mode=import", f"--checkpoint={FILES['edm_ddpmpp']}"]
+    command += [f"--workdir={run}", *(f"--config.{option}" for option in options)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before = read(FILES["edm_ddpmpp"]).tensors["dec.8x8_aux_conv.bias"]
+    state = run_lib.train(saved.get_config(run), run)
+    after = np.asarray(state.params["Conv_1"]["bias"])
+    assert jobs.steps_of(run) == [0, 2] and 0 < np.abs(after - before).max() < 1e-3
+    again = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert again.returncode == 2 and "has checkpoints already" in jobs.last_line(again.stderr)
 
 
 @pytest.mark.slow
