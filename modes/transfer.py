@@ -49,7 +49,7 @@ def import_official(
     """
     workdir, shape = pathlib.Path(workdir), setup.state_shape.params
     if pathlib.Path(path).suffix == ".pkl":
-        state = setup.first_state(edm.load_params(path, shape))
+        state = setup.first_state(edm.load_params(path, setup.fields, shape))
     else:
         fields.call(import_checkpoint.check_network, setup.fields, "model", "optim")
         state = import_checkpoint.load_state(path, shape, setup.optimizer)

@@ -1,7 +1,7 @@
 """Networks of EDM (arXiv 2206.00364) as runs: their config, and their weights under our names."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs.errors import UserError
+from configs.saved import as_recorded
 from configs.ve import cifar10_edm
 from official.edm_pickle import Network, read
 from official.import_checkpoint import check_shapes
@@ -55,6 +56,7 @@ def _body(network: Network) -> dict[str, Any]:
     blocks = _whole(given.get("num_blocks", 4))
     if blocks > 64:
         raise UserError(f"its network has {blocks} blocks at a level")
+    fir = taps != (1, 1) or pyramids["encoder_type"] == "residual"
     return {
         "nf": _whole(given.get("model_channels", 128)),
         "ch_mult": _sizes(given.get("channel_mult", [1, 2, 2, 2])),
@@ -62,8 +64,7 @@ def _body(network: Network) -> dict[str, Any]:
         "attn_resolutions": _sizes(given.get("attn_resolutions", [16])),
         "dropout": _number(given.get("dropout", 0.1)),
         "embedding_type": embedding,
-        "fir": taps != (1, 1) or pyramids["encoder_type"] == "residual",
-        "fir_kernel": taps,
+        **({"fir": True, "fir_kernel": taps} if fir else {}),
         "progressive_input": _PYRAMIDS["encoder_type"][pyramids["encoder_type"]],
         "progressive": _PYRAMIDS["decoder_type"][pyramids["decoder_type"]],
         "num_classes": _whole(network.state["label_dim"], 0),
@@ -215,12 +216,42 @@ def read_params(path: str | pathlib.Path) -> Any:
         raise UserError(f"{path} can't be imported: its tensors lack {error}") from error
 
 
-def load_params(path: str | pathlib.Path, shape: Any) -> Any:
-    """`read_params` on the device, for a network whose parameters have the given `shape`.
+# What weights alone do not show.
+_OF_NETWORK = (
+    "training.sde",
+    "model.name",
+    "model.parametrization",
+    "model.sigma_data",
+    "model.scale_by_sigma",
+    "model.beta_min",
+    "model.beta_max",
+    "model.embedding_type",
+    "model.fir",
+    "model.fir_kernel",
+)
+
+
+def load_params(path: str | pathlib.Path, given: Mapping[str, Any], shape: Any) -> Any:
+    """`read_params` on the device, for the network of a config.
+
+    Args:
+      path: of the file.
+      given: the config.
+      shape: the shapes of the network's parameters (`models.utils.params_shape`).
 
     Raises:
-      UserError: the file can't be read, or its weights do not fit; the message names a tensor.
+      UserError: the file can't be read, or its network is not the config's; the message names a
+        field or a tensor.
     """
+    own = as_recorded(get_config(str(path)))
+    for field in _OF_NETWORK:
+        section, name = field.split(".")
+        theirs, ours = own[section][name], given[section][name]
+        if theirs != ours:
+            raise UserError(
+                f"{path} does not fit the config: {field} is {theirs!r} there and {ours!r} in the "
+                "config"
+            )
     params = read_params(path)
     check_shapes(path, [params], shape)
     return jax.tree.map(jnp.asarray, params)

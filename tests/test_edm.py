@@ -20,7 +20,6 @@ import soft_truncation
 from configs import saved
 from configs.errors import UserError
 from configs.ve import cifar10_edm
-from models import utils as mutils
 from modes import transfer
 from official import edm
 from official.edm_pickle import read
@@ -204,7 +203,7 @@ def test_the_recipe_fits_its_checkpoints():
         for name, value in config[section].items()
         if recipe[section][name] != value
     }
-    body = {"nf", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout", "fir_kernel"}
+    body = {"nf", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout"}
     assert differ == body | {"num_classes", "image_size", "label_dropout"}
 
 
@@ -228,12 +227,21 @@ def test_another_network_is_refused(tmp_path, old, new, reason):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_network_of_another_size_is_refused_by_the_tensor():
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model.nf": 16}, r"AttnBlock_0.*Dense_0.*\(16,\) there and \(32,\)"),
+        ({"model.name": "ncsnpp"}, "model.name is 'edm' there and 'ncsnpp' in the config"),
+        ({"model.sigma_data": 1.0}, "model.sigma_data is 0.5 there and 1.0 in the config"),
+        ({"training.sde": "vpsde"}, "training.sde is 'vesde' there and 'vpsde' in the config"),
+    ],
+)
+def test_a_config_of_another_network_is_refused(changes, reason):
     config = edm.get_config(str(COND))
-    config.model.nf = 16
-    shape = mutils.params_shape(mutils.create_model(config), (8, 8, 3))
-    with pytest.raises(UserError, match=r"AttnBlock_0.*Dense_0.*\(16,\) there and \(32,\)"):
-        edm.load_params(COND, shape)
+    config.update_from_flattened_dict(changes)
+    setup = build.set_up(config)
+    with pytest.raises(UserError, match=reason):
+        edm.load_params(COND, setup.fields, setup.state_shape.params)
 
 
 # Files of strangers
