@@ -21,7 +21,8 @@ except ModuleNotFoundError as missing:
         ". .venv/bin/activate, which make .venv builds, or install requirements.txt"
     )
 
-_EDM = "official/edm.py"  # makes the config of a network of EDM
+# They make the configs of networks of others.
+_EDM, _DIFFUSERS = "official/edm.py", "official/diffusers.py"
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -36,7 +37,9 @@ _MODE = flags.DEFINE_enum(
     "What to do; compare takes the folders of runs.",
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "For --mode import: an official .pth file, or a .pkl of EDM."
+    "checkpoint",
+    None,
+    "For --mode import: an official .pth file, a .pkl of EDM, or a folder of diffusers.",
 )
 _TO = flags.DEFINE_string(
     "to",
@@ -47,9 +50,9 @@ _TO = flags.DEFINE_string(
 _FORMAT = flags.DEFINE_enum(
     "format",
     None,
-    ["safetensors", "pth"],
-    "For --mode export: a folder with the EMA weights, which is usual, or the official release's "
-    "checkpoint.",
+    ["safetensors", "pth", "diffusers"],
+    "For --mode export: a folder with the EMA weights, which is usual, the official release's "
+    "checkpoint, or a pipeline of diffusers.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -81,7 +84,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 def _with_saved_config(argv: list[str]) -> list[str]:
     """Without --config, add a flag for the config saved in the workdir, or by --init_from's run.
 
-    In a new workdir, the config is that of a network of EDM that is to be imported.
+    In a new workdir, the config is that of a network of others that is to be imported.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
@@ -103,6 +106,8 @@ def _with_saved_config(argv: list[str]) -> list[str]:
         recipe, source = "configs/saved.py", str(found[0])
     elif given.checkpoint.endswith(".pkl"):
         recipe, source = _EDM, given.checkpoint
+    elif given.checkpoint and os.path.isdir(given.checkpoint):
+        recipe, source = _DIFFUSERS, given.checkpoint
     else:
         return argv
     recipe = os.path.join(os.path.dirname(os.path.abspath(__file__)), recipe)
@@ -182,7 +187,7 @@ def _config_file() -> str:
     path, workdir = _config_path()
     if workdir and pathlib.Path(path).name == "saved.py":
         return str(saved.read(workdir).get("config_file", ""))
-    return "" if path.endswith(_EDM) else str(pathlib.Path(path).resolve())
+    return "" if path.endswith((_EDM, _DIFFUSERS)) else str(pathlib.Path(path).resolve())
 
 
 def _default_workdir() -> str:
@@ -217,7 +222,7 @@ def _check_flags() -> None:
     if _MODE.value == "push" and not _TO.value:
         raise UserError("--mode push needs --to hf://user/name")
     if _MODE.value == "import" and not _CHECKPOINT.value:
-        raise UserError("--mode import needs --checkpoint, a .pth or .pkl file")
+        raise UserError("--mode import needs --checkpoint, a .pth or .pkl file, or a folder")
 
 
 def _run(workdir: str) -> None:
@@ -240,7 +245,8 @@ def _run(workdir: str) -> None:
     elif mode == "stats":
         evaluation.make_statistics(setup)
     elif mode == "export":
-        export = transfer.export_official if _FORMAT.value == "pth" else transfer.export
+        others = {"pth": transfer.export_official, "diffusers": transfer.export_diffusers}
+        export = others.get(_FORMAT.value or "", transfer.export)
         export(setup, workdir, _TO.value or "")
     elif mode == "push":
         transfer.push(setup, workdir, _TO.value or "")

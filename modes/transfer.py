@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 from clu.parameter_overview import count_parameters
 
 from build import Setup, set_up
@@ -15,7 +17,7 @@ from configs import fields
 from configs.errors import UserError
 from metrics.card import find_grid, model_card
 from modes.sample import chosen_step
-from official import edm, export_checkpoint, import_checkpoint
+from official import diffusers, edm, export_checkpoint, import_checkpoint
 from runtime import checkpointing, exported, hosts, hub
 from runtime.files import beside
 from runtime.locking import locked
@@ -39,7 +41,8 @@ def import_official(
     """Convert a checkpoint of others to a workdir, to evaluate, sample or train further.
 
     It is an official PyTorch checkpoint, or a network of EDM (`official.edm`), whose file ends in
-    .pkl and has neither raw weights nor Adam's moments: training then starts at step 0.
+    .pkl, or a folder of diffusers (`official.diffusers`). The last two have neither raw weights nor
+    Adam's moments: training then starts at step 0.
 
     Returns:
       The state that was saved.
@@ -48,8 +51,11 @@ def import_official(
       UserError: the file can't be read or has another network, or the workdir has checkpoints.
     """
     workdir, shape = pathlib.Path(workdir), setup.state_shape.params
-    if pathlib.Path(path).suffix == ".pkl":
-        state = setup.first_state(edm.load_params(path, setup.fields, shape))
+    folder = pathlib.Path(path).is_dir()
+    if folder or pathlib.Path(path).suffix == ".pkl":
+        load_params = diffusers.load_params if folder else edm.load_params
+        params = load_params(path, setup.fields, shape)
+        state = setup.first_state(jax.tree.map(jnp.asarray, params))
     else:
         fields.call(import_checkpoint.check_network, setup.fields, "model", "optim")
         state = import_checkpoint.load_state(path, shape, setup.optimizer)
@@ -188,3 +194,35 @@ def export_official(
 
     hosts.on_main(write)
     return file
+
+
+def export_diffusers(
+    setup: Setup, workdir: str | os.PathLike[str], to: str | os.PathLike[str]
+) -> pathlib.Path:
+    """Write the EMA weights of a checkpoint as a pipeline that diffusers opens.
+
+    Args:
+      setup, workdir: as in `export`.
+      to: the new folder.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: the checkpoint can't be read, diffusers has no such network, or `to` exists or
+        can't be written to.
+    """
+    workdir, folder = pathlib.Path(workdir), pathlib.Path(to).absolute()
+    step = hosts.on_main(lambda: chosen_step(setup, workdir))
+    state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step)
+
+    def write() -> None:
+        if folder.exists():
+            raise UserError(f"--to: {folder} is there already; name a new folder")
+        with _exporting(folder) as partial:
+            partial.mkdir()
+            diffusers.write(partial, setup.fields, state.ema_params)
+        log.info("step %d of %s in %s, as a pipeline of diffusers", step, workdir, folder)
+
+    hosts.on_main(write)
+    return folder

@@ -4,16 +4,13 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from configs.errors import UserError
-from configs.saved import as_recorded
 from configs.ve import cifar10_edm
 from official.edm_pickle import Network, read
-from official.import_checkpoint import check_shapes
+from official.import_checkpoint import check_fields, check_shapes
 
 _PYRAMIDS = {
     "encoder_type": {"standard": "none", "skip": "input_skip", "residual": "residual"},
@@ -232,7 +229,7 @@ _OF_NETWORK = (
 
 
 def load_params(path: str | pathlib.Path, given: Mapping[str, Any], shape: Any) -> Any:
-    """`read_params` on the device, for the network of a config.
+    """`read_params` for the network of a config.
 
     Args:
       path: of the file.
@@ -243,15 +240,7 @@ def load_params(path: str | pathlib.Path, given: Mapping[str, Any], shape: Any) 
       UserError: the file can't be read, or its network is not the config's; the message names a
         field or a tensor.
     """
-    own = as_recorded(get_config(str(path)))
-    for field in _OF_NETWORK:
-        section, name = field.split(".")
-        theirs, ours = own[section][name], given[section][name]
-        if theirs != ours:
-            raise UserError(
-                f"{path} does not fit the config: {field} is {theirs!r} there and {ours!r} in the "
-                "config"
-            )
+    check_fields(path, get_config(str(path)), given, _OF_NETWORK)
     params = read_params(path)
     check_shapes(path, [params], shape)
-    return jax.tree.map(jnp.asarray, params)
+    return params

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import fields
 from configs.errors import UserError
+from configs.saved import as_recorded
 from configs.shapes import image_shape
 from models import utils as mutils
 from models.networks import NETWORKS
@@ -150,6 +152,28 @@ def check_shapes(path: str | pathlib.Path, trees: list[Any], expected: Any) -> N
                     f"{path} does not fit the config: {name} is {shapes[0]} there and "
                     f"{shapes[1]} in the config's network"
                 )
+
+
+def check_fields(
+    path: str | pathlib.Path, own: ConfigDict, given: Mapping[str, Any], names: Iterable[str]
+) -> None:
+    """Raise a UserError that names the first field in which a file's config differs from another.
+
+    Args:
+      path: the file or folder, for the message.
+      own: its config.
+      given: the other config, as a dictionary.
+      names: the fields, such as model.nf.
+    """
+    recorded = as_recorded(own)
+    for field in names:
+        section, name = field.split(".")
+        theirs, ours = recorded[section][name], given[section][name]
+        if theirs != ours:
+            raise UserError(
+                f"{path} does not fit the config: {field} is {theirs!r} there and {ours!r} in the "
+                "config"
+            )
 
 
 def check_network(
