@@ -100,6 +100,8 @@ def _with_saved_config(argv: list[str]) -> list[str]:
         raise UserError(f"--config: there is no file {path} in {pathlib.Path.cwd()}")
     folders = [pathlib.Path(name) for name in (given.workdir, given.init_from) if name]
     found = [folder for folder in folders if (folder / "config.json").exists()]
+    if not given.config and not given.workdir and given.checkpoint.endswith(".pkl"):
+        raise UserError("--checkpoint of EDM needs --workdir, the new folder of the run")
     if given.config or not given.workdir:
         return argv
     if found:
