@@ -46,6 +46,17 @@ def environment_of(devices):
     return dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
 
 
+@contextlib.contextmanager
+def float64(on=True):
+    """Whether JAX has float64 in the context; `jax.enable_x64` is newer than the oldest JAX."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", on)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
 def nhwc(array):
     return np.asarray(array).transpose(0, 2, 3, 1)
 

@@ -24,6 +24,7 @@ from official import import_checkpoint
 from tests.helpers import (
     GOLDEN,
     Gaussian,
+    float64,
     golden_config,
     loss_fn_of,
     nhwc,
@@ -52,7 +53,7 @@ def exact_icdf(u, k, eps):
 def test_golden_prior(k, eps):
     golden = np.load(GOLDEN / "sde.npz")
     prior = losses.TruncationPrior(float(k), float(eps))
-    with jax.enable_x64(True):  # the golden q are float64, and u → 1 is sensitive to their digits
+    with float64():  # the golden q are float64, and u → 1 is sensitive to their digits
         tau = prior.icdf(jnp.asarray(golden["q"]))
     np.testing.assert_allclose(tau, golden[f"tau_k{k}_eps{eps}"], rtol=1e-9)
 
@@ -70,7 +71,7 @@ def test_prior_icdf_keeps_its_digits_in_float32(k, eps):
 def test_prior_icdf_cdf_pdf_and_samples_agree(k):
     prior = losses.TruncationPrior(k, 1e-3)
     u = np.linspace(0.01, 0.99, 99)
-    with jax.enable_x64(True):
+    with float64():
         np.testing.assert_allclose(prior.cdf(prior.icdf(u)), u, rtol=1e-6)
         t = np.geomspace(1e-3, 1, 20_001)
         mass = scipy.integrate.cumulative_simpson(np.asarray(prior.pdf(t)) * t, x=np.log(t))

@@ -11,6 +11,7 @@ import pytest
 
 from models import norm_kernels, norm_pallas, normalization
 from models.layers import GroupNorm
+from tests.helpers import float64
 
 SHAPES = [(2, 16, 16, 32), (3, 7, 5, 12), (1, 1, 1, 8), (2, 4, 6, 160)]
 
@@ -43,7 +44,7 @@ def _everything(function, params, x, direction):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_group_norm_is_flax_s_and_so_are_its_gradients(shape, silu, dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with float64(dtype == "float64"):
         reference = jax.jit(lambda *args: _everything(_reference(shape[-1], silu), *args))
         norm = GroupNorm(silu, dtype=jnp.dtype(dtype))
         ours = jax.jit(lambda *args: _everything(norm.apply, *args))

@@ -18,7 +18,7 @@ from configs.errors import UserError
 from data import pixels
 from models import utils as mutils
 from official import import_checkpoint
-from tests.helpers import GOLDEN, Gaussian, golden_config, nhwc, optimised, tiny_config
+from tests.helpers import GOLDEN, Gaussian, float64, golden_config, nhwc, optimised, tiny_config
 
 SDES = {
     "vp": sde_lib.VPSDE(),
@@ -205,7 +205,7 @@ def test_solvers_converge_to_the_exact_flow_at_second_order(solver, name):
     sde = SDES[name]
     eps = 1e-5 if name == "rve" else 1e-3
     steps, errors = np.array([20, 40, 80, 160, 320]), []
-    with jax.enable_x64(True):
+    with float64():
         z = sde.prior_std() * jnp.asarray(DATA.sample(64, seed=3), jnp.float64)
         exact = exact_flow(sde, z, eps)
         for num in steps:
