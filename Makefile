@@ -47,11 +47,12 @@ $(VENV)-docs/.installed: docs/requirements.txt
 	$(VENV)-docs/bin/pip install --disable-pip-version-check -q -r docs/requirements.txt
 	touch $@
 
+# Python compiles what is imported; to compile all files would take a third of the installation.
 $(VENV)/.installed: requirements.txt
 	@version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
 	case "$${version:=not installed}" in $(SUPPORTED)) ;; *) \
 	echo "Python 3.11, 3.12 or 3.13 is needed, but $(PYTHON) is $$version: install one of them," \
 	"then type, for example, make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1;; esac
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt
+	$(BIN)/pip install --disable-pip-version-check -q --no-compile -r requirements.txt
 	touch $@
