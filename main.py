@@ -100,16 +100,20 @@ def _with_saved_config(argv: list[str]) -> list[str]:
         raise UserError(f"--config: there is no file {path} in {pathlib.Path.cwd()}")
     folders = [pathlib.Path(name) for name in (given.workdir, given.init_from) if name]
     found = [folder for folder in folders if (folder / "config.json").exists()]
-    if not given.config and not given.workdir and given.checkpoint.endswith(".pkl"):
-        raise UserError("--checkpoint of EDM needs --workdir, the new folder of the run")
-    if given.config or not given.workdir:
+    if given.config:
         return argv
-    if found:
+    of_others = {
+        given.checkpoint.endswith(".pkl"): _EDM,
+        os.path.isdir(given.checkpoint): _DIFFUSERS,
+    }
+    if of_others.get(True) and not given.workdir:
+        raise UserError(
+            "--checkpoint of another project needs --workdir, the new folder of the run"
+        )
+    if found and given.workdir:
         recipe, source = "configs/saved.py", str(found[0])
-    elif given.checkpoint.endswith(".pkl"):
-        recipe, source = _EDM, given.checkpoint
-    elif given.checkpoint and os.path.isdir(given.checkpoint):
-        recipe, source = _DIFFUSERS, given.checkpoint
+    elif True in of_others:
+        recipe, source = of_others[True], given.checkpoint
     else:
         return argv
     recipe = os.path.join(os.path.dirname(os.path.abspath(__file__)), recipe)
