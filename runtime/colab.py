@@ -30,8 +30,8 @@ def install() -> None:
     """Install the dependencies that are missing, with all others held at their versions.
 
     Raises:
-      SystemExit: a package that was too old was replaced, so that Python must be started again;
-        or pip failed.
+      SystemExit: a package that is in use was too old and is replaced, so that Python must be
+        started again; or pip failed.
     """
     from packaging.utils import canonicalize_name
 
@@ -51,7 +51,7 @@ def install() -> None:
         if subprocess.run(command).returncode:
             raise SystemExit("pip could not install the packages; its message is above.")
     importlib.invalidate_caches()
-    if replaced := sorted(names & there.keys()):
+    if replaced := sorted(x for x in names & there.keys() if x.replace("-", "_") in sys.modules):
         raise SystemExit(
             f"Newer versions were installed of {', '.join(replaced)}: Runtime → Restart session, "
             "then run all cells again."
