@@ -6,6 +6,7 @@ are read from config.json and a file of safetensors, or of `torch.save`.
 """
 
 import json
+import logging
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -23,8 +24,11 @@ from official.import_checkpoint import check_fields, check_shapes
 from official.pth_reader import read_pth
 from runtime.workdir import first_line
 
+log = logging.getLogger("soft_truncation")
+
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_MOST = 4096  # of a number of channels, of blocks, …, so that building the network ends
+# Limits of sizes, of a level's blocks and of the file, so that a hostile folder is refused soon.
+_MOST, _MOST_BLOCKS, _MOST_BYTES = 4096, 64, 2**31
 
 # The fields of UNet2DModel with its defaults, and those that every network here has otherwise.
 _DEFAULTS: dict[str, Any] = {
@@ -99,9 +103,9 @@ _KINDS = {
 _SAME = {"fourier_feature": False, "embedding_dim": 0, "patch_size": 1, "num_classes": 0}
 
 
-def _size(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= _MOST:
-        raise UserError(f"a size is {value!r:.60}; it must be a whole number from 1 to {_MOST}")
+def _size(value: Any, most: int = _MOST) -> int:
+    if type(value) is not int or not 1 <= value <= most:
+        raise UserError(f"a size is {value!r:.60}; it must be a whole number from 1 to {most}")
     return value
 
 
@@ -211,7 +215,7 @@ def _config_of(
         parametrization="noise",
         nf=channels[0],
         ch_mult=tuple(c // channels[0] for c in channels),
-        num_res_blocks=_size(given["layers_per_block"]),
+        num_res_blocks=_size(given["layers_per_block"], _MOST_BLOCKS),
         attn_resolutions=tuple(size >> i for i, at in enumerate(attends) if at),
         dropout=_number(given, "dropout", 1),
         **_KINDS[name].model,
@@ -366,6 +370,8 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         path = path.with_suffix(".bin")
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES >> 30} GiB")
         if path.suffix == ".bin":
             tensors = dict(read_pth(path))
         else:
@@ -397,7 +403,10 @@ def load_params(path: str | pathlib.Path, given: Mapping[str, Any], shape: Any) 
     size = config.data.image_size
     for name, _ in _idle_attentions(model, size):
         for part in ("group_norm", "to_q", "to_k", "to_v", "to_out.0"):
-            parts = [tensors.pop(f"{name}.{part}.{kind}", 0) for kind in ("weight", "bias")]
+            whole = [f"{name}.{part}.{kind}" for kind in ("weight", "bias")]
+            if missing := [tensor for tensor in whole if tensor not in tensors]:
+                raise UserError(f"{folder} can't be imported: it has no {missing[0]}")
+            parts = [tensors.pop(tensor) for tensor in whole]
             if part == "to_out.0" and any(np.any(values) for values in parts):
                 raise UserError(
                     f"{folder} can't be imported: {name} is attention that no network here has "
@@ -467,6 +476,11 @@ def write(folder: pathlib.Path, fields: Mapping[str, Any], params: Any) -> None:
     model, data, name = fields["model"], fields["data"], fields["model"]["name"]
     size, channels = data["image_size"], data["num_channels"]
     kind = _expressible(fields, (size, data["image_width"] or size, channels))
+    if data["centered"] != (name == "ddpm"):
+        log.warning(
+            "the network is exact, but its pipeline is for images in %s: use its unet",
+            "[-1, 1]" if name == "ddpm" else "[0, 1]",
+        )
     flat = traverse_util.flatten_dict(params)
 
     def shortcut(ours: str, _: str) -> bool:

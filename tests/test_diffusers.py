@@ -70,11 +70,13 @@ def test_an_imported_network_gives_the_outputs_of_diffusers(pipelines, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_there_and_back_is_the_same_bit_for_bit(pipelines, name, tmp_path):
+def test_there_and_back_is_the_same_bit_for_bit(pipelines, name, tmp_path, caplog):
     setup, params = imported(pipelines[name])
     diffusers.write(tmp_path / "back", setup.fields, params)
     again, same = imported(tmp_path / "back")
     assert again.fields["model"] == setup.fields["model"] and again.shape == setup.shape
+    # Its pipelines are for images in [0, 1] of ncsnpp, and in [-1, 1] of ddpm.
+    assert ("use its unet" in caplog.text) == (name == "ncsnpp")
     jax.tree.map(np.testing.assert_array_equal, params, same)
     ours, theirs = (load_file(f / "unet" / WEIGHTS) for f in (tmp_path / "back", pipelines[name]))
     assert ours.keys() == theirs.keys()
@@ -105,6 +107,7 @@ WRONG = (
     ({"block_out_channels": [8, 16, 10**12]}, "a size is 1000000000000"),
     ({"block_out_channels": "many"}, "block_out_channels is 'many'"),
     ({"layers_per_block": True}, "a size is True"),
+    ({"layers_per_block": 1000}, "a size is 1000; it must be a whole number from 1 to 64"),
     ({"down_block_types": ["SkipDownBlock2D", "DownBlock2D", "X"]}, "down_block_types is"),
     ({"up_block_types": {}}, "up_block_types is {}"),
     ({"sample_size": [16, 16]}, r"a size is \[16, 16\]"),
@@ -141,6 +144,12 @@ def test_tensors_that_do_not_fit_are_refused(pipelines, tmp_path):
     flat = {"conv_in.weight": np.zeros(9, np.float32)}
     with pytest.raises(UserError, match=r"conv_in\.weight has the shape \(9,\)"):
         imported(changed(pipelines, tmp_path, arrays=flat))
+    ddpm = changed(pipelines, tmp_path, "ddpm")
+    arrays = load_file(ddpm / WEIGHTS)
+    del arrays["up_blocks.0.attentions.0.to_q.bias"]
+    save_file(arrays, ddpm / WEIGHTS)
+    with pytest.raises(UserError, match=r"it has no up_blocks\.0\.attentions\.0\.to_q\.bias"):
+        imported(ddpm)
     used = {"up_blocks.0.attentions.0.to_out.0.bias": np.ones(256, np.float32)}
     with pytest.raises(UserError, match="attention that no network here has"):
         imported(changed(pipelines, tmp_path, "ddpm", used))
