@@ -226,6 +226,7 @@ def _config_of(
         facts = {"sigma_min": 0.01, "sigma_max": 1348.0} | facts  # the scheduler's defaults
         low, high = (_number(facts, end) for end in ("sigma_min", "sigma_max"))
         config.model.update(sigma_min=low, sigma_max=high)
+        config.sampling.snr = _number({"snr": 0.15} | facts, "snr", 10)
     else:
         facts = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"} | facts
         if facts["beta_schedule"] != "linear":
@@ -379,6 +380,8 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         for old, new in _OLD_NAMES.items():
             tensors = {name.replace(old, new): value for name, value in tensors.items()}
+        if "time_proj.W" in tensors:  # older files have it beside or instead of `weight`
+            tensors.setdefault("time_proj.weight", tensors.pop("time_proj.W"))
         return {name: np.asarray(value, np.float32) for name, value in tensors.items()}
     except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} can't be read ({first_line(error)})") from error
