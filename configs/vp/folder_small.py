@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
         snapshot_freq_for_preemption=100,
     )
     config.sampling.update(batch_size=16, n_images=16)
-    config.eval.update(num_samples=500, num_test_data=100, batch_size=100)
+    config.eval.update(num_samples=500, num_test_data=50, batch_size=25, nll_steps=32)
     return config
