@@ -11,8 +11,8 @@ import pytest
 
 import build
 from configs.saved import as_recorded
+from installation.as_package import as_submodule
 from runtime import exported
-from setup import as_submodule
 from tests.helpers import environment_of, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -110,9 +110,3 @@ def test_the_installed_object_has_types(python, elsewhere):
     assert sound.returncode == 0, sound.stdout
     wrong = subprocess.run([*command, "wrong.py"], cwd=elsewhere, capture_output=True, text=True)
     assert len(re.findall(r"wrong\.py:\d+: error", wrong.stdout)) == 2, wrong.stdout
-
-
-def test_an_editable_installation_is_refused_in_a_line():
-    command = [sys.executable, "setup.py", "editable_wheel"]  # what pip install -e calls
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert told.returncode and told.stderr.endswith("put this folder on PYTHONPATH instead\n")

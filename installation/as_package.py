@@ -1,28 +1,32 @@
-"""Builds the wheel: all modules of this folder as submodules of one package, `soft_truncation`.
+"""Builds the wheel: all modules of this repository as submodules of one package, `soft_truncation`.
 
 In a checkout the modules are at the top: `import losses`. Installed, they must not clash with the
 `datasets`, `models` or `build` of others, so that `losses` is `soft_truncation.losses` there, and
-`soft_truncation.py` is the package's __init__.py. Their imports are changed accordingly.
+`soft_truncation.py` is the package's __init__.py. Their imports are changed accordingly. pip calls
+`build_wheel` (PEP 517), as pyproject.toml says.
 """
 
 import ast
+import contextlib
+import os
 import pathlib
+import shutil
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
-from setuptools import setup
-from setuptools.command.build_py import build_py
-from setuptools.command.editable_wheel import editable_wheel
+from setuptools import build_meta
 
 PACKAGE = "soft_truncation"
-ROOT = pathlib.Path(__file__).parent
-LEFT_OUT = ("tests", "benchmarks", "experiments", "setup")
+ROOT = pathlib.Path(__file__).parents[1]
+LEFT_OUT = ("tests", "benchmarks", "experiments")
 
 
 def modules() -> list[pathlib.Path]:
     """The Python files that are installed."""
-    tops = [path for path in ROOT.glob("*.py") if path.stem not in LEFT_OUT]
     packages = [path.parent for path in ROOT.glob("*/__init__.py")]
-    return tops + [p for d in packages if d.name not in LEFT_OUT for p in d.rglob("*.py")]
+    inner = [p for d in packages if d.name not in LEFT_OUT for p in d.rglob("*.py")]
+    return [*ROOT.glob("*.py"), *inner]
 
 
 def _top(name: str | None) -> str:
@@ -51,34 +55,26 @@ def as_submodule(text: str, own: set[str]) -> str:
     return "".join(lines)
 
 
-class _Build(build_py):
-    """Copies the modules into the package."""
-
-    def run(self) -> None:
-        files = modules()
-        own = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in files} - {PACKAGE}
+@contextlib.contextmanager
+def _in_copy() -> Iterator[None]:
+    """The package in a folder of its own, which is the working directory meanwhile."""
+    files = modules()
+    own = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in files} - {PACKAGE}
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        for file in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / file, file)
         for path in files:
-            name = path.relative_to(ROOT)
-            target = pathlib.Path(self.build_lib, PACKAGE, name)
+            target = pathlib.Path(PACKAGE, path.relative_to(ROOT))
             if path.stem == PACKAGE:
                 target = target.with_name("__init__.py")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(as_submodule(path.read_text("utf-8"), own), "utf-8")
-        pathlib.Path(self.build_lib, PACKAGE, "py.typed").touch()
-
-    def get_source_files(self) -> list[str]:
-        return [str(path.relative_to(ROOT)) for path in modules()]
+        pathlib.Path(PACKAGE, "py.typed").touch()
+        yield
 
 
-class _Editable(editable_wheel):
-    def run(self) -> None:
-        raise SystemExit("pip install -e is not supported: put this folder on PYTHONPATH instead")
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:  # nothing is left among the modules
-        setup(
-            packages=[PACKAGE],
-            cmdclass={"build_py": _Build, "editable_wheel": _Editable},
-            options={"build": {"build_base": folder}},
-        )
+def build_wheel(wheel_directory: str, config_settings: Any = None, _: str | None = None) -> str:
+    """Build the wheel in a folder, and return its name."""
+    to = os.path.abspath(wheel_directory)
+    with _in_copy():
+        return str(build_meta.build_wheel(to, config_settings))
