@@ -106,19 +106,12 @@ class Setup:
     fields: dict[str, Any]  # the whole config, as config.json has it
     rebuild: Callable[[Mapping[str, Any]], "Setup"]  # with other values of some fields
     expert: str = ""  # the run whose score is used from a time on, RUN@t
-    above: Any = None  # its parameters
-    switch: float = 0.0  # that time, or infinite beyond the ends
+    score_params: Callable[[Any], Any] = lambda params: params  # → those of make_score_fn
 
     @property
     def num_levels(self) -> int:
         """The number of values that a pixel of the data can have; 0: pixels are floats."""
         return self.preprocessing.num_levels
-
-    def params_of_both(self, params: Any) -> Any:
-        """The parameters of `make_score_fn`: those of the run, or of two experts."""
-        if not self.expert:
-            return params
-        return {"below": params, "above": self.above, "t": jnp.asarray(self.switch)}
 
     def init_state(self) -> TrainState:
         """The state before the first step, a function of the seed."""
@@ -313,9 +306,12 @@ def open_run(config: ConfigDict, workdir: str | os.PathLike[str], expert: str = 
             )
     state = checkpointing.restore_latest(theirs, folder, other.state_shape, weights_only=True)
     log.info("from t = %g on with step %d of %s", switch, int(state.step), folder)
-    if not setup.eps < switch < setup.sde.T:
+    if not setup.eps < switch < setup.sde.T:  # all times are on one side
         switch = -math.inf if switch <= setup.eps else math.inf
-    return dataclasses.replace(setup, expert=expert, above=state.ema_params, switch=switch)
+    both = {"above": state.ema_params, "t": jnp.asarray(switch)}
+    return dataclasses.replace(
+        setup, expert=expert, score_params=lambda params: {"below": params, **both}
+    )
 
 
 def with_classes(setup: Setup, train: Dataset, anew: bool = False) -> Setup:
@@ -464,9 +460,7 @@ def set_up(
         read_arrays=functools.partial(arrays.array_of_images, data),
         load_data=functools.partial(loading.load, data),
         make_nll_fn=functools.partial(likelihood.get_nll_fn, *scored, levels),
-        make_nelbo_fn=functools.partial(
-            likelihood.get_nelbo_fn, config, sde, make_score_fn, levels
-        ),
+        make_nelbo_fn=functools.partial(likelihood.get_nelbo_fn, *scored, levels),
         seed=config.seed,
         dtype=config.model.dtype,
         network=config.model.name,

@@ -177,7 +177,7 @@ def _evaluate_checkpoint(
     setup, results = run.setup, run.results
     log.info("evaluating step %d of %s", step, workdir)
     state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step)
-    params = setup.params_of_both(state.ema_params)
+    params = setup.score_params(state.ema_params)
     before = set(results.used)
 
     def score() -> dict[str, np.ndarray]:
@@ -294,7 +294,7 @@ def _evaluate_images(
     # Anew, as in `_evaluate`.
     steps = hosts.on_main(lambda: _steps(setup, workdir))
     state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, steps[0])
-    params = setup.params_of_both(state.ema_params)
+    params = setup.score_params(state.ema_params)
     values = bits_of_images(bits, params)
     digest = short_hash(fingerprint(chosen), len(names), params, dataclasses.asdict(options))[:8]
     folder = workdir / "eval" / f"images_{chosen.name}_{digest}"

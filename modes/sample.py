@@ -75,7 +75,7 @@ def sample(setup: Setup, workdir: str | os.PathLike[str]) -> pathlib.Path:
     images = None if task == "generate" else _images_to_complete(setup)
     step = hosts.on_main(lambda: chosen_step(setup, workdir))
     state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step)
-    state = dataclasses.replace(state, ema_params=setup.params_of_both(state.ema_params))
+    state = dataclasses.replace(state, ema_params=setup.score_params(state.ema_params))
     log.info("task %s with step %d of %s", task, int(state.step), workdir)
     folder = workdir / "samples"
     hosts.on_main(lambda: make_folder(folder, "--workdir"))

@@ -80,7 +80,12 @@ def import_official(
 
 @contextlib.contextmanager
 def _exporting(to: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to, which is renamed to `to` at the end, or removed after an error."""
+    """A path to write to, which is renamed to `to` at the end, or removed after an error.
+
+    UserError: `to` is a file, or a folder that is not empty, or can't be written to.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to: {to} is there already; name a new one")
     partial = beside(to)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +128,6 @@ def export(
     params = state.ema_params
 
     def write() -> None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--to: {folder} is not empty; name a new folder")
         own = portable_config(setup.fields, workdir)
         with _exporting(folder) as partial:
             partial.mkdir()
@@ -184,8 +187,6 @@ def export_official(
     state = checkpointing.restore_step(setup.fields, workdir, shape, step, weights_only=False)
 
     def write() -> None:
-        if file.exists():
-            raise UserError(f"--to: {file} is there already; name a new file")
         with _exporting(file) as partial:
             given = {"path": partial, "state": state, "model": setup.model}
             given["shape"] = setup.padded_shape
@@ -217,8 +218,6 @@ def export_diffusers(
     state = checkpointing.restore_step(setup.fields, workdir, setup.state_shape, step)
 
     def write() -> None:
-        if folder.exists():
-            raise UserError(f"--to: {folder} is there already; name a new folder")
         with _exporting(folder) as partial:
             partial.mkdir()
             diffusers.write(partial, setup.fields, state.ema_params)

@@ -122,7 +122,7 @@ def test_an_exported_model_is_not_trained_in_or_written_over(exported_run):
     before = (model / exported.WEIGHTS).read_bytes()
     with pytest.raises(UserError, match="is an exported model, without the state of training"):
         run_lib.train(config, model)
-    with pytest.raises(UserError, match=r"--to: .* is not empty"):
+    with pytest.raises(UserError, match=r"--to: .* is there already"):
         transfer.export(build.open_run(config, run), run, model)
     assert (model / exported.WEIGHTS).read_bytes() == before
 

@@ -822,7 +822,7 @@ def test_two_processes_train_as_one_and_one_goes_on_with_it(tmp_path):
     errors_of(start_two(*export), 0)
     assert exported.read_step(tmp_path / "model") == 10
     for error in errors_of(start_two(*export), 2):
-        assert "is not empty; name a new folder" in error and "Traceback" not in error
+        assert "is there already; name a new one" in error and "Traceback" not in error
 
     other = run_lib.train(config, tmp_path / "run")
     # Sums over devices are made in another order across processes.
